@@ -1,0 +1,49 @@
+"""The command `dscoder <verb>`: finds the verb, parses its arguments, turns errors into one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from dscoder import __version__
+
+Verb = Callable[[Sequence[str]], None]
+
+# Every verb module offers `main(argv)`, whose docstring's first line is the help text here.
+VERBS: dict[str, Verb] = {}
+
+
+def _usage() -> str:
+    width = max((len(name) for name in VERBS), default=0)
+    lines = [f"  {name:<{width}}  {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"dscoder {__version__}",
+            "usage: dscoder <verb> [--config run.yaml] [--section.key value ...]",
+            "",
+            *lines,
+            "",
+            "dscoder <verb> --help tells more.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    name, *rest = words
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in VERBS:
+        print(f"dscoder: no verb {name!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        VERBS[name](rest)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"dscoder {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
