@@ -1,0 +1,59 @@
+# make demo | test | lint | bench | gpu-check
+#
+# The first call sets up .venv; later calls redo only what changed. PY=python3 uses an environment that is
+# already there instead. TORCH=<requirement> overrides the choice of torch.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY ?= $(VENV)/bin/python
+
+# Without an NVIDIA driver the CPU build of torch is enough.
+ifneq ($(wildcard /proc/driver/nvidia/version),)
+TORCH ?= torch>=2.11
+else
+TORCH ?= torch==2.13.0
+endif
+
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(VENV)/.built
+endif
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f 2>/dev/null)
+
+.PHONY: demo test lint bench gpu-check
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) -m dscoder demo
+
+test: $(READY)
+	$(PY) -m pytest -n 2
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' | xargs -r $(PY) -m clang_format --dry-run --Werror
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s
+
+gpu-check: $(READY)
+	$(PY) -c "import torch; assert torch.cuda.is_available(), 'gpu-check: no GPU found, nothing was checked'"
+	$(PY) -m pytest tests/gpu -m gpu
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s
+
+$(VENV)/.torch:
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'dscoder needs Python 3.11 or later, this is ' + sys.version"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "pip>=25.1"
+	$(PY) -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install --quiet --group build --group dev
+	$(PY) -m pip install --quiet --no-deps nvidia-cutlass==4.2.0.0
+	touch $@
+
+$(VENV)/.built: $(VENV)/.tools $(NATIVE_SOURCES)
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[pretrain]"
+	touch $@
