@@ -1,0 +1,23 @@
+"""The kernel library: one op a file, each with its public function, reference, fake and gradient."""
+
+from dscoder.ops.grouped_gemm import grouped_gemm
+from dscoder.ops.mla_decode import mla_decode
+from dscoder.ops.mla_prefill import mla_prefill
+from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms
+from dscoder.ops.moe_gate import moe_gate
+from dscoder.ops.moe_permute import PermuteHandle, moe_permute
+from dscoder.ops.moe_unpermute import moe_unpermute
+from dscoder.ops.rope import rope
+
+__all__ = [
+    "PermuteHandle",
+    "grouped_gemm",
+    "mla_decode",
+    "mla_prefill",
+    "moe_balance_loss",
+    "moe_balance_terms",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
+    "rope",
+]

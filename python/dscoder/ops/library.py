@@ -1,0 +1,101 @@
+"""The one torch library of the package, how an op enters it, and the argument checks all ops share.
+
+An op is a schema, a reference in plain torch (the specification, the test oracle and the CPU path), a fake
+for tracing and, where it has gradients, a backward that is an op of its own, so that both directions find
+their kernel through the dispatcher.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscoder.runtime import native
+
+# Any: torch leaves the class untyped.
+LIBRARY: Any = torch.library.Library("dscoder", "DEF")  # type: ignore[no-untyped-call]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+) -> None:
+    """Register the op `dscoder::<name in schema>`.
+
+    `kernel` is the CUDA implementation; an op that has none yet runs its reference on CUDA. Either way a
+    package built without kernels says so on the first CUDA call.
+    """
+    name = schema.partition("(")[0]
+    on_cuda = kernel if kernel is not None else reference
+
+    def run_on_cuda(*args: Any) -> Any:
+        native.require_kernels(name)
+        return on_cuda(*args)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CPU")
+    LIBRARY.impl(name, run_on_cuda, "CUDA")
+    torch.library.register_fake(f"dscoder::{name}", fake, lib=LIBRARY)
+
+
+def define_gradient(
+    name: str, *, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
+) -> None:
+    """Give the op `name` a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
+    torch.library.register_autograd(f"dscoder::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float32, or float64 for float64 input (gradient checks)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(
+    op: str, argument: str, tensor: Tensor, *, num_dims: int, dtypes: Sequence[torch.dtype]
+) -> None:
+    """TypeError unless `tensor` is a tensor of one of `dtypes`, ValueError unless it has `num_dims` dims."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {argument} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.ndim != num_dims:
+        raise ValueError(f"{op}: {argument} must have {num_dims} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_shape(op: str, argument: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    """ValueError unless `tensor` has the shape that the op's other arguments fix."""
+    if tensor.shape != wanted:
+        raise ValueError(f"{op}: {argument} must have shape {wanted}, got {tuple(tensor.shape)}")
+
+
+def check_devices(op: str, **tensors: Tensor) -> None:
+    """ValueError unless all tensors live where the first one does."""
+    first, *others = tensors
+    device = tensors[first].device
+    for argument in others:
+        if tensors[argument].device != device:
+            raise ValueError(
+                f"{op}: {argument} must be on {device} like {first}, got {tensors[argument].device}"
+            )
+
+
+def check_at_least(op: str, argument: str, value: int, minimum: int) -> None:
+    """ValueError unless value >= minimum."""
+    if not value >= minimum:
+        raise ValueError(f"{op}: {argument} must be >= {minimum}, got {value}")
+
+
+def zero_rows_from(x: Tensor, first_row: Tensor) -> None:
+    """Set x[first_row:] to zero in place; the scalar tensor `first_row` stays on its device."""
+    if x.device.type == "cpu":
+        x[int(first_row) :].zero_()
+        return
+    row = torch.arange(x.shape[0], device=x.device)
+    x.masked_fill_((row >= first_row).view(-1, *[1] * (x.ndim - 1)), 0)

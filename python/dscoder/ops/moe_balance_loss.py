@@ -1,0 +1,162 @@
+"""moe_balance_loss: the three auxiliary losses that spread tokens (DeepSeek-V2 eqs 23-31).
+
+For a sequence of T tokens, with P_i the mean probability of expert i and count_i its tokens:
+    expert         sum_i f_i P_i,        f_i = E / (K T) * count_i
+    device         sum_d f'_d P'_d,      f'_d = mean of f_i over group d, P'_d = sum of P_i over group d
+    communication  sum_d f''_d P'_d,     f''_d = G / (M T) * tokens with a choice in group d, M groups kept
+A group holds the experts of one device. The counts carry no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscoder.ops.library import (
+    FLOATS,
+    accumulate_dtype,
+    check_at_least,
+    check_devices,
+    check_shape,
+    check_tensor,
+    define_gradient,
+    define_op,
+)
+
+
+def moe_balance_loss(
+    probs_TE: Tensor,
+    idx_TK: Tensor,
+    *,
+    num_sequences: int = 1,
+    num_groups: int = 1,
+    num_groups_kept: int = 1,
+    expert: float = 0.0,
+    device: float = 0.0,
+    communication: float = 0.0,
+) -> Tensor:
+    """The sum of the three terms of `moe_balance_terms`, weighted by the last three arguments.
+
+    Returns:
+        A float32 scalar (float64 for float64 probs), differentiable in probs_TE.
+    """
+    terms = moe_balance_terms(
+        probs_TE,
+        idx_TK,
+        num_sequences=num_sequences,
+        num_groups=num_groups,
+        num_groups_kept=num_groups_kept,
+    )
+    return terms[0] * expert + terms[1] * device + terms[2] * communication
+
+
+def moe_balance_terms(
+    probs_TE: Tensor,
+    idx_TK: Tensor,
+    *,
+    num_sequences: int = 1,
+    num_groups: int = 1,
+    num_groups_kept: int = 1,
+) -> Tensor:
+    """The unweighted expert-, device- and communication-level terms.
+
+    Each is taken per sequence (T = num_sequences * S, sequences one after the other) and averaged over the
+    sequences; all are 1 under perfect balance. `probs_TE` is the softmax over all experts, `idx_TK` the
+    gate's choice before any token is dropped; an index outside [0, E) counts for no expert.
+
+    Returns:
+        float32 [3] (float64 for float64 probs), differentiable in probs_TE.
+    """
+    op = "moe_balance_loss"
+    check_tensor(op, "probs", probs_TE, num_dims=2, dtypes=FLOATS)
+    check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
+    check_shape(op, "idx", idx_TK, (probs_TE.shape[0], idx_TK.shape[1]))
+    check_devices(op, probs=probs_TE, idx=idx_TK)
+    check_at_least(op, "num_topk", idx_TK.shape[1], 1)
+    check_at_least(op, "num_sequences", num_sequences, 1)
+    check_at_least(op, "num_groups", num_groups, 1)
+    check_at_least(op, "num_groups_kept", num_groups_kept, 1)
+    num_tokens, num_experts = probs_TE.shape
+    if num_tokens % num_sequences:
+        raise ValueError(
+            f"{op}: num_tokens must be a multiple of num_sequences, got {num_tokens} and {num_sequences}"
+        )
+    if num_experts % num_groups:
+        raise ValueError(
+            f"{op}: num_experts must be a multiple of num_groups, got {num_experts} and {num_groups}"
+        )
+    if num_groups_kept > num_groups:
+        raise ValueError(f"{op}: num_groups_kept must be <= num_groups {num_groups}, got {num_groups_kept}")
+    terms: Tensor
+    terms, _ = torch.ops.dscoder.moe_balance_loss.default(
+        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept
+    )
+    return terms
+
+
+def _loads(idx_BJ: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int) -> Tensor:
+    """The factor of P_i in each term, [3, B, E]: f_i, f' of i's group, f'' of i's group."""
+    num_sequences, num_choices = idx_BJ.shape
+    length = max(num_choices // num_topk, 1)
+    group_width = num_experts // num_groups
+    # Column E (group G) takes the choices that count for nobody.
+    idx = torch.where((idx_BJ < 0) | (idx_BJ >= num_experts), num_experts, idx_BJ).long()
+    count_BE = torch.zeros(num_sequences, num_experts + 1, device=idx.device)
+    count_BE.scatter_add_(1, idx, torch.ones_like(idx, dtype=count_BE.dtype))
+    f_expert = count_BE[:, :num_experts] * (num_experts / (num_topk * length))
+    f_device = f_expert.view(num_sequences, num_groups, group_width).mean(dim=-1)
+    is_sent = torch.zeros(num_sequences * length, num_groups + 1, device=idx.device)
+    if num_choices:
+        is_sent.scatter_(1, (idx // group_width).clamp(max=num_groups).view(-1, num_topk), 1.0)
+    f_sent = is_sent.view(num_sequences, length, -1).sum(dim=1)[:, :num_groups]
+    f_sent = f_sent * (num_groups / (num_groups_kept * length))
+    return torch.stack([f_expert, *(f.repeat_interleave(group_width, dim=1) for f in (f_device, f_sent))])
+
+
+def _forward(
+    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_experts = probs_TE.shape
+    length = num_tokens // num_sequences
+    dtype = accumulate_dtype(probs_TE.dtype)
+    idx_BJ = idx_TK.reshape(num_sequences, length * idx_TK.shape[1])
+    load_3BE = _loads(idx_BJ, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
+    # Every term is linear in the probabilities: load / (S * B) is its gradient in every token's row.
+    load_3BE /= max(num_tokens, 1)
+    total_BE = probs_TE.reshape(num_sequences, length, num_experts).sum(dim=1, dtype=dtype)
+    return (load_3BE * total_BE).sum(dim=(1, 2)), load_3BE
+
+
+def _backward(grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    _, num_sequences, num_experts = load_3BE.shape
+    grad_BE = torch.einsum("i,ibe->be", grad_terms.to(load_3BE.dtype), load_3BE).to(dtype)
+    length = num_tokens // num_sequences
+    grad = grad_BE.unsqueeze(1).expand(num_sequences, length, num_experts)
+    return grad.reshape(num_tokens, num_experts)
+
+
+def _forward_fake(
+    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(probs_TE.dtype)
+    load_3BE = probs_TE.new_empty((3, num_sequences, probs_TE.shape[1]), dtype=dtype)
+    return probs_TE.new_empty(3, dtype=dtype), load_3BE
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.num_tokens, ctx.dtype = inputs[0].shape[0], inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _differentiate(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (load_3BE,) = ctx.saved_tensors
+    return _backward(grad_terms, load_3BE, ctx.num_tokens, ctx.dtype), None, None, None, None
+
+
+define_op(
+    "moe_balance_loss(Tensor probs, Tensor idx, int num_sequences, int num_groups, int num_groups_kept)"
+    " -> (Tensor terms, Tensor load)",
+    reference=_forward,
+    fake=_forward_fake,
+)
+define_gradient("moe_balance_loss", save=_save, backward=_differentiate)

@@ -1,0 +1,152 @@
+"""moe_gate: softmax over all experts, keep the best groups, pick K experts (DeepSeek-V2 eqs 20-22, 2.2.2).
+
+Selection compares logits in float32: softmax is monotonic, and probabilities of far experts tie at zero
+where their logits do not. A group scores by its best expert (V2's rule; V3 sums the two best).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscoder.ops.library import (
+    FLOATS,
+    accumulate_dtype,
+    check_at_least,
+    check_tensor,
+    define_gradient,
+    define_op,
+)
+
+
+def moe_gate(
+    logits_TE: Tensor,
+    *,
+    num_topk: int,
+    num_groups: int = 1,
+    num_groups_kept: int = 1,
+    scale: float = 1.0,
+    renormalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Route each token to K experts.
+
+    The weights are the chosen experts' shares of the softmax over all E experts; `renormalize` divides the K
+    of them by their sum; `scale` multiplies last. Only experts in the `num_groups_kept` groups whose best
+    expert has the largest logit can be chosen; a group is E / num_groups neighbouring experts.
+
+    Returns:
+        idx_TK (int32) and weight_TK (float32; float64 for float64 logits), largest weight first. Equal
+        logits go to the smaller expert, equal groups to the smaller group. Differentiable in the weights.
+        A NaN in a row gives NaN weights and some distinct experts in range.
+    """
+    op = "moe_gate"
+    check_tensor(op, "logits", logits_TE, num_dims=2, dtypes=FLOATS)
+    num_experts = logits_TE.shape[1]
+    check_at_least(op, "num_topk", num_topk, 1)
+    check_at_least(op, "num_groups", num_groups, 1)
+    check_at_least(op, "num_groups_kept", num_groups_kept, 1)
+    if num_experts % num_groups:
+        raise ValueError(
+            f"{op}: num_experts must be a multiple of num_groups, got {num_experts} and {num_groups}"
+        )
+    if num_groups_kept > num_groups:
+        raise ValueError(f"{op}: num_groups_kept must be <= num_groups {num_groups}, got {num_groups_kept}")
+    num_reachable = num_experts // num_groups * num_groups_kept
+    if num_topk > num_reachable:
+        raise ValueError(
+            f"{op}: num_topk must be <= {num_reachable} (experts in the kept groups), got {num_topk}"
+        )
+    idx_TK: Tensor
+    weight_TK: Tensor
+    weight_TK, idx_TK = torch.ops.dscoder.moe_gate.default(
+        logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize
+    )
+    return idx_TK, weight_TK
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest of each row, largest first, ties to the smaller position."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _select(logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int) -> Tensor:
+    if num_groups_kept == num_groups:
+        return _largest(logits_TE, num_topk)
+    num_tokens, num_experts = logits_TE.shape
+    group_width = num_experts // num_groups
+    grouped = logits_TE.view(num_tokens, num_groups, group_width)
+    # Kept groups in ascending order, so that a tie between experts of two groups goes to the smaller one.
+    kept = _largest(grouped.amax(dim=-1), num_groups_kept).sort(dim=-1).values
+    experts = kept.unsqueeze(-1) * group_width + torch.arange(group_width, device=logits_TE.device)
+    experts = experts.flatten(1)
+    return experts.gather(1, _largest(logits_TE.gather(1, experts), num_topk))
+
+
+def _forward(
+    logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    logits = logits_TE.to(accumulate_dtype(logits_TE.dtype)).contiguous()
+    idx_TK = _select(logits, num_topk, num_groups, num_groups_kept)
+    # Softmax over all experts, the dropped groups included.
+    weight_TK = logits.softmax(dim=-1).gather(1, idx_TK)
+    if renormalize:
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+    return weight_TK * scale, idx_TK.to(torch.int32)
+
+
+def _backward(
+    grad_weight_TK: Tensor, logits_TE: Tensor, idx_TK: Tensor, scale: float, renormalize: bool
+) -> Tensor:
+    probs_TE = logits_TE.to(accumulate_dtype(logits_TE.dtype)).softmax(dim=-1)
+    idx = idx_TK.long()
+    chosen_TK = probs_TE.gather(1, idx)
+    grad_TK = grad_weight_TK * scale
+    if renormalize:
+        # weight = chosen / total, so d chosen = (d weight - sum(d weight * weight)) / total.
+        total = chosen_TK.sum(dim=-1, keepdim=True)
+        grad_TK = (grad_TK - (grad_TK * chosen_TK).sum(dim=-1, keepdim=True) / total) / total
+    grad_TK = grad_TK * chosen_TK
+    grad_TE = -probs_TE * grad_TK.sum(dim=-1, keepdim=True)
+    return grad_TE.scatter_add_(1, idx, grad_TK).to(logits_TE.dtype)
+
+
+def _forward_fake(
+    logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (logits_TE.shape[0], num_topk)
+    weight_dtype = accumulate_dtype(logits_TE.dtype)
+    return logits_TE.new_empty(shape, dtype=weight_dtype), logits_TE.new_empty(shape, dtype=torch.int32)
+
+
+def _backward_fake(
+    grad_weight_TK: Tensor, logits_TE: Tensor, idx_TK: Tensor, scale: float, renormalize: bool
+) -> Tensor:
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits_TE, _, _, _, ctx.scale, ctx.renormalize = inputs
+    ctx.save_for_backward(logits_TE, output[1])
+
+
+def _differentiate(ctx: Any, grad_weight_TK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    logits_TE, idx_TK = ctx.saved_tensors
+    grad_logits = torch.ops.dscoder.moe_gate_backward.default(
+        grad_weight_TK, logits_TE, idx_TK, ctx.scale, ctx.renormalize
+    )
+    return grad_logits, None, None, None, None, None
+
+
+define_op(
+    "moe_gate(Tensor logits, int num_topk, int num_groups, int num_groups_kept, float scale,"
+    " bool renormalize) -> (Tensor weight, Tensor idx)",
+    reference=_forward,
+    fake=_forward_fake,
+)
+define_op(
+    "moe_gate_backward(Tensor grad_weight, Tensor logits, Tensor idx, float scale, bool renormalize)"
+    " -> Tensor",
+    reference=_backward,
+    fake=_backward_fake,
+)
+define_gradient("moe_gate", save=_save, backward=_differentiate)

@@ -1,0 +1,117 @@
+"""rope: rotate pairs of query and key elements by an angle that grows with the position (RoFormer eq. 34).
+
+Which elements pair up differs: DeepSeek-V2 rotates neighbours (0, 1), (2, 3), ..; LLaMA-style checkpoints
+(DeepSeek-Coder v1) rotate (i, i + r / 2).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscoder.ops.library import (
+    FLOATS,
+    accumulate_dtype,
+    check_devices,
+    check_shape,
+    check_tensor,
+    define_gradient,
+    define_op,
+)
+
+
+def rope(
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    *,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rotate token t's heads by the angles in row positions_T[t] of the tables; f = r / 2.
+
+    `q_THr` and `k_TGr` may have different head counts (V2's key has one head for all). Computed in float32.
+
+    Returns:
+        New tensors with the shapes and dtypes of q and k. Differentiable in both.
+    """
+    op = "rope"
+    check_tensor(op, "q", q_THr, num_dims=3, dtypes=FLOATS)
+    check_tensor(op, "k", k_TGr, num_dims=3, dtypes=(q_THr.dtype,))
+    num_tokens, _, width = q_THr.shape
+    if width % 2:
+        raise ValueError(f"{op}: q must have an even last dimension, got {width}")
+    check_shape(op, "k", k_TGr, (num_tokens, k_TGr.shape[1], width))
+    table_dtypes = (torch.float32, torch.float64)
+    check_tensor(op, "cos", cos_Lf, num_dims=2, dtypes=table_dtypes)
+    check_tensor(op, "sin", sin_Lf, num_dims=2, dtypes=table_dtypes)
+    check_shape(op, "cos", cos_Lf, (cos_Lf.shape[0], width // 2))
+    check_shape(op, "sin", sin_Lf, tuple(cos_Lf.shape))
+    check_tensor(op, "positions", positions_T, num_dims=1, dtypes=(torch.int32, torch.int64))
+    check_shape(op, "positions", positions_T, (num_tokens,))
+    check_devices(op, q=q_THr, k=k_TGr, cos=cos_Lf, sin=sin_Lf, positions=positions_T)
+    q: Tensor
+    k: Tensor
+    q, k = torch.ops.dscoder.rope.default(q_THr, k_TGr, cos_Lf, sin_Lf, positions_T, interleaved, False)
+    return q, k
+
+
+def _rotate(x: Tensor, cos_T1f: Tensor, sin_T1f: Tensor, interleaved: bool) -> Tensor:
+    dtype = accumulate_dtype(x.dtype)
+    shape = (*x.shape[:2], x.shape[2] // 2, 2) if interleaved else (*x.shape[:2], 2, x.shape[2] // 2)
+    dim = -1 if interleaved else -2
+    first, second = x.reshape(shape).to(dtype).unbind(dim)
+    rotated = (first * cos_T1f - second * sin_T1f, second * cos_T1f + first * sin_T1f)
+    return torch.stack(rotated, dim).view(x.shape).to(x.dtype)
+
+
+def _forward(
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(q_THr.dtype)
+    cos_T1f = cos_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
+    sin_T1f = sin_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
+    if inverse:
+        sin_T1f = -sin_T1f
+    return _rotate(q_THr, cos_T1f, sin_T1f, interleaved), _rotate(k_TGr, cos_T1f, sin_T1f, interleaved)
+
+
+def _fake(
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    return q_THr.new_empty(q_THr.shape), k_TGr.new_empty(k_TGr.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *_, cos_Lf, sin_Lf, positions_T, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos_Lf, sin_Lf, positions_T)
+
+
+def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    # A rotation's transpose is the rotation back.
+    grads = torch.ops.dscoder.rope.default(
+        grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse
+    )
+    return (*grads, None, None, None, None, None)
+
+
+define_op(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool interleaved, bool inverse)"
+    " -> (Tensor q, Tensor k)",
+    reference=_forward,
+    fake=_fake,
+)
+define_gradient("rope", save=_save, backward=_differentiate)
