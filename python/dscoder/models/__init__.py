@@ -1,0 +1,19 @@
+"""The two model families as one Transformer, its caches, its initial weights and its parameter counts."""
+
+from dscoder.models.cache import PAGE_SIZE, Cache, KeyValueCache, LatentCache, allocate_cache
+from dscoder.models.count import ParameterCount, count_parameters
+from dscoder.models.init import init_weights
+from dscoder.models.transformer import Features, Transformer
+
+__all__ = [
+    "PAGE_SIZE",
+    "Cache",
+    "Features",
+    "KeyValueCache",
+    "LatentCache",
+    "ParameterCount",
+    "Transformer",
+    "allocate_cache",
+    "count_parameters",
+    "init_weights",
+]

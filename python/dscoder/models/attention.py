@@ -1,0 +1,108 @@
+"""Grouped-query attention of DeepSeek-Coder (v1): LLaMA's, with half-split rotary positions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dscoder import ops
+from dscoder.config import GqaConfig, ModelConfig
+from dscoder.models.cache import KeyValueCache
+from dscoder.models.placement import Placement
+
+
+class GqaAttention(nn.Module):
+    """num_heads query heads on num_kv_heads key and value heads; no biases."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: GqaConfig,
+        *,
+        layer_idx: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = attention.num_heads
+        self.num_kv_heads = attention.num_kv_heads
+        self.head_dim = attention.head_dim
+        width = config.width
+        kv_width = attention.num_kv_heads * attention.head_dim
+        q_width = attention.num_heads * attention.head_dim
+        self.query = nn.Linear(width, q_width, bias=False, device=device, dtype=dtype)
+        self.key = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
+        self.value = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
+        self.out = nn.Linear(q_width, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
+        """x_TD -> [T, D]; with a cache its keys and values are stored, and the stored ones are attended."""
+        query_THd = self.query(x_TD).view(-1, self.num_heads, self.head_dim)
+        key_TGd = self.key(x_TD).view(-1, self.num_kv_heads, self.head_dim)
+        value_TGd = self.value(x_TD).view(-1, self.num_kv_heads, self.head_dim)
+        query_THd, key_TGd = ops.rope(
+            query_THd, key_TGd, placement.cos_Tf, placement.sin_Tf, placement.rows_T, interleaved=False
+        )
+        cache, append = placement.cache, placement.append
+        if isinstance(cache, KeyValueCache) and append is not None:
+            cache.write(self.layer_idx, key_TGd, value_TGd, append)
+            if not append.is_first:
+                return self._attend_cached(query_THd, placement)
+        if placement.is_packed:
+            out_THd = self._attend_packed(query_THd, key_TGd, value_TGd, placement)
+        else:
+            out_THd = self._attend_rows(query_THd, key_TGd, value_TGd, placement)
+        out_TD: Tensor = self.out(out_THd.flatten(1))
+        return out_TD
+
+    def _attend_rows(
+        self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, placement: Placement
+    ) -> Tensor:
+        # Every row is one document, so one causal call serves; right padding is never seen from the left.
+        query, key, value = (
+            x.view(placement.num_sequences, placement.length, -1, self.head_dim).transpose(1, 2)
+            for x in (query_THd, key_TGd, value_TGd)
+        )
+        out_BHSd = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return out_BHSd.transpose(1, 2).flatten(0, 1)
+
+    def _attend_packed(
+        self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, placement: Placement
+    ) -> Tensor:
+        # The variable-length op works document by document; a mask would cost the square of the window.
+        num_groups = self.num_heads // self.num_kv_heads
+        out_THd, _ = ops.mla_prefill(
+            query_THd,
+            key_TGd.repeat_interleave(num_groups, dim=1),
+            value_TGd.repeat_interleave(num_groups, dim=1),
+            placement.cu_seqlens,
+            placement.cu_seqlens,
+            causal=True,
+            scale=self.head_dim**-0.5,
+        )
+        return out_THd
+
+    def _attend_cached(self, query_THd: Tensor, placement: Placement) -> Tensor:
+        cache, append = placement.cache, placement.append
+        assert isinstance(cache, KeyValueCache)
+        assert append is not None
+        key_BLGd, value_BLGd = cache.read(self.layer_idx, append)
+        num_groups = self.num_heads // self.num_kv_heads
+        # The heads that share a key stand as extra positions: keys and values are not repeated.
+        query = query_THd.view(
+            placement.num_sequences, placement.length, self.num_kv_heads, num_groups, self.head_dim
+        )
+        query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        seen_BSL = torch.arange(key_BLGd.shape[1], device=query.device) <= append.positions_BS[:, :, None]
+        out = F.scaled_dot_product_attention(
+            query,
+            key_BLGd.transpose(1, 2).to(query.dtype),
+            value_BLGd.transpose(1, 2).to(query.dtype),
+            attn_mask=seen_BSL[:, None].repeat(1, 1, num_groups, 1),
+        )
+        out = out.view(placement.num_sequences, self.num_kv_heads, num_groups, placement.length, -1)
+        out = out.permute(0, 3, 1, 2, 4)
+        out_TD: Tensor = self.out(out.reshape(len(query_THd), -1))
+        return out_TD

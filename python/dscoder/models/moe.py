@@ -1,0 +1,131 @@
+"""DeepSeekMoE (DeepSeek-V2 section 2.2): routed experts by top-K gating, shared experts, token dropping."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dscoder import ops
+from dscoder.config import MoeConfig
+from dscoder.models.mlp import Mlp, swiglu
+from dscoder.models.placement import Placement
+
+DROPPED = -1  # the expert index of a choice that gets no expert
+
+
+def drop_over_capacity(
+    idx_TK: Tensor,
+    affinity_TK: Tensor,
+    *,
+    config: MoeConfig,
+    capacity_factor: float,
+    never_dropped_T: Tensor,
+) -> Tensor:
+    """Device-level token dropping (DeepSeek-V2 section 2.2.4): `idx_TK` with the dropped choices at -1.
+
+    A device (a group of experts) computes at most capacity_factor times its even share of the T * K choices.
+    Of those sent to it, the ones with the lowest affinity go, the later ones among equals. Choices of
+    `never_dropped_T` tokens stay, and take up capacity before all others.
+    """
+    num_choices = idx_TK.numel()
+    capacity = int(capacity_factor * num_choices / config.num_groups)
+    protected_J = never_dropped_T.repeat_interleave(config.num_topk)
+    # Affinities are at most 1, so 2 sorts before every choice that may be dropped.
+    rank_key_J = affinity_TK.detach().flatten().masked_fill(protected_J, 2.0)
+    device_J = idx_TK.flatten() // (config.num_experts // config.num_groups)
+    by_affinity_J = rank_key_J.argsort(descending=True, stable=True)
+    by_device = device_J[by_affinity_J].sort(stable=True)
+    order_J = by_affinity_J[by_device.indices]
+    starts_G = torch.searchsorted(
+        by_device.values, torch.arange(config.num_groups, dtype=by_device.values.dtype, device=idx_TK.device)
+    )
+    rank_J = torch.arange(num_choices, device=idx_TK.device) - starts_G[by_device.values]
+    is_dropped_J = torch.zeros_like(protected_J).index_copy(0, order_J, rank_J >= capacity) & ~protected_J
+    return idx_TK.masked_fill(is_dropped_J.view_as(idx_TK), DROPPED)
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, one matrix stack each for gate and up, and for down."""
+
+    def __init__(
+        self,
+        width: int,
+        config: MoeConfig,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_experts, expert_width = config.num_experts, config.expert_width
+        self.gate_up = nn.Parameter(
+            torch.empty(num_experts, 2 * expert_width, width, device=device, dtype=dtype)
+        )
+        self.down = nn.Parameter(torch.empty(num_experts, width, expert_width, device=device, dtype=dtype))
+
+    def forward(self, x_MD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Rows in expert order -> rows in expert order."""
+        hidden_MF = swiglu(ops.grouped_gemm(x_MD, self.gate_up, offsets_E))
+        return ops.grouped_gemm(hidden_MF, self.down, offsets_E)
+
+
+class Moe(nn.Module):
+    """sum over K chosen experts of weight * FFN(x), plus the shared experts as one MLP."""
+
+    def __init__(
+        self,
+        width: int,
+        config: MoeConfig,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(width, config.num_experts, bias=False, device=device, dtype=dtype)
+        self.experts = Experts(width, config, device=device, dtype=dtype)
+        self.shared = (
+            Mlp(width, config.num_shared_experts * config.expert_width, device=device, dtype=dtype)
+            if config.num_shared_experts
+            else None
+        )
+
+    def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
+        """x_TD -> [T, D], and the unweighted balance terms [3] while they are trained on."""
+        config = self.config
+        # The gate decides in float32 whatever the weights' type: ties and near-ties choose experts.
+        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        idx_TK, weight_TK = ops.moe_gate(
+            logits_TE,
+            num_topk=config.num_topk,
+            num_groups=config.num_groups,
+            num_groups_kept=config.num_groups_kept,
+            scale=config.scale,
+            renormalize=config.renormalize,
+        )
+        terms_3 = self._balance_terms(logits_TE, idx_TK, placement)
+        if placement.never_dropped_T is not None and config.capacity_factor is not None:
+            idx_TK = drop_over_capacity(
+                idx_TK,
+                logits_TE.softmax(dim=-1).gather(1, idx_TK.long()),
+                config=config,
+                capacity_factor=config.capacity_factor,
+                never_dropped_T=placement.never_dropped_T,
+            )
+        rows_MD, handle = ops.moe_permute(x_TD, idx_TK, num_experts=config.num_experts)
+        out_TD = ops.moe_unpermute(self.experts(rows_MD, handle.offsets_E), weight_TK, handle)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return out_TD, terms_3
+
+    def _balance_terms(self, logits_TE: Tensor, idx_TK: Tensor, placement: Placement) -> Tensor | None:
+        balance = self.config.balance
+        is_weighted = max(balance.expert, balance.device, balance.communication) > 0
+        # Without a weight or a gradient the loss would be computed for nobody.
+        if not (is_weighted and self.training and torch.is_grad_enabled()):
+            return None
+        return ops.moe_balance_terms(
+            logits_TE.softmax(dim=-1),
+            idx_TK,
+            num_sequences=placement.num_sequences,
+            num_groups=self.config.num_groups,
+            num_groups_kept=self.config.num_groups_kept,
+        )

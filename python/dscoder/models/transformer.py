@@ -1,0 +1,156 @@
+"""The decoder of both families: pre-norm blocks of attention and an MLP or experts, then norm and head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dscoder.config import GqaConfig, ModelConfig
+from dscoder.models.attention import GqaAttention
+from dscoder.models.cache import Cache
+from dscoder.models.init import init_weights
+from dscoder.models.mla import LatentAttention
+from dscoder.models.mlp import Mlp
+from dscoder.models.moe import Moe
+from dscoder.models.norm import RMSNorm
+from dscoder.models.placement import Placement, place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """What a forward gives before the head."""
+
+    hidden_BSD: Tensor  # after the final norm
+    balance: Tensor  # float32 scalar, weighted and summed over layers; 0 unless training with experts
+    balance_terms_3: Tensor | None  # unweighted expert, device, communication; mean over layers; detached
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layer_idx: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        width, attention = config.width, config.attention
+        self.attention_norm = RMSNorm(width, eps=config.norm_eps, device=device, dtype=dtype)
+        self.attention: GqaAttention | LatentAttention
+        if isinstance(attention, GqaConfig):
+            self.attention = GqaAttention(config, attention, layer_idx=layer_idx, device=device, dtype=dtype)
+        else:
+            self.attention = LatentAttention(
+                config, attention, layer_idx=layer_idx, device=device, dtype=dtype
+            )
+        self.mlp_norm = RMSNorm(width, eps=config.norm_eps, device=device, dtype=dtype)
+        self.is_moe = config.is_moe_layer(layer_idx)
+        if self.is_moe:
+            assert config.moe is not None
+            self.moe = Moe(width, config.moe, device=device, dtype=dtype)
+        else:
+            self.mlp = Mlp(width, config.mlp_width, device=device, dtype=dtype)
+
+    def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
+        """x_TD -> [T, D], and the balance terms [3] of its experts, if any."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), placement)
+        normed_TD = self.mlp_norm(x_TD)
+        if not self.is_moe:
+            return x_TD + self.mlp(normed_TD), None
+        out_TD, terms_3 = self.moe(normed_TD, placement)
+        return x_TD + out_TD, terms_3
+
+
+class Transformer(nn.Module):
+    """DeepSeek-Coder (v1) or DeepSeek-Coder-V2, as `config` says.
+
+    Off the meta device the weights start as `init_weights(self, seed=0)`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        place_on = None if device is None else torch.device(device)
+        self.embed = nn.Embedding(config.vocab_size, config.width, device=place_on, dtype=dtype)
+        self.layers = nn.ModuleList(
+            Layer(config, layer_idx=layer_idx, device=place_on, dtype=dtype)
+            for layer_idx in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, device=place_on, dtype=dtype)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False, device=place_on, dtype=dtype)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        if not self.embed.weight.is_meta:
+            init_weights(self, seed=0)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        num_new_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V]; see `features` for the arguments."""
+        features = self.features(tokens_BS, cu_seqlens=cu_seqlens, cache=cache, num_new_B=num_new_B)
+        logits_BSV: Tensor = self.head(features.hidden_BSD)
+        return logits_BSV
+
+    def features(
+        self,
+        tokens_BS: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        num_new_B: Tensor | None = None,
+    ) -> Features:
+        """Everything but the head.
+
+        Args:
+            tokens_BS: token ids, int32 or int64.
+            cu_seqlens: int32 [documents + 1] over the B * S tokens of a packed batch, window edges among
+                them. Attention and positions stay inside a document. None: every row is one document.
+            cache: from `allocate_cache`; the tokens are appended to its rows and attend what is there.
+            num_new_B: with a cache, how many of each row's tokens count; the rest is right padding, whose
+                output means nothing. None: all.
+        """
+        moe = self.config.moe
+        placement = place(
+            self.config,
+            tokens_BS,
+            cu_seqlens=cu_seqlens,
+            cache=cache,
+            num_new_B=num_new_B,
+            drops_tokens=self.training and moe is not None and moe.capacity_factor is not None,
+        )
+        x_TD = self.embed(tokens_BS).flatten(0, 1)
+        layer_terms: list[Tensor] = []
+        for layer in self.layers:
+            x_TD, terms_3 = layer(x_TD, placement)
+            if terms_3 is not None:
+                layer_terms.append(terms_3)
+        if cache is not None and placement.append is not None:
+            cache.commit(placement.append)
+        hidden_BSD = self.norm(x_TD).view(*tokens_BS.shape, -1)
+        if moe is None or not layer_terms:
+            zero = torch.zeros((), device=x_TD.device)
+            return Features(hidden_BSD=hidden_BSD, balance=zero, balance_terms_3=None)
+        terms_L3 = torch.stack(layer_terms)
+        total_3 = terms_L3.sum(dim=0)
+        weights = moe.balance
+        return Features(
+            hidden_BSD=hidden_BSD,
+            balance=total_3[0] * weights.expert
+            + total_3[1] * weights.device
+            + total_3[2] * weights.communication,
+            balance_terms_3=terms_L3.detach().mean(dim=0),
+        )
