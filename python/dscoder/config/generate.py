@@ -1,0 +1,61 @@
+"""What a generation run does: how tokens are drawn, when it stops, how a hole is shown to the model."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How one request draws its tokens: temperature first, then top-k, then top-p on what is left."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # the smallest set of likeliest tokens with at least this probability
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"SamplingConfig: temperature must be finite and >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"SamplingConfig: top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"SamplingConfig: top_k must be >= 0, got {self.top_k}")
+        if self.seed < 0:
+            raise ValueError(f"SamplingConfig: seed must be >= 0, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Which model generates, where, and how many requests at once."""
+
+    model: str  # a directory in the published layout, or a hub id
+    dtype: str = "auto"  # auto: as stored
+    device: str = "auto"  # auto: the GPU if there is one
+    max_batch: int = 8
+    prefill_chunk: int = 512  # positions of a prompt computed in one forward pass
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"EngineConfig: dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}"
+            )
+        if self.max_batch < 1 or self.prefill_chunk < 1:
+            raise ValueError(
+                f"EngineConfig: max_batch and prefill_chunk must be >= 1, "
+                f"got {self.max_batch} and {self.prefill_chunk}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InfillConfig:
+    """How the text around a hole becomes a prompt and where the completion ends."""
+
+    max_new_tokens: int = 128
+    prefix_share: float = 0.75  # of the prompt, when both sides are too long for the context
+    single_line: bool = False  # stop at the first newline
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"InfillConfig: max_new_tokens must be >= 0, got {self.max_new_tokens}")
+        if not 0 <= self.prefix_share <= 1:
+            raise ValueError(f"InfillConfig: prefix_share must be in [0, 1], got {self.prefix_share}")

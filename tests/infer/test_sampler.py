@@ -1,0 +1,122 @@
+"""Draws: greedy, temperature, top-k, top-p, and independence of the rest of the batch."""
+
+import math
+
+import pytest
+import torch
+
+from dscoder.config.generate import SamplingConfig
+from dscoder.infer.sampler import Draw, log_probabilities, sample, uniform
+
+
+def draw(step: int = 0, *, request_idx: int = 0, **sampling: float) -> Draw:
+    return Draw(request_idx=request_idx, step=step, sampling=SamplingConfig(**sampling))
+
+
+def draw_many(logits: list[float], num_draws: int, **sampling: float) -> list[int]:
+    """One request's tokens over many steps of the same logits."""
+    draws = [draw(step, **sampling) for step in range(num_draws)]
+    return sample(torch.tensor([logits] * num_draws), draws)
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, 3.0], [5.0, 0.0, 5.0]])
+    assert sample(logits_BV, [draw(), draw()]) == [1, 0]
+
+
+def test_shares_follow_the_softmax_of_the_logits_over_the_temperature() -> None:
+    tokens = draw_many([0.0, math.log(2.0), math.log(4.0)], 20000, temperature=2.0)
+    weights = [1.0, math.sqrt(2.0), 2.0]
+    for token, weight in enumerate(weights):
+        share = tokens.count(token) / len(tokens)
+        assert share == pytest.approx(weight / sum(weights), abs=0.012)
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert set(draw_many([0.0, 2.0, 1.0, 1.5], 500, temperature=5.0, top_k=2)) == {1, 3}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = [math.log(p) for p in (0.1, 0.5, 0.3, 0.1)]
+    assert set(draw_many(logits, 2000, temperature=1.0, top_p=0.4)) == {1}
+    assert set(draw_many(logits, 2000, temperature=1.0, top_p=0.51)) == {1, 2}
+    assert set(draw_many(logits, 2000, temperature=1.0)) == {0, 1, 2, 3}
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    # Of 0.5 and 0.3 the first has 0.625, so 0.6 is reached with it alone; of all four it is not.
+    logits = [math.log(p) for p in (0.1, 0.5, 0.3, 0.1)]
+    assert set(draw_many(logits, 2000, temperature=1.0, top_p=0.6, top_k=2)) == {1}
+    assert set(draw_many(logits, 2000, temperature=1.0, top_p=0.6)) == {1, 2}
+
+
+def test_forbidden_tokens_are_never_drawn() -> None:
+    tokens = draw_many([-math.inf, 0.0, -math.inf, 0.0], 2000, temperature=3.0)
+    assert set(tokens) == {1, 3}
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert set(draw_many([1.0, 1.001, 0.5], 100, temperature=1e-8)) == {1}
+
+
+def test_a_token_depends_neither_on_the_other_rows_nor_on_its_place() -> None:
+    logits_BV = torch.randn(7, 50, generator=torch.Generator().manual_seed(3))
+    draws = [
+        draw(step=i, seed=10 + i, temperature=0.0 if i == 2 else 0.7 + 0.1 * i, top_p=0.9) for i in range(7)
+    ]
+    together = sample(logits_BV, draws)
+    order = [4, 0, 6, 2, 5, 1, 3]
+    assert sample(logits_BV[order], [draws[i] for i in order]) == [together[i] for i in order]
+    assert [sample(logits_BV[i : i + 1], draws[i : i + 1])[0] for i in range(7)] == together
+
+
+def test_another_seed_draws_other_tokens() -> None:
+    logits = [0.0] * 64
+    runs = [draw_many(logits, 20, temperature=1.0, seed=seed) for seed in (0, 1, 2**63)]
+    assert len({tuple(run) for run in runs}) == 3
+    assert runs[0] == draw_many(logits, 20, temperature=1.0, seed=0)
+
+
+def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
+    values = [uniform(seed, step) for seed in range(20) for step in range(500)]
+    counts = [sum(i / 10 <= value < (i + 1) / 10 for value in values) for i in range(10)]
+    assert sum(counts) == len(values) == len(set(values))
+    assert all(abs(count - 1000) < 120 for count in counts)  # four standard deviations
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_name_the_request(bad: float, temperature: float) -> None:
+    logits_BV = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0]])
+    draws = [draw(temperature=temperature), draw(5, request_idx=9, temperature=temperature)]
+    with pytest.raises(ValueError, match=rf"logits of request 9 at step 5 must be finite, got .* {bad}"):
+        sample(logits_BV, draws)
+
+
+def test_a_row_with_every_token_forbidden_is_an_error() -> None:
+    with pytest.raises(ValueError, match="got a largest value of -inf"):
+        sample(torch.full((1, 4), -math.inf), [draw()])
+
+
+def test_logits_need_one_row_per_draw() -> None:
+    with pytest.raises(ValueError, match=r"must be \[2, V\], one row per draw, got \(3, 4\)"):
+        sample(torch.zeros(3, 4), [draw(), draw()])
+
+
+def test_log_probabilities_are_those_of_the_model_without_temperature() -> None:
+    logits_BV = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    assert log_probabilities(logits_BV, [1, 0]) == pytest.approx([math.log(0.75), math.log(0.5)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", -1.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.5)]
+)
+def test_sampling_config_rejects_values_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"SamplingConfig: {field} must be .* got {value}"):
+        SamplingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["top_k", "seed"])
+def test_sampling_config_rejects_negative_counts(field: str) -> None:
+    with pytest.raises(ValueError, match=f"SamplingConfig: {field} must be >= 0, got -1"):
+        SamplingConfig(**{field: -1})
