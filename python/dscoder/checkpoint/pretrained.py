@@ -1,0 +1,214 @@
+"""Models from and to directories in the published Hugging Face layout.
+
+Memory: a loaded model needs itself and what is mapped of one file; a saved one needs itself and, for weights
+that are not on the CPU, one shard. Nothing is read before config.json and all headers are found to fit.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf, dtype_from_hf
+from dscoder.checkpoint.names import Piece, has_stacked_experts, is_derived, pieces
+from dscoder.checkpoint.replace import new_directory
+from dscoder.checkpoint.store import (
+    DTYPES,
+    INDEX,
+    StoredTensor,
+    open_store,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
+from dscoder.models import Transformer
+
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# What a directory may hold to be replaced by a new checkpoint.
+_CHECKPOINT_FILES = (
+    *TOKENIZER_FILES,
+    CONFIG,
+    INDEX,
+    "*.safetensors",
+    "generation_config.json",
+    "manifest.json",
+    "README.md",
+)
+_HUB_FILES = (CONFIG, INDEX, "model*.safetensors")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_MAX_SHARD_BYTES = 5 * 1000**3  # what the published checkpoints have
+
+
+def load_pretrained(
+    path_or_repo_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The model in a directory, or in a repository of the Hugging Face hub, in evaluation mode.
+
+    Args:
+        path_or_repo_id: a directory with config.json and safetensors files, or "owner/name".
+        dtype: of the parameters. None: what config.json says, else what the embedding is stored in.
+        device: where they go; tensors are converted and moved one at a time.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        wanted = ", ".join(str(known) for known in DTYPES.values())
+        raise ValueError(f"load_pretrained: dtype must be one of {wanted}, got {dtype}")
+    directory = _find(path_or_repo_id)
+    data = read_json(directory / CONFIG)
+    try:
+        config = config_from_hf(data)
+        dtype = dtype or dtype_from_hf(data)
+    except ValueError as error:
+        raise ValueError(f"load_pretrained: {directory / CONFIG}: {error}") from error
+    stored = open_store(directory)
+    parts = {piece.name: piece for piece in pieces(config, stacked_experts=has_stacked_experts(stored))}
+    model = Transformer(config, device="meta")
+    _check(stored, parts, model, directory)
+    model.to(dtype or DTYPES[stored["model.embed_tokens.weight"].dtype])
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight  # to_empty gave each its own
+    _fill(model, {name: stored[name] for name in parts}, parts)
+    if config.tie_embeddings:
+        _check_tied_head(model, stored)
+    return model.eval()
+
+
+def _find(path_or_repo_id: str | Path) -> Path:
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"load_pretrained: {path} must be a checkpoint directory, got no {CONFIG} in it")
+        return path
+    if isinstance(path_or_repo_id, Path) or not _HUB_ID.fullmatch(path_or_repo_id):
+        raise ValueError(f"load_pretrained: path_or_repo_id must be a directory or a hub id, got {path}")
+    try:
+        return Path(snapshot_download(path_or_repo_id, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"load_pretrained: path_or_repo_id must be a directory or a repository of the Hugging Face hub, "
+            f"got {path_or_repo_id!r}: there is no such directory, and the hub answered "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check(
+    stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Transformer, directory: Path
+) -> None:
+    """Every tensor is there, none is left over, each has the shape and a type that can be converted."""
+    missing = [name for name in parts if name not in stored]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"load_pretrained: {directory} must hold tensor {missing[0]!r}{more}, got none")
+    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    for name, tensor in stored.items():
+        if name not in parts and name not in tied and not is_derived(name) and 0 not in tensor.shape:
+            raise ValueError(
+                f"load_pretrained: {tensor.file} must hold what {CONFIG} calls for, got tensor {name!r} too"
+            )
+    parameters = dict(model.named_parameters())
+    for name, piece in parts.items():
+        tensor, wanted = stored[name], tuple(piece.view(parameters[piece.parameter]).shape)
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"load_pretrained: {tensor.file}: tensor {name!r} must be {wanted}, got {tensor.shape}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"load_pretrained: {tensor.file}: tensor {name!r} must be one of {', '.join(DTYPES)}, "
+                f"got {tensor.dtype}"
+            )
+
+
+@torch.no_grad()
+def _fill(model: Transformer, stored: dict[str, StoredTensor], parts: dict[str, Piece]) -> None:
+    parameters = dict(model.named_parameters())
+    assert {piece.parameter for piece in parts.values()} == parameters.keys()
+    for name, tensor in read_tensors(stored):
+        piece = parts[name]
+        piece.view(parameters[piece.parameter]).copy_(tensor)
+
+
+def _check_tied_head(model: Transformer, stored: dict[str, StoredTensor]) -> None:
+    """A tied checkpoint may hold the head too; if it is another matrix, one of the two would be lost."""
+    head = {name: tensor for name, tensor in stored.items() if name == "lm_head.weight"}
+    for name, tensor in read_tensors(head):
+        if not torch.equal(tensor.to(model.embed.weight), model.embed.weight):
+            raise ValueError(
+                f"load_pretrained: {head[name].file}: tensor {name!r} must equal the embedding "
+                "(tie_word_embeddings is true), got other values"
+            )
+
+
+def save_pretrained(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write `model` to `directory`, whole or not at all, as vLLM, SGLang and transformers read it.
+
+    Args:
+        max_shard_bytes: weights of a file; what fits in one is one file, a larger tensor stands alone.
+        tokenizer: a directory whose tokenizer files are copied into the new one.
+        overwrite: replace `directory` if it is a checkpoint and nothing else; else it must not exist or be
+            empty.
+    """
+    directory = Path(directory).expanduser()
+    if max_shard_bytes < 1:
+        raise ValueError(f"save_pretrained: max_shard_bytes must be >= 1, got {max_shard_bytes}")
+    _check_replaceable(directory, overwrite)
+    companions = [] if tokenizer is None else _tokenizer_files(Path(tokenizer).expanduser())
+    data = config_to_hf(model.config, dtype=model.embed.weight.dtype)
+    parameters = dict(model.named_parameters())
+    tensors = [
+        (piece.name, piece.view(parameters[piece.parameter].detach())) for piece in pieces(model.config)
+    ]
+    with new_directory(directory) as partial:
+        write_tensors(partial, tensors, max_shard_bytes=max_shard_bytes)
+        for path in companions:
+            shutil.copyfile(path, partial / path.name)
+        text = json.dumps(data, indent=2, sort_keys=True)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if directory / TOKENIZER_FILES[0] not in files:
+        raise ValueError(f"save_pretrained: tokenizer must hold {TOKENIZER_FILES[0]}, got {directory}")
+    return files
+
+
+def _check_replaceable(directory: Path, overwrite: bool) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"save_pretrained: directory must not be a file, got {directory}")
+    entries = sorted(directory.iterdir())
+    if not entries:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"save_pretrained: directory must not exist or be empty unless overwrite=True, got {directory}"
+        )
+    strange = [p.name for p in entries if p.is_dir() or not any(p.match(form) for form in _CHECKPOINT_FILES)]
+    if strange or not (directory / CONFIG).is_file():
+        what = f"{strange[0]!r} in it" if strange else f"no {CONFIG} in it"
+        raise ValueError(
+            f"save_pretrained: directory must be a checkpoint and nothing else to be overwritten, "
+            f"got {directory} with {what}"
+        )

@@ -1,0 +1,181 @@
+"""Named tensors in a directory of safetensors files, read and written one file at a time.
+
+A directory holds either `model.safetensors`, or shards and `model.safetensors.index.json`, which says in
+which shard each tensor lies. All headers are checked against each other before any weight is read: an error
+names the tensor and the file.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LENGTH_BYTES = 8  # little-endian length of the JSON header that opens a file
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """One tensor as the header of its file has it."""
+
+    file: Path
+    dtype: str  # as safetensors writes it: "BF16"
+    shape: tuple[int, ...]
+    start: int  # byte in the file's data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError naming the file if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} must be a JSON file, got {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"checkpoint: {path} must hold a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, all of whose bytes are there; ValueError names the file and the tensor."""
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            end_of_header = _LENGTH_BYTES + length
+            if num_bytes < end_of_header:
+                raise ValueError(f"its header ends at byte {end_of_header}, the file at byte {num_bytes}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        ends = {name: end_of_header + entry["data_offsets"][1] for name, entry in header.items()}
+        tensors = {
+            name: StoredTensor(
+                file=path, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
+    for name, end in ends.items():
+        if end > num_bytes:
+            raise ValueError(
+                f"checkpoint: {path} is cut off: tensor {name!r} must end at byte {end}, got {num_bytes}"
+            )
+    return tensors
+
+
+def open_store(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint directory, without reading one."""
+    index, weights = directory / INDEX, directory / WEIGHTS
+    if index.exists():
+        weight_map = _read_index(index)
+        if weights.exists() and WEIGHTS not in weight_map.values():
+            raise ValueError(f"checkpoint: {directory} must hold {WEIGHTS} or {INDEX}, got both")
+        return _read_shards(directory, weight_map)
+    if weights.exists():
+        return read_header(weights)
+    raise ValueError(f"checkpoint: {directory} must hold {WEIGHTS} or {INDEX}, got {_found(directory)}")
+
+
+def _found(directory: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{pickles[0]}: a pickle, which can run any code when it is opened. If you trust it, convert it "
+            "with torch.load(file, weights_only=True) and safetensors.torch.save_file"
+        )
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    return f"{shards[0]} and no index" if shards else "neither"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"checkpoint: {path} must have a weight_map, got {weight_map!r}")
+    for name, file in weight_map.items():
+        # A name with a folder in it could point anywhere on this machine.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"checkpoint: {path}: the file of {name!r} must be a plain name, got {file!r}")
+    return weight_map
+
+
+def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    index = directory / INDEX
+    for file in sorted(set(weight_map.values())):
+        path = directory / file
+        if not path.exists():
+            name = next(name for name, holder in weight_map.items() if holder == file)
+            raise ValueError(f"checkpoint: {index} puts {name!r} in {file}, which is absent")
+        for name, tensor in read_header(path).items():
+            listed = weight_map.get(name)
+            if listed != file:
+                where = "nowhere" if listed is None else f"in {listed}"
+                raise ValueError(f"checkpoint: {name!r} lies in {path}, but {INDEX} puts it {where}")
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ValueError(f"checkpoint: {index} puts {name!r} in {file}, which does not hold it")
+    return tensors
+
+
+def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one file open at a time and in its order.
+
+    The tensors are views of the mapped file: what is kept of them must be copied before the next one.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].start)):
+        by_file.setdefault(tensors[name].file, []).append(name)
+    for path, names in by_file.items():
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
+
+
+def plan_shards(sizes: Sequence[int], *, max_bytes: int) -> list[range]:
+    """Cut items of `sizes` bytes, in order, into runs of at most `max_bytes`; a larger item stands alone."""
+    shards: list[range] = []
+    start = filled = 0
+    for i, size in enumerate(sizes):
+        if i > start and filled + size > max_bytes:
+            shards.append(range(start, i))
+            start, filled = i, 0
+        filled += size
+    return [*shards, range(start, len(sizes))]
+
+
+def write_tensors(directory: Path, tensors: Sequence[tuple[str, Tensor]], *, max_shard_bytes: int) -> None:
+    """Write named tensors, as one file if they fit in `max_shard_bytes`, else as shards with an index.
+
+    Nothing is copied but what is on another device or not contiguous, and of that one shard at a time.
+    """
+    sizes = [tensor.nbytes for _, tensor in tensors]
+    shards = plan_shards(sizes, max_bytes=max_shard_bytes)
+    if len(shards) == 1:
+        _write_shard(directory / WEIGHTS, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = tensors[shard.start : shard.stop]
+        _write_shard(directory / file, part)
+        weight_map |= {name: file for name, _ in part}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    # The metadata names the framework; transformers refuses files without it.
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"})
