@@ -1,0 +1,1 @@
+"""How good a model is: scores of what generation and training produced."""
