@@ -16,10 +16,11 @@
 #include <cuda_runtime.h>
 #endif
 
-// Shared memory is declared through two macros, because the host executor gives each block its own copy (so that
-// the blocks of a cooperative launch may be alive at once) and fills it with NaNs when the block starts.
+// Shared memory is declared through two macros, because the host executor gives each block its own copy (so
+// that the blocks of a cooperative launch may be alive at once) and fills it with NaNs when the block starts.
 //     DSC_SHARED(float[kTile][kTile + 1], tile);   a block-wide variable; inside templates too
-//     DSC_SHARED_DYNAMIC(float, scratch);          float* to the bytes asked for at the launch, 128-byte aligned
+//     DSC_SHARED_DYNAMIC(float, scratch);          float* to the bytes asked for at the launch, 128-byte
+//     aligned
 #ifdef DSC_HOST_EXECUTOR
 #define DSC_SHARED(type, name) \
     std::type_identity_t<type>& name = ::dsc::host::shared_variable<std::type_identity_t<type>>([] {}, #name)
@@ -27,7 +28,7 @@
 #define DSC_UNROLL
 #else
 #define DSC_SHARED(type, name) __shared__ std::type_identity_t<type> name
-#define DSC_SHARED_DYNAMIC(type, name)                                  \
+#define DSC_SHARED_DYNAMIC(type, name)                                   \
     extern __shared__ __align__(128) unsigned char dsc_shared_dynamic[]; \
     type* const name = reinterpret_cast<type*>(dsc_shared_dynamic)
 #define DSC_UNROLL _Pragma("unroll")

@@ -1,5 +1,6 @@
-// Kernel launches: one line that launches on the GPU under nvcc and runs in the host executor otherwise. Launch
-// limits that are broken (too many threads, too much shared memory, no kernel image for this device) throw.
+// Kernel launches: one line that launches on the GPU under nvcc and runs in the host executor otherwise.
+// Launch limits that are broken (too many threads, too much shared memory, no kernel image for this device)
+// throw.
 //     launch(moe_gate_kernel<2>, grid, block, shared_bytes, stream, params);
 #pragma once
 
@@ -15,16 +16,17 @@ namespace dsc {
 #ifdef DSC_HOST_EXECUTOR
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
-    host::run_grid({.grid = grid, .block = block, .shared_bytes = shared_bytes, .is_cooperative = false}, kernel,
-                   static_cast<Args&&>(args)...);
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            Args&&... args) {
+    host::run_grid({.grid = grid, .block = block, .shared_bytes = shared_bytes, .is_cooperative = false},
+                   kernel, static_cast<Args&&>(args)...);
 }
 
 template <typename... Params, typename... Args>
 void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                         Args&&... args) {
-    host::run_grid({.grid = grid, .block = block, .shared_bytes = shared_bytes, .is_cooperative = true}, kernel,
-                   static_cast<Args&&>(args)...);
+    host::run_grid({.grid = grid, .block = block, .shared_bytes = shared_bytes, .is_cooperative = true},
+                   kernel, static_cast<Args&&>(args)...);
 }
 
 #else
@@ -60,8 +62,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 
 // All blocks of the grid are alive at once, so cooperative_groups::this_grid().sync() may be used.
 template <typename... Params, typename... Args>
-void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                        Args&&... args) {
+void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                        cudaStream_t stream, Args&&... args) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;

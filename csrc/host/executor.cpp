@@ -1,0 +1,74 @@
+#include "host/executor.h"
+
+#include <mutex>
+
+#include "host/grid.h"
+
+namespace dsc::host {
+namespace {
+
+// CUDA's threads find themselves through names, not arguments; so must the executor's.
+std::mutex g_mutex;
+uint64_t g_seed = 0;
+thread_local Grid* g_grid = nullptr;
+
+Grid& running_grid(const char* what) {
+    if (g_grid == nullptr) throw Fault(std::string("host executor: ") + what + " outside a kernel");
+    return *g_grid;
+}
+
+}  // namespace
+
+void set_order(uint64_t seed) {
+    const std::lock_guard lock(g_mutex);
+    g_seed = seed;
+}
+
+void run_threads(const LaunchShape& shape, const std::function<void()>& thread_main) {
+    if (g_grid != nullptr) throw Fault("host executor: a kernel launches a kernel");
+    const std::lock_guard lock(g_mutex);
+    Grid grid(shape, thread_main, g_seed);
+    g_grid = &grid;
+    const std::unique_ptr<Grid*, void (*)(Grid**)> leave(&g_grid, [](Grid** current) { *current = nullptr; });
+    grid.run();
+}
+
+void fail(const char* what, const Place& where) {
+    Grid& grid = running_grid(what);
+    grid.fail(to_text(grid.running()) + ": " + to_text(Wait{.what = what, .where = where}));
+}
+
+Vote wait_for_block(const char* what, bool predicate, const Place& where) {
+    return running_grid(what).wait_for_block({.what = what, .where = where}, predicate);
+}
+
+void wait_for_grid(const Place& where) {
+    constexpr const char* kWhat = "this_grid().sync()";
+    running_grid(kWhat).wait_for_grid({.what = kWhat, .where = where});
+}
+
+void wait_for_warp(const char* what, unsigned mask, void* frame, Complete complete, const Place& where) {
+    running_grid(what).wait_for_warp({.what = what, .where = where, .mask = mask}, frame, complete);
+}
+
+int lane_idx() {
+    return running_grid("lane_idx").running().rank % kWarpSize;
+}
+
+void yield() {
+    running_grid("yield").yield();
+}
+
+void maybe_yield() {
+    if (g_grid != nullptr) g_grid->maybe_yield();
+}
+
+void* find_shared(const void* key, size_t num_bytes, size_t alignment, const char* name) {
+    return running_grid(name).find_shared(key, num_bytes, alignment, name);
+}
+
+void* shared_dynamic_bytes() {
+    return running_grid("shared memory").running().block->shared_dynamic.get();
+}
+
+}  // namespace dsc::host
