@@ -1,11 +1,12 @@
-"""Fill-in-the-middle: documents cut in three and rearranged before they are packed (DeepSeek-Coder, section 3.1.2).
+"""Fill-in-the-middle: documents cut in three and rearranged before packing (DeepSeek-Coder, section 3.1.2).
 
     PSM  <begin> prefix <hole> suffix <end> middle
     SPM  <begin> <hole> suffix <end> prefix middle
 
-PSM is the order of v1 and Coder-V2-Lite. No paper prints v1's SPM tokens; this is the order of Bavarian et al.
-(arXiv 2207.14255, "SPM variant 2": their PRE, SUF and MID are begin, hole and end here). The three parts are
-encoded one by one, in training as in a prompt, and the sentinels are placed as ids: no text can imitate them.
+PSM is the order of v1 and Coder-V2-Lite. Neither paper prints SPM in tokens; this is the order of Bavarian et
+al. (arXiv 2207.14255, appendix D, "SPM variant 2", with PRE, SUF and MID for begin, hole and end). The three
+parts are encoded one by one, in training as in a prompt, and the sentinels are placed as ids: no text can
+imitate them.
 """
 
 from collections.abc import Sequence
@@ -71,8 +72,8 @@ def plan_fim(
     """Draw which documents are rearranged, how, and where they are cut.
 
     The outcome for a document depends on its text, its id, the config and the seed alone: not on the other
-    documents of the call, on their order or on the number of workers. An id is an int in [0, 2**64) or a string. An
-    empty document is plain. The GIL is released while the texts are read.
+    documents of the call, on their order or on the number of workers. An id is an int in [0, 2**64) or a
+    string. An empty document is plain. The GIL is released while the texts are read.
     """
     keys = np.fromiter((_key(i) for i in document_ids), dtype=np.uint64)
     order_N, middle_N2 = _C.fim_plan(

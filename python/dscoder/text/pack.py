@@ -1,7 +1,7 @@
 """Packing: which tokens of which document stand in which training window.
 
 Best-fit decreasing. Nothing that fits in a window is cut; a longer document gives whole windows and one rest,
-which is packed like a short document. Every document keeps its boundaries, so that attention does not cross them.
+which is packed like a short document. Documents keep their boundaries, so that attention does not cross them.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from dscoder.runtime.native import _C
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """P pieces in W windows: window w holds pieces begin_W1[w] up to begin_W1[w + 1], in that order, then padding.
+    """P pieces in W windows: window w holds pieces begin_W1[w] up to begin_W1[w + 1], in order, then padding.
 
-    Whole windows of long documents come first and windows of the longest pieces next: shuffle the windows before
-    training on them.
+    Whole windows of long documents come first and windows of the longest pieces next: shuffle the windows
+    before training on them.
     """
 
     window: int  # tokens a window holds
@@ -42,9 +42,8 @@ class PackPlan:
         num_places = self.num_windows * self.window
         return 1.0 - self.num_tokens / num_places if num_places else 0.0
 
-    @property
-    def offset_P(self) -> NDArray[np.int64]:
-        """Where in its window each piece begins."""
+    def offsets(self) -> NDArray[np.int64]:
+        """Where in its window each of the P pieces begins."""
         end_P = np.cumsum(self.length_P)
         first_P = np.repeat(self.begin_W1[:-1], np.diff(self.begin_W1))
         begin_P = end_P - self.length_P
@@ -66,8 +65,8 @@ class PackPlan:
 def pack(lengths: ArrayLike, *, window: int) -> PackPlan:
     """Pack documents of these many tokens into windows of `window` tokens.
 
-    Every token stands in exactly one piece, the pieces of a document keep their order, and the same lengths give
-    the same plan. Documents of no tokens give no piece. The arrays are the memory that C++ filled.
+    Every token stands in exactly one piece, the pieces of a document keep their order, and the same lengths
+    give the same plan. Documents of no tokens give no piece. The arrays are the memory that C++ filled.
     """
     length_N = np.asarray(lengths)
     if length_N.ndim != 1 or not (length_N.size == 0 or np.issubdtype(length_N.dtype, np.integer)):

@@ -166,6 +166,18 @@ class Tokenizer:
                 run = []
         return "".join([*parts, self._backend.decode(run, skip_special_tokens=False)])
 
+    def byte_lengths(self) -> list[int]:
+        """How many bytes of text each id stands for, in UTF-8; 0 for special tokens and ids without one."""
+        lengths = [0] * self.vocab_size
+        for content, token_id in self._backend.get_vocab().items():
+            if token_id in self._letters:
+                lengths[token_id] = len(content.encode())
+            elif token_id not in self._special_ids:
+                lengths[token_id] = len(
+                    content
+                )  # byte-level: the vocabulary spells each byte as one character
+        return lengths
+
     def require_id(self, name: str) -> int:
         """The id called bos, eos, pad, eot, fim_begin, fim_hole or fim_end; ValueError if it is missing."""
         ids = {
