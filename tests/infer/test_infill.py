@@ -2,17 +2,22 @@
 
 import pytest
 
-from dscoder.config.generate import InfillConfig
+from dscoder.config.generate import GenerateConfig
 from dscoder.infer.engine import Engine
-from dscoder.infer.infill import infill_request, split_at_marker, split_at_position, trim_around_hole
-from dscoder.infer.request import GREEDY, Request
+from dscoder.infer.infill import (
+    infill_request,
+    match_line_breaks,
+    split_at_marker,
+    split_at_position,
+    text_request,
+    trim_around_hole,
+)
+from dscoder.infer.request import Request
 
 
 def build(tokenizer, prefix: str, suffix: str, *, max_positions: int = 64, **fields: object) -> Request:
-    config = InfillConfig(**{"max_new_tokens": 8, **fields})
-    return infill_request(
-        tokenizer, prefix, suffix, max_positions=max_positions, config=config, sampling=GREEDY
-    )
+    config = GenerateConfig(**{"max_new_tokens": 8, **fields})
+    return infill_request(tokenizer, prefix, suffix, max_positions=max_positions, config=config)
 
 
 # ---- positions ----
@@ -110,8 +115,9 @@ def test_prompt_and_completion_fill_the_context_and_no_more(tokenizer) -> None:
     assert request.prompt.count(ord("a")) == 30  # three quarters of the 40 that the frame leaves
 
 
-def test_single_line_stops_at_the_line_break(scripted, tokenizer) -> None:
-    model = scripted(b"\xff" + b"ab\ncd")
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])
+def test_single_line_stops_before_the_line_break(scripted, tokenizer, line_break: bytes) -> None:
+    model = scripted(b"\xff" + b"ab" + line_break + b"cd")
     model.follow[tokenizer.fim_end_id] = ord("a")
     [completion] = Engine(model, tokenizer).generate([build(tokenizer, "x", "y", single_line=True)])
     assert (completion.text, completion.finish_reason) == ("ab", "stop")
@@ -144,5 +150,30 @@ def test_a_completion_as_long_as_the_context_is_an_error(tokenizer) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("prefix_share", 1.5), ("max_new_tokens", -1)])
 def test_infill_config_rejects_values_out_of_range(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"InfillConfig: {field} must be .* got {value}"):
-        InfillConfig(**{field: value})
+    with pytest.raises(ValueError, match=f"GenerateConfig: {field} must be .* got {value}"):
+        GenerateConfig(**{field: value})
+
+
+def test_generate_config_rejects_empty_stop_strings() -> None:
+    with pytest.raises(ValueError, match=r"stop strings must not be empty, got \('a', ''\)"):
+        GenerateConfig(stop=("a", ""))
+
+
+def test_a_single_line_adds_line_breaks_to_the_stop_strings() -> None:
+    assert GenerateConfig(stop=("a",), single_line=True).stop_strings == ("a", "\n", "\r\n")
+
+
+def test_text_to_continue_starts_with_bos_if_there_is_one(tokenizer) -> None:
+    config = GenerateConfig(max_new_tokens=5, stop=("x",))
+    request = text_request(tokenizer, "ab", config=config)
+    assert (request.prompt, request.max_new_tokens, request.stop) == ((256, *b"ab"), 5, ("x",))
+    tokenizer.bos_id = None
+    assert text_request(tokenizer, "ab", config=config).prompt == tuple(b"ab")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a\r\nb\r\n", "x\r\ny\r\n"), ("a\nb\r\n", "x\ny\r\n"), ("a\n", "x\ny\r\n"), ("a", "x\ny\r\n")],
+)
+def test_a_completion_takes_over_line_breaks_that_are_all_crlf(text: str, expected: str) -> None:
+    assert match_line_breaks("x\ny\r\n", text) == expected

@@ -4,11 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
+from dscoder.cli import generate, infill
 
 Verb = Callable[[Sequence[str]], None]
 
 # Every verb module offers `main(argv)`, whose docstring's first line is the help text here.
-VERBS: dict[str, Verb] = {}
+VERBS: dict[str, Verb] = {
+    "generate": generate.main,
+    "infill": infill.main,
+}
 
 
 def _usage() -> str:

@@ -24,6 +24,9 @@ class SamplingConfig:
             raise ValueError(f"SamplingConfig: seed must be >= 0, got {self.seed}")
 
 
+GREEDY = SamplingConfig()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Which model generates, where, and how many requests at once."""
@@ -47,15 +50,24 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InfillConfig:
-    """How the text around a hole becomes a prompt and where the completion ends."""
+class GenerateConfig:
+    """How a prompt is continued or a hole filled, and where the new text ends."""
 
     max_new_tokens: int = 128
-    prefix_share: float = 0.75  # of the prompt, when both sides are too long for the context
-    single_line: bool = False  # stop at the first newline
+    stop: tuple[str, ...] = ()  # the text ends before the first of them
+    single_line: bool = False  # stop at the first line break too
+    prefix_share: float = 0.75  # of a hole's prompt, when both sides are too long for the context
+    sampling: SamplingConfig = GREEDY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
-            raise ValueError(f"InfillConfig: max_new_tokens must be >= 0, got {self.max_new_tokens}")
+            raise ValueError(f"GenerateConfig: max_new_tokens must be >= 0, got {self.max_new_tokens}")
+        if "" in self.stop:
+            raise ValueError(f"GenerateConfig: stop strings must not be empty, got {self.stop!r}")
         if not 0 <= self.prefix_share <= 1:
-            raise ValueError(f"InfillConfig: prefix_share must be in [0, 1], got {self.prefix_share}")
+            raise ValueError(f"GenerateConfig: prefix_share must be in [0, 1], got {self.prefix_share}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop`, with the line breaks if only one line is wanted."""
+        return (*self.stop, *(("\n", "\r\n") if self.single_line else ()))

@@ -11,12 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dscoder.checkpoint import load_pretrained
+from dscoder.config.generate import EngineConfig
 from dscoder.infer.request import Completion, Event, FinishReason, Request
 from dscoder.infer.sampler import Draw, log_probabilities, sample
 from dscoder.infer.stream import TextStream
 from dscoder.models.cache import Cache, allocate_cache
 from dscoder.models.transformer import Transformer
 from dscoder.text.tokenizer import Tokenizer
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class _Row:
@@ -81,6 +85,15 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         # The embedding may have padding rows: ids that stand for no text are never drawn.
         self._num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> "Engine":
+        """The model and the tokenizer of one directory or hub repository."""
+        is_gpu = config.device == "auto" and torch.cuda.is_available()
+        device = config.device if config.device != "auto" else "cuda" if is_gpu else "cpu"
+        tokenizer = Tokenizer.load(config.model)
+        model = load_pretrained(config.model, dtype=_DTYPES[config.dtype], device=device)
+        return cls(model, tokenizer, max_batch=config.max_batch, prefill_chunk=config.prefill_chunk)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completion of each request, in the order of the requests."""

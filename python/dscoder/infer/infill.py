@@ -1,14 +1,15 @@
-"""A hole in a text becomes a prompt, and a completion becomes text again.
+"""Text becomes a prompt: to be continued, or with a hole to be filled.
 
-The prompt is prefix-suffix-middle, as both papers train it (DeepSeek-Coder section 3.1.2): begin-of-text,
-fim-begin, prefix, fim-hole, suffix, fim-end; the model writes the middle and ends the text. Only DeepSeek-
-Coder and Coder-V2-Lite base models were trained to; instruct models and the large V2 were not.
+The prompt of a hole is prefix-suffix-middle, as both papers train it (DeepSeek-Coder section 3.1.2):
+begin-of-text, fim-begin, prefix, fim-hole, suffix, fim-end; the model writes the middle and ends the text.
+Only the base models of DeepSeek-Coder and Coder-V2-Lite were trained to; instruct models and the large V2
+were not.
 """
 
 import io
 from collections.abc import Sequence
 
-from dscoder.config.generate import InfillConfig, SamplingConfig
+from dscoder.config.generate import GenerateConfig
 from dscoder.infer.request import Request
 from dscoder.text.tokenizer import Tokenizer
 
@@ -58,15 +59,18 @@ def trim_around_hole(
     return prefix[len(prefix) - num_prefix :], suffix[:num_suffix]
 
 
+def text_request(tokenizer: Tokenizer, text: str, *, config: GenerateConfig) -> Request:
+    """The request that continues `text`, with begin-of-text before it; special strings in it mean nothing."""
+    return Request(
+        prompt=tuple(tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)),
+        max_new_tokens=config.max_new_tokens,
+        sampling=config.sampling,
+        stop=config.stop_strings,
+    )
+
+
 def infill_request(
-    tokenizer: Tokenizer,
-    prefix: str,
-    suffix: str,
-    *,
-    max_positions: int,
-    config: InfillConfig,
-    sampling: SamplingConfig,
-    stop: Sequence[str] = (),
+    tokenizer: Tokenizer, prefix: str, suffix: str, *, max_positions: int, config: GenerateConfig
 ) -> Request:
     """The request that fills the hole between `prefix` and `suffix`.
 
@@ -96,7 +100,14 @@ def infill_request(
     return Request(
         prompt=(*start, begin_id, *before, hole_id, *after, end_id),
         max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
-        stop=(*stop, *(("\n",) if config.single_line else ())),
+        sampling=config.sampling,
+        stop=config.stop_strings,
         stop_ids=(begin_id, hole_id, end_id),
     )
+
+
+def match_line_breaks(completion: str, text: str) -> str:
+    """`completion` with the line breaks of `text`, if those are all CR LF."""
+    if "\r\n" not in text or text.count("\n") != text.count("\r\n"):
+        return completion
+    return completion.replace("\r\n", "\n").replace("\n", "\r\n")

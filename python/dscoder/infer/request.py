@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dscoder.config.generate import SamplingConfig
-
-GREEDY = SamplingConfig()
+from dscoder.config.generate import GREEDY, SamplingConfig
 
 # eos: the model ended the text; stop: a stop string or stop token came; length: max_new_tokens are there;
 # context: the model has no positions left.

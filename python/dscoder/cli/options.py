@@ -1,0 +1,61 @@
+"""The options that `generate` and `infill` share: which model, how to draw, when to stop."""
+
+from dataclasses import fields
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dscoder.config.generate import EngineConfig, GenerateConfig, SamplingConfig
+
+_HELP = {
+    "model": "directory in the published layout (such as RUN/model), or a Hugging Face hub id",
+    "dtype": "auto (as stored), float32, bfloat16 or float16",
+    "device": "auto (a GPU if there is one), cpu, cuda, cuda:1 ...",
+    "max_batch": "prompts computed together",
+    "prefill_chunk": "tokens of a prompt computed at once",
+    "temperature": "0 always takes the likeliest token",
+    "top_p": "draw from the likeliest tokens that together have this probability",
+    "top_k": "draw from so many of the likeliest tokens; 0: all",
+    "seed": "of the draws",
+    "max_new_tokens": "length of a completion, at most",
+    "prefix_share": "share of the context for the text before a hole, when both sides are too long",
+}
+_SINGLE_VALUES = (float, int, str)
+
+
+def add_generation_options(parser: ArgumentParser) -> None:
+    """--model, --temperature, --stop ... with the defaults of the config classes."""
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    for record in (EngineConfig, SamplingConfig, GenerateConfig):
+        for field in fields(record):
+            if field.type not in _SINGLE_VALUES:
+                continue
+            # Both spellings, as the other verbs write their keys with an underscore.
+            names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+            is_required = field.name == "model"
+            default = None if is_required else field.default
+            parser.add_argument(
+                *names, type=field.type, required=is_required, default=default, help=_HELP[field.name]
+            )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help=r"text that ends a completion and is not part of it; may be repeated (a line break: $'\n')",
+    )
+    parser.add_argument("--single-line", action="store_true", help="stop at the end of the line")
+
+
+def engine_config(options: Namespace) -> EngineConfig:
+    """What `--model`, `--device` ... say."""
+    return EngineConfig(**{field.name: options[field.name] for field in fields(EngineConfig)})
+
+
+def generate_config(options: Namespace) -> GenerateConfig:
+    """What `--temperature`, `--stop` ... say."""
+    return GenerateConfig(
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+        single_line=options.single_line,
+        prefix_share=options.prefix_share,
+        sampling=SamplingConfig(**{field.name: options[field.name] for field in fields(SamplingConfig)}),
+    )
