@@ -1,11 +1,53 @@
-// The extension module dscoder._C: one register function per family, nothing else.
+// The extension module dscoder._C: what this build is, and one register function per family.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+
+namespace py = pybind11;
 
 namespace dsc {
-void register_text(pybind11::module_& module);
+namespace {
+
+#ifdef DSC_CUDA_ARCHS
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#define DSC_CUDA_ARCHS ""
+#define DSC_CUDA_VERSION ""
+#endif
+
+py::tuple archs() {
+    return py::tuple(py::str(DSC_CUDA_ARCHS).attr("split")());
 }
 
-PYBIND11_MODULE(_C, module) {
+void translate(std::exception_ptr error) {
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const WrongType& wrong) {
+        py::set_error(PyExc_TypeError, wrong.what());
+    }
+}
+
+}  // namespace
+
+void register_moe(py::module_& module);
+void register_text(py::module_& module);
+
+}  // namespace dsc
+
+PYBIND11_MODULE(DSC_MODULE, module) {
     module.attr("version") = DSC_VERSION;
+    module.attr("compiler") = DSC_COMPILER;
+    module.attr("has_cuda") = dsc::kHasCuda;
+    module.attr("cuda_version") = DSC_CUDA_VERSION;
+    module.attr("cuda_archs") = dsc::archs();
+    module.attr("absent_hint") = DSC_ABSENT_HINT;  // how to get kernels, for the error where there are none
+    py::register_exception_translator(dsc::translate);
+    dsc::register_moe(module);
     dsc::register_text(module);
 }

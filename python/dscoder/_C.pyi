@@ -2,9 +2,27 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 version: str
+compiler: str
+has_cuda: bool
+cuda_version: str
+cuda_archs: tuple[str, ...]
+absent_hint: str
 
+def moe_gate_forward(
+    logits: Tensor,
+    idx: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    num_groups_kept: int,
+    scale: float,
+    renormalize: bool,
+) -> None: ...
+def moe_gate_backward(
+    logits: Tensor, idx: Tensor, grad_weight: Tensor, grad_logits: Tensor, scale: float, renormalize: bool
+) -> None: ...
 def fim_plan(
     texts: tuple[str, ...],
     keys: NDArray[np.uint64],

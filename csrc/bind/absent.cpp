@@ -1,0 +1,27 @@
+// A build without kernels, in place of the bindings that launch them: each name exists, and its call says
+// what is missing and how to get it.
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace dsc {
+namespace {
+
+void define_absent(py::module_& module, const std::string& op, std::initializer_list<const char*> names) {
+    const auto raise = [op](const py::args&, const py::kwargs&) {
+        throw std::runtime_error(op + ": " + DSC_ABSENT_HINT);
+    };
+    for (const char* name : names) module.def(name, raise);
+}
+
+}  // namespace
+
+void register_moe(py::module_& module) {
+    define_absent(module, "moe_gate", {"moe_gate_forward", "moe_gate_backward"});
+}
+
+}  // namespace dsc

@@ -1,0 +1,131 @@
+// Tensors from Python without torch's headers: through the C exchange API of DLPack 1.3 (dmlc/dlpack,
+// include/dlpack/dlpack.h), which torch >= 2.11 offers as `type(tensor).__dlpack_c_exchange_api__`. Reading a
+// tensor this way calls no Python and takes no reference: what is read lives until the binding returns.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "core/check.h"
+#include "core/device.h"
+
+namespace dsc::bind {
+
+// The part of DLPack's ABI that is used, under our names.
+namespace dlpack {
+
+constexpr uint32_t kMajorVersion = 1;
+
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
+
+struct Device {
+    DeviceType type;
+    int32_t idx;
+};
+
+struct DataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+    bool operator==(const DataType&) const = default;
+};
+
+struct Tensor {
+    void* data;
+    Device device;
+    int32_t rank;
+    DataType dtype;
+    int64_t* shape;
+    int64_t* strides;  // in elements
+    uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+    struct Header {
+        uint32_t major, minor;
+        const Header* previous;  // the same of an older version
+    } header;
+    void* allocate;
+    void* managed_from_object;
+    void* managed_to_object;
+    int (*view_object)(PyObject* object, Tensor* out);  // 0, or -1 with a Python error set
+    int (*current_stream)(DeviceType type, int32_t device_idx, void** out);
+};
+
+}  // namespace dlpack
+
+constexpr dlpack::DataType kFloat32{.code = 2, .bits = 32, .lanes = 1};
+constexpr dlpack::DataType kInt32{.code = 0, .bits = 32, .lanes = 1};
+
+// Where the kernels of this build run.
+#ifdef DSC_HOST_EXECUTOR
+constexpr dlpack::DeviceType kKernelDevice = dlpack::kCpu;
+#else
+constexpr dlpack::DeviceType kKernelDevice = dlpack::kCuda;
+#endif
+
+constexpr int64_t kAnySize = -1;  // in a wanted shape
+
+// A contiguous tensor on the kernels' device.
+template <int kRank>
+struct Array {
+    void* data;
+    std::array<int64_t, kRank> shape;
+
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data);
+    }
+};
+
+// One call of an op: reads its tensors, which must all be on one device, and says where to launch.
+class Call {
+  public:
+    explicit Call(const char* op) : op_(op) {}
+
+    template <int kRank>
+    Array<kRank> read(const char* name, pybind11::handle tensor, dlpack::DataType dtype) {
+        const dlpack::Tensor seen = view(name, tensor, dtype, kRank);
+        Array<kRank> array{static_cast<char*>(seen.data) + seen.byte_offset, {}};
+        for (int i = 0; i < kRank; ++i) array.shape[i] = seen.shape[i];
+        return array;
+    }
+
+    // A tensor whose shape, or part of it, is known already.
+    template <int kRank>
+    Array<kRank> read(const char* name, pybind11::handle tensor, dlpack::DataType dtype,
+                      const std::array<int64_t, kRank>& wanted) {
+        const Array<kRank> array = read<kRank>(name, tensor, dtype);
+        check_shape(name, wanted.data(), array.shape.data(), kRank);
+        return array;
+    }
+
+    int device_idx() const { return device_idx_; }
+    cudaStream_t current_stream() const;  // the caller's, on the tensors' device
+
+  private:
+    dlpack::Tensor view(const char* name, pybind11::handle tensor, dlpack::DataType dtype, int rank);
+    void check_shape(const char* name, const int64_t* wanted, const int64_t* seen, int rank) const;
+
+    const char* op_;
+    const char* first_name_ = nullptr;  // of the argument that named the device
+    int device_idx_ = -1;
+    const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+// Makes the call's device current for a launch, and the previous one again afterwards. Throws
+// std::runtime_error when the build has no kernel for that device.
+class DeviceGuard {
+  public:
+    DeviceGuard(const char* op, int device_idx);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int previous_ = -1;
+};
+
+}  // namespace dsc::bind

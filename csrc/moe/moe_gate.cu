@@ -1,0 +1,430 @@
+// Top-k expert gating in one launch: softmax over all experts, the best groups, the best experts of those
+// (DeepSeek-V2, arXiv 2405.04434, eqs 20-22 and section 2.2.2), and its gradient. moe.h states the order of
+// experts.
+//
+// A token lies on a row of kLanes lanes, lane l holding the kPerLane consecutive experts from l * kPerLane,
+// so that the lowest lane with the best key also has the smallest index: ties cost one ballot. Logits are
+// read once, and stay in registers as keys, unsigned integers in the order of the logits, of which 0 is "not
+// to be chosen". When groups are dropped, the experts that remain are first moved together through shared
+// memory: the K rounds of selection, most of the work, then run on dense rows of candidates. DeepSeek-V2's
+// 160 experts in 8 groups are 8 lanes of one group each and 60 candidates, 8 a lane; a warp takes four tokens
+// at once.
+#include "core/check.h"
+#include "core/launch.h"
+#include "core/math.h"
+#include "core/warp.h"
+#include "moe/moe.h"
+
+namespace dsc {
+namespace {
+
+constexpr int kNumThreads = 128;
+constexpr uint32_t kNoKey = 0;
+constexpr uint32_t kNanKey = 0xffffffffu;
+constexpr uint32_t kSignBit = 0x80000000u;
+
+// Which groups there are to choose from.
+enum class Groups {
+    kAllKept,  // none is dropped: groups do not matter
+    kPerLane,  // each lane holds one group: E / G = kPerLane, G = kLanes
+    kAny
+};
+
+// How a token lies on its lanes. kCandidates: experts a lane may choose from, once groups are dropped.
+template <int kLanes_, int kPerLane_, int kCandidates_, Groups kGroups_>
+struct Layout {
+    static constexpr int kLanes = kLanes_;
+    static constexpr int kPerLane = kPerLane_;
+    static constexpr int kCandidates = kCandidates_;
+    static constexpr Groups kGroups = kGroups_;
+    static constexpr bool kIsExact = kLanes < kWarpSize;  // E = kLanes * kPerLane, rows 16-byte aligned
+    static constexpr int kTokensPerBlock = kNumThreads / kLanes;
+    static constexpr int kSlots = ceil_div(kMoeGateMaxTopk, kLanes);  // results a lane keeps
+};
+using Experts64 = Layout<8, 8, 8, Groups::kAllKept>;
+using Experts160 = Layout<8, 20, 8, Groups::kPerLane>;
+template <int kPerLane, Groups kGroups>
+using AnyExperts = Layout<kWarpSize, kPerLane, kPerLane, kGroups>;
+
+// ---- device ----
+
+// A logit as an unsigned integer in the same order, above kNoKey.
+__device__ __forceinline__ uint32_t key_of(float logit) {
+    const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes +0
+    const uint32_t key = bits ^ (bits & kSignBit ? ~0u : kSignBit);
+    return logit == logit ? key : kNanKey;
+}
+
+__device__ __forceinline__ float logit_of(uint32_t key) {
+    return __uint_as_float(key & kSignBit ? key ^ kSignBit : ~key);
+}
+
+// The lane's logits; an expert past the end gets -inf.
+template <typename L>
+__device__ __forceinline__ void load_logits(const float* row, int num_experts, int lane,
+                                            float (&logit)[L::kPerLane]) {
+    const int first = lane * L::kPerLane;
+    if constexpr (L::kIsExact) {
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; j += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(row + first + j);
+            logit[j] = four.x;
+            logit[j + 1] = four.y;
+            logit[j + 2] = four.z;
+            logit[j + 3] = four.w;
+        }
+    } else {
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; ++j) {
+            logit[j] = first + j < num_experts ? row[first + j] : -INFINITY;
+        }
+    }
+}
+
+struct Best {
+    uint32_t key;
+    int slot;  // among the lane's
+};
+
+// The largest key, the smallest slot of equal ones: a tree whose right side wins only by being larger.
+template <int kNumKeys>
+__device__ __forceinline__ Best best_of(const uint32_t (&keys)[kNumKeys]) {
+    Best node[kNumKeys];
+    DSC_UNROLL
+    for (int j = 0; j < kNumKeys; ++j) node[j] = {keys[j], j};
+    DSC_UNROLL
+    for (int step = 1; step < kNumKeys; step *= 2) {
+        DSC_UNROLL
+        for (int j = 0; j + step < kNumKeys; j += 2 * step) {
+            if (node[j + step].key > node[j].key) node[j] = node[j + step];
+        }
+    }
+    return node[0];
+}
+
+// The sum of exp(logit - largest) over the row.
+template <typename L>
+__device__ __forceinline__ float sum_of_exp(const float (&logit)[L::kPerLane], float largest) {
+    float sum = 0.0f;
+    DSC_UNROLL
+    for (int j = 0; j < L::kPerLane; ++j) sum += expf(logit[j] - largest);
+    return row_sum<L::kLanes>(sum);
+}
+
+// What the lanes of one token tell each other when groups are dropped.
+template <typename L>
+struct GroupScratch {
+    static constexpr int kMaxGroups = L::kLanes * (L::kGroups == Groups::kPerLane ? 1 : L::kPerLane);
+    alignas(16) uint32_t candidate_key[L::kLanes * L::kCandidates];
+    uint32_t group_key[kMaxGroups];  // the largest of the group
+    int group_place[kMaxGroups];     // among the kept groups, in order; kDropped
+    int kept_group[kMaxGroups];      // the group at each place
+};
+constexpr int kDropped = -1;
+
+template <typename L>
+__device__ __forceinline__ void score_groups(const uint32_t (&keys)[L::kPerLane], int num_groups,
+                                             int group_width, int lane, GroupScratch<L>& scratch) {
+    if constexpr (L::kGroups == Groups::kPerLane) {
+        scratch.group_key[lane] = best_of(keys).key;
+    } else {
+        for (int g = lane; g < num_groups; g += L::kLanes) scratch.group_key[g] = kNoKey;
+        __syncwarp();
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; ++j) {
+            const int group = (lane * L::kPerLane + j) / group_width;
+            if (keys[j] != kNoKey) atomicMax(&scratch.group_key[group], keys[j]);
+        }
+    }
+    __syncwarp();
+}
+
+// A group is kept when fewer than num_kept groups rank above it.
+template <typename L>
+__device__ __forceinline__ void place_groups(int num_groups, int num_kept, int lane,
+                                             GroupScratch<L>& scratch) {
+    int num_placed = 0;
+    for (int first = 0; first < num_groups; first += L::kLanes) {
+        const int g = first + lane;
+        const uint32_t key = g < num_groups ? scratch.group_key[g] : kNoKey;
+        int rank = 0;
+        for (int other = 0; other < num_groups; ++other) {
+            const uint32_t other_key = scratch.group_key[other];
+            rank += other_key > key or (other_key == key and other < g);
+        }
+        const bool is_kept = g < num_groups and rank < num_kept;
+        const uint32_t kept = row_ballot<L::kLanes>(is_kept);
+        const int place = num_placed + __popc(kept & ((1u << lane) - 1));
+        if (is_kept) scratch.kept_group[place] = g;
+        if (g < num_groups) scratch.group_place[g] = is_kept ? place : kDropped;
+        num_placed += __popc(kept);
+    }
+    __syncwarp();
+}
+
+// Moves the keys of the kept groups together, in the order of their experts.
+template <typename L>
+__device__ __forceinline__ void gather_candidates(const uint32_t (&keys)[L::kPerLane], int group_width,
+                                                  int lane, GroupScratch<L>& scratch) {
+    DSC_UNROLL
+    for (int j = 0; j < L::kPerLane; ++j) {
+        const int expert = lane * L::kPerLane + j;
+        const int group = expert / group_width;
+        const int place = keys[j] != kNoKey ? scratch.group_place[group] : kDropped;
+        if (place != kDropped)
+            scratch.candidate_key[place * group_width + expert - group * group_width] = keys[j];
+    }
+    __syncwarp();
+}
+
+// Drops the groups that are not kept; each lane then chooses among its share of the candidates that remain.
+template <typename L>
+__device__ __forceinline__ void drop_groups(const MoeGateParams& p, const uint32_t (&keys)[L::kPerLane],
+                                            int lane, GroupScratch<L>& scratch,
+                                            uint32_t (&candidates)[L::kCandidates]) {
+    constexpr bool kIsPerLane = L::kGroups == Groups::kPerLane;
+    const int num_groups = kIsPerLane ? L::kLanes : p.num_groups;
+    const int group_width = kIsPerLane ? L::kPerLane : p.num_experts / p.num_groups;
+    score_groups<L>(keys, num_groups, group_width, lane, scratch);
+    place_groups<L>(num_groups, p.num_groups_kept, lane, scratch);
+    gather_candidates<L>(keys, group_width, lane, scratch);
+    const int num_candidates = p.num_groups_kept * group_width;
+    DSC_UNROLL
+    for (int j = 0; j < L::kCandidates; ++j) {
+        const int candidate = lane * L::kCandidates + j;
+        const uint32_t key = scratch.candidate_key[candidate];
+        candidates[j] = candidate < num_candidates ? key : kNoKey;
+    }
+}
+
+// K rounds: the row's best candidate is kept by lane k % kLanes, and taken out of the race.
+template <typename L>
+__device__ __forceinline__ void choose(uint32_t (&candidates)[L::kCandidates], int num_topk, int lane,
+                                       Best (&chosen)[L::kSlots]) {
+    for (int k = 0; k < num_topk; ++k) {
+        const Best mine = best_of(candidates);
+        const uint32_t top = row_max<L::kLanes>(mine.key);
+        const int winner = __ffs(row_ballot<L::kLanes>(mine.key == top)) - 1;
+        const int candidate = row_broadcast<L::kLanes>(lane * L::kCandidates + mine.slot, winner);
+        DSC_UNROLL
+        for (int i = 0; i < L::kSlots; ++i) {
+            if (k == lane + i * L::kLanes) chosen[i] = {top, candidate};
+        }
+        const int taken = lane == winner ? mine.slot : -1;
+        DSC_UNROLL
+        for (int j = 0; j < L::kCandidates; ++j) {
+            if (j == taken) candidates[j] = kNoKey;
+        }
+    }
+}
+
+// Each lane's share of the K weights.
+template <typename L>
+__device__ __forceinline__ void weigh(const MoeGateParams& p, const Best (&chosen)[L::kSlots], float largest,
+                                      float sum, int lane, float (&weight)[L::kSlots]) {
+    float sum_of_chosen = 0.0f;
+    DSC_UNROLL
+    for (int i = 0; i < L::kSlots; ++i) {
+        const bool is_mine = lane + i * L::kLanes < p.num_topk;
+        weight[i] = is_mine ? expf(logit_of(chosen[i].key) - largest) : 0.0f;
+        sum_of_chosen += weight[i];
+    }
+    if (p.renormalize) sum = row_sum<L::kLanes>(sum_of_chosen);
+    DSC_UNROLL
+    for (int i = 0; i < L::kSlots; ++i) weight[i] = weight[i] / sum * p.scale;
+}
+
+template <typename L>
+__global__ void __launch_bounds__(kNumThreads) moe_gate_kernel(const MoeGateParams p) {
+    const int lane = threadIdx.x % L::kLanes;
+    const int row = threadIdx.x / L::kLanes;
+    const int64_t token = static_cast<int64_t>(blockIdx.x) * L::kTokensPerBlock + row;
+    const bool is_token =
+        token < p.num_tokens;  // a row past the end repeats the last token and stores nothing
+
+    float logit[L::kPerLane];
+    load_logits<L>(p.logits + (is_token ? token : p.num_tokens - 1) * p.num_experts, p.num_experts, lane,
+                   logit);
+    uint32_t keys[L::kPerLane];
+    DSC_UNROLL
+    for (int j = 0; j < L::kPerLane; ++j) {
+        const bool is_expert = L::kIsExact or lane * L::kPerLane + j < p.num_experts;
+        keys[j] = is_expert ? key_of(logit[j]) : kNoKey;
+    }
+
+    // Softmax over all experts, before any group is dropped.
+    const float largest = logit_of(row_max<L::kLanes>(best_of(keys).key));
+    const float sum = sum_of_exp<L>(logit, largest);
+
+    Best chosen[L::kSlots] = {};
+    if constexpr (L::kGroups == Groups::kAllKept) {
+        choose<L>(keys, p.num_topk, lane, chosen);
+    } else {
+        DSC_SHARED(GroupScratch<L>[L::kTokensPerBlock], scratch);
+        uint32_t candidates[L::kCandidates];
+        drop_groups<L>(p, keys, lane, scratch[row], candidates);
+        choose<L>(candidates, p.num_topk, lane, chosen);
+        // From places among the candidates to experts.
+        const int group_width = L::kGroups == Groups::kPerLane ? L::kPerLane : p.num_experts / p.num_groups;
+        DSC_UNROLL
+        for (int i = 0; i < L::kSlots; ++i) {
+            const int place = chosen[i].slot / group_width;
+            chosen[i].slot += (scratch[row].kept_group[place] - place) * group_width;
+        }
+    }
+
+    float weight[L::kSlots];
+    weigh<L>(p, chosen, largest, sum, lane, weight);
+    DSC_UNROLL
+    for (int i = 0; i < L::kSlots; ++i) {
+        const int k = lane + i * L::kLanes;
+        if (is_token and k < p.num_topk) {
+            p.idx[token * p.num_topk + k] = chosen[i].slot;
+            p.weight[token * p.num_topk + k] = weight[i];
+        }
+    }
+}
+
+template <typename L>
+__device__ __forceinline__ void store_grad(float* row, int num_experts, int lane,
+                                           const float (&grad)[L::kPerLane]) {
+    const int first = lane * L::kPerLane;
+    if constexpr (L::kIsExact) {
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; j += 4) {
+            *reinterpret_cast<float4*>(row + first + j) =
+                make_float4(grad[j], grad[j + 1], grad[j + 2], grad[j + 3]);
+        }
+    } else {
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; ++j) {
+            if (first + j < num_experts) row[first + j] = grad[j];
+        }
+    }
+}
+
+// With w = scale * softmax(logits)[idx] and g the gradient of w, spread over the experts (0 where not
+// chosen):
+//     grad_logit = scale * p * (g - sum(p * g)).
+// Weights divided by their sum are a softmax over the chosen experts alone: the same formula, with p = 0
+// elsewhere.
+template <typename L>
+__global__ void __launch_bounds__(kNumThreads) moe_gate_backward_kernel(const MoeGateBackwardParams p) {
+    const int lane = threadIdx.x % L::kLanes;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * L::kTokensPerBlock + threadIdx.x / L::kLanes;
+    const bool is_token = row < p.num_tokens;
+    const int64_t token = is_token ? row : p.num_tokens - 1;
+
+    float logit[L::kPerLane];
+    load_logits<L>(p.logits + token * p.num_experts, p.num_experts, lane, logit);
+    int expert[L::kSlots];
+    float grad_weight[L::kSlots];
+    DSC_UNROLL
+    for (int i = 0; i < L::kSlots; ++i) {
+        const int k = lane + i * L::kLanes;
+        expert[i] = k < p.num_topk ? p.idx[token * p.num_topk + k] : -1;
+        grad_weight[i] = k < p.num_topk ? p.grad_weight[token * p.num_topk + k] : 0.0f;
+    }
+
+    // Spread the K gradients over the experts.
+    float grad[L::kPerLane] = {};
+    bool is_chosen[L::kPerLane] = {};
+    DSC_UNROLL
+    for (int i = 0; i < L::kSlots; ++i) {
+        for (int k = i * L::kLanes; k < min(p.num_topk, (i + 1) * L::kLanes); ++k) {
+            const int slot = row_broadcast<L::kLanes>(expert[i], k % L::kLanes) - lane * L::kPerLane;
+            const float grad_k = row_broadcast<L::kLanes>(grad_weight[i], k % L::kLanes);
+            DSC_UNROLL
+            for (int j = 0; j < L::kPerLane; ++j) {
+                grad[j] += j == slot ? grad_k : 0.0f;
+                is_chosen[j] = is_chosen[j] or j == slot;
+            }
+        }
+    }
+
+    // p times sum, in place of the logits.
+    float largest = logit[0];
+    DSC_UNROLL
+    for (int j = 1; j < L::kPerLane; ++j) largest = fmaxf(largest, logit[j]);
+    largest = row_max<L::kLanes>(largest);
+    float sum = 0.0f, dot = 0.0f;
+    DSC_UNROLL
+    for (int j = 0; j < L::kPerLane; ++j) {
+        logit[j] = is_chosen[j] or not p.renormalize ? expf(logit[j] - largest) : 0.0f;
+        sum += logit[j];
+        dot += logit[j] * grad[j];
+    }
+    sum = row_sum<L::kLanes>(sum);
+    dot = row_sum<L::kLanes>(dot) / sum;
+    const float factor = p.scale / sum;
+    DSC_UNROLL
+    for (int j = 0; j < L::kPerLane; ++j) grad[j] = logit[j] * factor * (grad[j] - dot);
+    if (is_token) store_grad<L>(p.grad_logits + token * p.num_experts, p.num_experts, lane, grad);
+}
+
+// ---- host ----
+
+bool is_aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % sizeof(float4) == 0;
+}
+
+template <typename Params>
+void check_limits(const Params& p) {
+    DSC_CHECK(p.num_experts <= kMoeGateMaxExperts, "moe_gate: num_experts must be <= ", kMoeGateMaxExperts,
+              ", got ", p.num_experts);
+    DSC_CHECK(p.num_topk <= kMoeGateMaxTopk, "moe_gate: num_topk must be <= ", kMoeGateMaxTopk, ", got ",
+              p.num_topk);
+}
+
+template <typename L, typename Params>
+void launch_layout(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
+    const int64_t num_blocks = ceil_div<int64_t>(p.num_tokens, L::kTokensPerBlock);
+    launch(kernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kNumThreads), 0, stream, p);
+}
+
+template <typename L>
+void launch_forward(const MoeGateParams& p, cudaStream_t stream) {
+    launch_layout<L>(moe_gate_kernel<L>, p, stream);
+}
+
+template <typename L>
+void launch_backward(const MoeGateBackwardParams& p, cudaStream_t stream) {
+    launch_layout<L>(moe_gate_backward_kernel<L>, p, stream);
+}
+
+template <Groups kGroups>
+void launch_any(const MoeGateParams& p, cudaStream_t stream) {
+    if (p.num_experts <= 64) return launch_forward<AnyExperts<2, kGroups>>(p, stream);
+    if (p.num_experts <= 256) return launch_forward<AnyExperts<8, kGroups>>(p, stream);
+    launch_forward<AnyExperts<kMoeGateMaxExperts / kWarpSize, kGroups>>(p, stream);
+}
+
+}  // namespace
+
+void launch_moe_gate(const MoeGateParams& p, cudaStream_t stream) {
+    check_limits(p);
+    if (p.num_tokens == 0 or p.num_topk == 0) return;
+    const bool is_fast = is_aligned(p.logits);
+    const int num_candidates = p.num_experts / p.num_groups * p.num_groups_kept;
+    if (num_candidates == p.num_experts) {
+        if (is_fast and p.num_experts == 64) return launch_forward<Experts64>(p, stream);
+        return launch_any<Groups::kAllKept>(p, stream);
+    }
+    if (is_fast and p.num_experts == 160 and p.num_groups == 8 and num_candidates <= 64) {
+        return launch_forward<Experts160>(p, stream);
+    }
+    launch_any<Groups::kAny>(p, stream);
+}
+
+void launch_moe_gate_backward(const MoeGateBackwardParams& p, cudaStream_t stream) {
+    check_limits(p);
+    if (p.num_tokens == 0) return;
+    const bool is_fast = is_aligned(p.logits) and is_aligned(p.grad_logits);
+    if (is_fast and p.num_experts == 64) return launch_backward<Experts64>(p, stream);
+    if (is_fast and p.num_experts == 160) return launch_backward<Experts160>(p, stream);
+    if (p.num_experts <= 64) return launch_backward<AnyExperts<2, Groups::kAllKept>>(p, stream);
+    if (p.num_experts <= 256) return launch_backward<AnyExperts<8, Groups::kAllKept>>(p, stream);
+    launch_backward<AnyExperts<kMoeGateMaxExperts / kWarpSize, Groups::kAllKept>>(p, stream);
+}
+
+}  // namespace dsc
