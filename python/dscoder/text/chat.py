@@ -1,8 +1,8 @@
 """The chat templates of DeepSeek-Coder (v1) instruct and of Coder-V2, with the mask that says what to learn.
 
 The strings are those of the published tokenizer_config.json files, which differ in details from the
-fine-tuning script and the READMEs ("DeepSeek" or "Deepseek", a full stop). Messages are mappings with `role` and
-`content`: at most one system message, first, then user and assistant in turn.
+fine-tuning script and the READMEs ("DeepSeek" or "Deepseek", a full stop). Messages are mappings with `role`
+and `content`: at most one system message, first, then user and assistant in turn.
 """
 
 import json
