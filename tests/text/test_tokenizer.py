@@ -50,7 +50,6 @@ def test_a_corpus_too_small_gives_a_smaller_vocabulary(flavor: str) -> None:
     assert tokenizer.vocab_size == num_regular + len(FLAVORS[flavor].special_tokens)
 
 
-@pytest.mark.slow
 def test_training_gives_the_same_file_in_any_process(tmp_path: Path, flavor: str, corpus: list[str]) -> None:
     program = (
         "import json, sys; from dscoder.text.tokenizer import Tokenizer; "
