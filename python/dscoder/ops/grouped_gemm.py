@@ -35,33 +35,39 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     return y_MN
 
 
-def _row_ranges(offsets_E: Tensor, num_rows: int) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert that has rows; wild offsets are clamped to the rows."""
-    ranges = []
+def _row_counts(offsets_E: Tensor, num_rows: int) -> list[int]:
+    """Rows of each expert, then the rows that belong to none; wild offsets are clamped to the rows."""
+    counts = []
     start = 0
-    for expert, offset in enumerate(offsets_E.tolist()):
+    for offset in offsets_E.tolist():
         end = min(max(offset, start), num_rows)
-        if end > start:
-            ranges.append((expert, start, end))
+        counts.append(end - start)
         start = end
-    return ranges
+    return [*counts, num_rows - start]
 
 
 def _forward(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     y_MN = x_MK.new_empty(x_MK.shape[0], w_ENK.shape[1])
-    end = 0
-    for expert, start, end in _row_ranges(offsets_E, x_MK.shape[0]):
-        torch.mm(x_MK[start:end], w_ENK[expert].t(), out=y_MN[start:end])
-    y_MN[end:].zero_()
+    counts = _row_counts(offsets_E, x_MK.shape[0])
+    *x_by_expert, _ = torch.split(x_MK, counts)
+    *y_by_expert, y_of_none = torch.split(y_MN, counts)
+    for x, w, y in zip(x_by_expert, w_ENK.transpose(1, 2).unbind(), y_by_expert, strict=True):
+        if len(x):
+            torch.mm(x, w, out=y)
+    y_of_none.zero_()
     return y_MN
 
 
 def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, offsets_E: Tensor) -> Tensor:
-    shape = (offsets_E.shape[0], grad_MN.shape[1], x_MK.shape[1])
-    ranges = _row_ranges(offsets_E, x_MK.shape[0])
-    grad_ENK = x_MK.new_empty(shape) if len(ranges) == shape[0] else x_MK.new_zeros(shape)
-    for expert, start, end in ranges:
-        torch.mm(grad_MN[start:end].t(), x_MK[start:end], out=grad_ENK[expert])
+    grad_ENK = x_MK.new_empty(offsets_E.shape[0], grad_MN.shape[1], x_MK.shape[1])
+    counts = _row_counts(offsets_E, x_MK.shape[0])
+    *x_by_expert, _ = torch.split(x_MK, counts)
+    *grad_by_expert, _ = torch.split(grad_MN.t(), counts, dim=1)
+    for grad, x, grad_w in zip(grad_by_expert, x_by_expert, grad_ENK.unbind(), strict=True):
+        if len(x):
+            torch.mm(grad, x, out=grad_w)
+        else:
+            grad_w.zero_()
     return grad_ENK
 
 

@@ -28,8 +28,8 @@ def define_op(
 ) -> None:
     """Register the op `dscoder::<name in schema>`.
 
-    `kernel` is the CUDA implementation; an op that has none yet runs its reference on CUDA. Either way a
-    package built without kernels says so on the first CUDA call.
+    `kernel` is the CUDA implementation; an op that has none runs its reference on CUDA, which may read sizes
+    on the host. Either way a package built without kernels says so on a CUDA call.
     """
     name = schema.partition("(")[0]
     on_cuda = kernel if kernel is not None else reference
@@ -90,12 +90,3 @@ def check_at_least(op: str, argument: str, value: int, minimum: int) -> None:
     """ValueError unless value >= minimum."""
     if not value >= minimum:
         raise ValueError(f"{op}: {argument} must be >= {minimum}, got {value}")
-
-
-def zero_rows_from(x: Tensor, first_row: Tensor) -> None:
-    """Set x[first_row:] to zero in place; the scalar tensor `first_row` stays on its device."""
-    if x.device.type == "cpu":
-        x[int(first_row) :].zero_()
-        return
-    row = torch.arange(x.shape[0], device=x.device)
-    x.masked_fill_((row >= first_row).view(-1, *[1] * (x.ndim - 1)), 0)

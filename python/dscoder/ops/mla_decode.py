@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dscoder.ops.library import FLOATS, accumulate_dtype, check_devices, check_shape, check_tensor, define_op
 
+_BLOCK = 128  # new tokens multiplied with their sequence at once
+
 
 def mla_decode(
     q_BSHd: Tensor,
@@ -50,16 +52,17 @@ def mla_decode(
     return out, lse
 
 
-def _gather_rows(cache_PLd: Tensor, page_table_BN: Tensor, seq_lens_B: Tensor) -> Tensor:
-    """Every sequence's rows in order, [B, N * L, d]; rows behind the sequence's end are zero."""
+def _gather_rows(cache_PLd: Tensor, page_table_BN: Tensor, seq_lens_B: Tensor, num_rows: int) -> Tensor:
+    """The first `num_rows` rows of every sequence, [B, num_rows, d]; behind its end its last row again.
+
+    So neither a wild slot of the table nor the NaN in an unused page is ever read.
+    """
     num_pages, page_size, width = cache_PLd.shape
-    num_sequences, num_slots = page_table_BN.shape
-    position = torch.arange(num_slots * page_size, device=cache_PLd.device)
-    is_used = position < seq_lens_B.unsqueeze(1)
-    # A wild slot must not reach the gather, and its stand-in's NaN must not reach the product.
-    page = page_table_BN.long().clamp(0, max(num_pages - 1, 0))
-    rows = cache_PLd[page].view(num_sequences, num_slots * page_size, width)
-    return rows.masked_fill_(~is_used.unsqueeze(-1), 0)
+    position = torch.arange(num_rows, device=cache_PLd.device)
+    position = torch.minimum(position, (seq_lens_B.unsqueeze(1) - 1).clamp(min=0)).long()
+    page = page_table_BN.gather(1, position // page_size).long().clamp(0, num_pages - 1)
+    row = page * page_size + position % page_size
+    return cache_PLd.reshape(-1, width).index_select(0, row.flatten()).view(*row.shape, width)
 
 
 def _forward(
@@ -71,19 +74,38 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q_BSHd.dtype)
-    num_sequences, num_new, num_heads, _ = q_BSHd.shape
-    rows = _gather_rows(cache_PLd, page_table_BN, seq_lens_B).to(dtype)
-    position = torch.arange(rows.shape[1], device=rows.device)
-    last = seq_lens_B.unsqueeze(1) - num_new + torch.arange(num_new, device=rows.device)
-    is_hidden = position > last.unsqueeze(-1)
-    scores = torch.matmul(q_BSHd.to(dtype).flatten(1, 2), rows.transpose(1, 2)).mul_(scale)
-    scores = scores.view(num_sequences, num_new, num_heads, -1)
-    scores.masked_fill_(is_hidden.unsqueeze(2), float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    # exp(-inf - finite) = 0 where -inf - (-inf) would be NaN.
-    probs = scores.sub_(lse.clamp(min=torch.finfo(dtype).min).unsqueeze(-1)).exp_()
-    out = torch.matmul(probs.flatten(1, 2), rows[..., :value_dim])
-    return out.view(num_sequences, num_new, num_heads, value_dim).to(q_BSHd.dtype), lse
+    num_new = q_BSHd.shape[1]
+    seq_lens_B = seq_lens_B.clamp(0, page_table_BN.shape[1] * cache_PLd.shape[1])
+    longest = max(seq_lens_B.tolist(), default=0)
+    rows = _gather_rows(cache_PLd, page_table_BN, seq_lens_B, longest).to(dtype)
+    out_BSHC = q_BSHd.new_zeros(*q_BSHd.shape[:3], value_dim)
+    lse_BSH = q_BSHd.new_full(q_BSHd.shape[:3], -torch.inf, dtype=dtype)
+    # Blocks of new tokens bound the memory of a long prompt's scores, and end at the last row they can see.
+    for start in range(0, num_new, _BLOCK):
+        end = min(start + _BLOCK, num_new)
+        num_seen_BS = (seq_lens_B - num_new).unsqueeze(1) + torch.arange(
+            start + 1, end + 1, device=rows.device
+        )
+        keys = rows[:, : max(longest - num_new + end, 0)]
+        out, lse_BSH[:, start:end] = _attend(
+            q_BSHd[:, start:end].to(dtype) * scale, keys, num_seen_BS, value_dim
+        )
+        out_BSHC[:, start:end] = out.to(out_BSHC.dtype)
+    return out_BSHC, lse_BSH
+
+
+def _attend(q_BSHd: Tensor, rows_BRd: Tensor, num_seen_BS: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries over the first num_seen rows each."""
+    shape = (*q_BSHd.shape[:3], rows_BRd.shape[1])
+    position = torch.arange(shape[-1], device=q_BSHd.device)
+    is_hidden = position >= num_seen_BS.unsqueeze(-1)
+    scores = torch.bmm(q_BSHd.flatten(1, 2), rows_BRd.transpose(1, 2)).view(shape)
+    scores.masked_fill_(is_hidden.unsqueeze(2), -torch.inf)
+    lse_BSH = scores.logsumexp(dim=-1)
+    probs = scores.sub_(lse_BSH.unsqueeze(-1)).exp_().flatten(1, 2)
+    out = torch.bmm(probs, rows_BRd[..., :value_dim]).view(*shape[:3], value_dim)
+    # A token that sees nothing has NaN probabilities, -inf - -inf.
+    return out.masked_fill_((num_seen_BS <= 0)[..., None, None], 0), lse_BSH
 
 
 def _fake(

@@ -17,6 +17,7 @@ from dscoder.ops.library import (
     define_gradient,
     define_op,
 )
+from dscoder.runtime import native
 
 
 def moe_gate(
@@ -36,8 +37,8 @@ def moe_gate(
 
     Returns:
         idx_TK (int32) and weight_TK (float32; float64 for float64 logits), largest weight first. Equal
-        logits go to the smaller expert, equal groups to the smaller group. Differentiable in the weights.
-        A NaN in a row gives NaN weights and some distinct experts in range.
+        logits go to the smaller expert, equal groups to the smaller group; a NaN counts as the largest and
+        makes its row's weights NaN. A row's experts are always distinct. Differentiable in the weights.
     """
     op = "moe_gate"
     check_tensor(op, "logits", logits_TE, num_dims=2, dtypes=FLOATS)
@@ -110,6 +111,29 @@ def _backward(
     return grad_TE.scatter_add_(1, idx, grad_TK).to(logits_TE.dtype)
 
 
+def _forward_kernel(
+    logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    if logits_TE.dtype == torch.float64:
+        return _forward(logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize)
+    weight_TK, idx_TK = _forward_fake(logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize)
+    logits = logits_TE.float().contiguous()
+    native._C.moe_gate_forward(logits, idx_TK, weight_TK, num_groups, num_groups_kept, scale, renormalize)
+    return weight_TK, idx_TK
+
+
+def _backward_kernel(
+    grad_weight_TK: Tensor, logits_TE: Tensor, idx_TK: Tensor, scale: float, renormalize: bool
+) -> Tensor:
+    if logits_TE.dtype == torch.float64:
+        return _backward(grad_weight_TK, logits_TE, idx_TK, scale, renormalize)
+    logits = logits_TE.float().contiguous()
+    grad_logits = torch.empty_like(logits)
+    grad_weight = grad_weight_TK.contiguous()
+    native._C.moe_gate_backward(logits, idx_TK, grad_weight, grad_logits, scale, renormalize)
+    return grad_logits.to(logits_TE.dtype)
+
+
 def _forward_fake(
     logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int, scale: float, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
@@ -141,12 +165,14 @@ define_op(
     "moe_gate(Tensor logits, int num_topk, int num_groups, int num_groups_kept, float scale,"
     " bool renormalize) -> (Tensor weight, Tensor idx)",
     reference=_forward,
+    kernel=_forward_kernel,
     fake=_forward_fake,
 )
 define_op(
     "moe_gate_backward(Tensor grad_weight, Tensor logits, Tensor idx, float scale, bool renormalize)"
     " -> Tensor",
     reference=_backward,
+    kernel=_backward_kernel,
     fake=_backward_fake,
 )
 define_gradient("moe_gate", save=_save, backward=_differentiate)

@@ -14,7 +14,6 @@ from dscoder.ops.library import (
     check_tensor,
     define_gradient,
     define_op,
-    zero_rows_from,
 )
 
 
@@ -57,7 +56,7 @@ def _forward(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     row_M = torch.empty_like(slot_M, dtype=torch.int32)
     row_M[slot_M] = torch.arange(num_rows, dtype=torch.int32, device=idx_TK.device)
     x_MD = x_TD.index_select(0, slot_M // max(idx_TK.shape[1], 1))
-    zero_rows_from(x_MD, offsets_E[-1])
+    x_MD[int(offsets_E[-1]) :] = 0
     return x_MD, offsets_E, row_M.view(idx_TK.shape).masked_fill_(is_dropped_TK, -1)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dscoder.ops.library import (
@@ -34,35 +35,40 @@ def moe_unpermute(y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Ten
     return out_TD
 
 
+def _kept(row_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The flat positions in row_TK of the choices that were not dropped, and their rows."""
+    slot = (row_TK.flatten() >= 0).nonzero().squeeze(1)
+    return slot, row_TK.flatten()[slot].long()
+
+
 def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
-    num_tokens, num_topk = row_TK.shape
-    out_TD = y_MD.new_zeros((num_tokens, y_MD.shape[1]), dtype=accumulate_dtype(y_MD.dtype))
-    is_dropped_TK = row_TK < 0
-    weight_TK = weight_TK.to(out_TD.dtype)
-    row_TK = row_TK.clamp(min=0)
-    for k in range(num_topk):
-        # where, not a zero weight: the row a dropped choice is pointed at may hold NaN.
-        chosen_TD = y_MD.index_select(0, row_TK[:, k]).masked_fill_(is_dropped_TK[:, k, None], 0)
-        out_TD.addcmul_(chosen_TD.to(out_TD.dtype), weight_TK[:, k, None])
+    dtype = accumulate_dtype(y_MD.dtype)
+    slot, row = _kept(row_TK)
+    num_kept_T = (row_TK >= 0).sum(dim=1)
+    out_TD = F.embedding_bag(
+        row,
+        y_MD.to(dtype),
+        offsets=num_kept_T.cumsum(0) - num_kept_T,
+        mode="sum",
+        per_sample_weights=weight_TK.flatten()[slot].to(dtype),
+    )
     return out_TD.to(y_MD.dtype)
 
 
 def _backward(grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
-    num_rows, num_topk = row_TK.numel(), row_TK.shape[1]
     dtype = accumulate_dtype(y_MD.dtype)
-    # One extra row takes what dropped choices scatter.
-    row = torch.where(row_TK < 0, num_rows, row_TK).flatten().long()
-    slot = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=row.device)
-    slot[row] = torch.arange(num_rows, device=row.device)
-    slot_M = slot[:num_rows]
-    is_unused_M = (slot_M < 0).unsqueeze(-1)
-    slot_M = slot_M.clamp(min=0)
-    grad_MD = grad_TD.to(dtype).index_select(0, slot_M // max(num_topk, 1)).masked_fill_(is_unused_M, 0)
-    grad_weight_M = (grad_MD * y_MD.masked_fill(is_unused_M, 0)).sum(dim=-1)
-    grad_weight = torch.cat([grad_weight_M, grad_weight_M.new_zeros(1)])[row].view(row_TK.shape)
-    weight_M = weight_TK.flatten().to(dtype)[slot_M]
-    grad_y = grad_MD.mul_(weight_M.unsqueeze(-1)).to(y_MD.dtype)
-    return grad_y.masked_fill_(is_unused_M, 0), grad_weight.to(weight_TK.dtype)
+    slot, row = _kept(row_TK)
+    num_kept = len(row)
+    slot_by_row = torch.empty_like(slot)
+    slot_by_row[row] = slot
+    grad_y = y_MD.new_empty(y_MD.shape, dtype=dtype)
+    grad_y[num_kept:] = 0
+    grad_rows = grad_y[:num_kept]
+    torch.index_select(grad_TD.to(dtype), 0, slot_by_row // max(row_TK.shape[1], 1), out=grad_rows)
+    grad_weight = weight_TK.new_zeros(weight_TK.numel())
+    grad_weight[slot_by_row] = torch.linalg.vecdot(grad_rows, y_MD[:num_kept].to(dtype)).to(weight_TK.dtype)
+    grad_rows.mul_(weight_TK.flatten()[slot_by_row].to(dtype).unsqueeze(1))
+    return grad_y.to(y_MD.dtype), grad_weight.view(weight_TK.shape)
 
 
 def _forward_fake(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
