@@ -138,8 +138,10 @@ constexpr float __uint2float_rn(unsigned value) {
 
 // ---- arithmetic ----
 
+// A NaN is the canonical one, as on the GPU (CUDA C++ programming guide, floating-point standard).
 constexpr float __fadd_rn(float a, float b) {
-    return a + b;
+    const float sum = a + b;
+    return sum == sum ? sum : std::bit_cast<float>(0x7fffffffu);
 }
 constexpr float __fsub_rn(float a, float b) {
     return a - b;

@@ -2,6 +2,7 @@
 
 #include <mutex>
 
+#include "core/check.h"
 #include "host/grid.h"
 
 namespace dsc::host {
@@ -13,11 +14,16 @@ uint64_t g_seed = 0;
 thread_local Grid* g_grid = nullptr;
 
 Grid& running_grid(const char* what) {
-    if (g_grid == nullptr) throw Fault(std::string("host executor: ") + what + " outside a kernel");
+    if (g_grid == nullptr) throw Fault(concat("host executor: ", what, " outside a kernel"));
     return *g_grid;
 }
 
 }  // namespace
+
+namespace running {
+uint3 thread_idx, block_idx;
+dim3 block_dim, grid_dim;
+}  // namespace running
 
 void set_order(uint64_t seed) {
     const std::lock_guard lock(g_mutex);
@@ -35,7 +41,7 @@ void run_threads(const LaunchShape& shape, const std::function<void()>& thread_m
 
 void fail(const char* what, const Place& where) {
     Grid& grid = running_grid(what);
-    grid.fail(to_text(grid.running()) + ": " + to_text(Wait{.what = what, .where = where}));
+    grid.fail(concat(to_text(grid.running()), ": ", to_text(Wait{.what = what, .where = where})));
 }
 
 Vote wait_for_block(const char* what, bool predicate, const Place& where) {

@@ -85,8 +85,8 @@ T* shared_dynamic() {
 
 // The running thread's coordinates: written by the executor, read by kernels through the names below.
 namespace running {
-inline uint3 thread_idx, block_idx;
-inline dim3 block_dim, grid_dim;
+extern uint3 thread_idx, block_idx;
+extern dim3 block_dim, grid_dim;
 }  // namespace running
 
 }  // namespace dsc::host

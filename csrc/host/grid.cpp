@@ -7,6 +7,8 @@
 #include <numeric>
 #include <utility>
 
+#include "core/check.h"
+
 namespace dsc::host {
 namespace {
 
@@ -48,18 +50,16 @@ void check_shape(const LaunchShape& shape) {
     const size_t num_threads = num_threads_of(block);
     if (num_threads_of(grid) == 0 or num_threads == 0) reject("the grid or the block is empty");
     if (num_threads > kMaxThreadsPerBlock or block.z > kMaxBlockDepth) {
-        reject("the block has " + std::to_string(num_threads) + " threads, " + std::to_string(block.z) +
-               " in z; at most " + std::to_string(kMaxThreadsPerBlock) + ", " +
-               std::to_string(kMaxBlockDepth) + " in z");
+        reject(concat("the block has ", num_threads, " threads, ", block.z, " in z; at most ",
+                      kMaxThreadsPerBlock, ", ", kMaxBlockDepth, " in z"));
     }
     if (grid.x > kMaxGridWidth or grid.y > kMaxGridHeight or grid.z > kMaxGridHeight)
         reject("the grid is too large");
     if (shared_bytes > kMaxSharedBytes) {
-        reject(std::to_string(shared_bytes) + " bytes of shared memory, at most " +
-               std::to_string(kMaxSharedBytes));
+        reject(concat(shared_bytes, " bytes of shared memory, at most ", kMaxSharedBytes));
     }
     if (is_cooperative and num_threads_of(grid) * num_threads > kMaxThreads) {
-        reject("a cooperative grid of more than " + std::to_string(kMaxThreads) + " threads is not run here");
+        reject(concat("a cooperative grid of more than ", kMaxThreads, " threads is not run here"));
     }
 }
 
@@ -160,11 +160,9 @@ void* Grid::find_shared(const void* key, size_t num_bytes, size_t alignment, con
     block.num_shared_bytes += num_bytes;
     if (block.num_shared_bytes > kMaxStaticSharedBytes or
         block.num_shared_bytes + shape_.shared_bytes > kMaxSharedBytes) {
-        fail(std::string("shared memory: with ") + name + " the block declares " +
-             std::to_string(block.num_shared_bytes) + " bytes and was launched with " +
-             std::to_string(shape_.shared_bytes) + " dynamic ones; the limits are " +
-             std::to_string(kMaxStaticSharedBytes) + " declared, " + std::to_string(kMaxSharedBytes) +
-             " in all");
+        fail(concat("shared memory: with ", name, " the block declares ", block.num_shared_bytes,
+                    " bytes and was launched with ", shape_.shared_bytes, " dynamic ones; the limits are ",
+                    kMaxStaticSharedBytes, " declared, ", kMaxSharedBytes, " in all"));
     }
     block.shared.push_back({key, poisoned_bytes(num_bytes, alignment)});
     return block.shared.back().bytes.get();
@@ -215,7 +213,7 @@ void Grid::shuffle_latest(size_t num_threads) {
 
 void Grid::yield() {
     if (++num_idle_yields_ > kMaxIdleYields) {
-        fail("livelock: " + to_text(*running_) + " and others only yield;" + waiting());
+        fail(concat("livelock: ", to_text(*running_), " and others only yield;", waiting()));
     }
     Thread* const next = take_ready(false);
     if (next == nullptr) return;
@@ -241,7 +239,7 @@ void Grid::thread_entry(void* grid) {
     } catch (const std::exception& exception) {
         error = exception.what();
     }
-    if (not error.empty()) self.fail(to_text(*self.running_) + " threw: " + error);
+    if (not error.empty()) self.fail(concat(to_text(*self.running_), " threw: ", error));
     self.thread_exit();
 }
 
@@ -252,14 +250,13 @@ void Grid::thread_exit() {
     const unsigned bit = 1u << self.rank % kWarpSize;
     for (const Barrier* const barrier : {&block.barrier, &grid_barrier_}) {
         if (barrier->num_arrived == 0) continue;
-        fail("divergent barrier: " + to_text(self) + " exits while " + std::to_string(barrier->num_arrived) +
-             " threads wait at " + to_text(barrier->wait));
+        fail(concat("divergent barrier: ", to_text(self), " exits while ", barrier->num_arrived,
+                    " threads wait at ", to_text(barrier->wait)));
     }
     for (const Warp::Pending& pending : warp.pending) {
         if (pending.wait.mask & bit) {
-            fail("divergent warp: " + to_text(self) + " exits while " +
-                 std::to_string(std::popcount(pending.arrived)) + " lanes wait for it at " +
-                 to_text(pending.wait));
+            fail(concat("divergent warp: ", to_text(self), " exits while ", std::popcount(pending.arrived),
+                        " lanes wait for it at ", to_text(pending.wait)));
         }
     }
     warp.live &= ~bit;
@@ -276,13 +273,13 @@ void Grid::thread_exit() {
 void Grid::arrive(Barrier& barrier, const Wait& wait, int64_t num_exited) {
     Thread& self = *running_;
     if (num_exited > 0) {
-        fail("divergent barrier: " + to_text(self) + " waits at " + to_text(wait) + " but " +
-             std::to_string(num_exited) + " threads have exited");
+        fail(concat("divergent barrier: ", to_text(self), " waits at ", to_text(wait), " but ", num_exited,
+                    " threads have exited"));
     }
     if (barrier.num_arrived == 0) barrier = {.wait = wait, .num_arrived = 0, .num_true = 0};
     if (not is_same(barrier.wait, wait)) {
-        fail("divergent barrier: " + to_text(self) + " waits at " + to_text(wait) + " while " +
-             std::to_string(barrier.num_arrived) + " threads wait at " + to_text(barrier.wait));
+        fail(concat("divergent barrier: ", to_text(self), " waits at ", to_text(wait), " while ",
+                    barrier.num_arrived, " threads wait at ", to_text(barrier.wait)));
     }
     ++barrier.num_arrived;
     self.is_waiting = true;
@@ -330,17 +327,17 @@ void Grid::check_warp_arrival(const Warp& warp, const Wait& wait) {
     const Thread& self = *running_;
     const unsigned bit = 1u << self.rank % kWarpSize;
     if ((wait.mask & bit) == 0)
-        fail("wrong mask: " + to_text(self) + " is not in its own mask at " + to_text(wait));
+        fail(concat("wrong mask: ", to_text(self), " is not in its own mask at ", to_text(wait)));
     if ((wait.mask & ~warp.live) != 0) {
-        fail("wrong mask: " + to_text(self) + " names lanes that have exited or do not exist at " +
-             to_text(wait) + "; the live lanes are " + to_hex(warp.live));
+        fail(concat("wrong mask: ", to_text(self), " names lanes that have exited or do not exist at ",
+                    to_text(wait), "; the live lanes are ", to_hex(warp.live)));
     }
     for (const auto& [other, arrived] : warp.pending) {
         // Lanes that wait for each other at different places, or under different masks, wait for ever.
         const bool waits_for_me = (other.mask & bit) != 0, named_by_me = (arrived & wait.mask) != 0;
         if (waits_for_me and named_by_me and not is_same(other, wait)) {
-            fail("divergent warp: " + to_text(self) + " arrives at " + to_text(wait) + " while lanes " +
-                 to_hex(arrived) + " of its warp wait at " + to_text(other));
+            fail(concat("divergent warp: ", to_text(self), " arrives at ", to_text(wait), " while lanes ",
+                        to_hex(arrived), " of its warp wait at ", to_text(other)));
         }
     }
 }

@@ -3,13 +3,14 @@
 #include <cstring>
 #include <vector>
 
+#include "core/check.h"
 #include "host/grid.h"
 
 namespace dsc::host {
 namespace {
 
 std::string to_text(const uint3& idx) {
-    return "(" + std::to_string(idx.x) + "," + std::to_string(idx.y) + "," + std::to_string(idx.z) + ")";
+    return concat("(", idx.x, ",", idx.y, ",", idx.z, ")");
 }
 
 // Threads that wait for the same thing, by the first of them.
@@ -27,13 +28,13 @@ std::string to_hex(unsigned mask) {
 }
 
 std::string to_text(const Thread& thread) {
-    return "thread " + to_text(thread.idx) + " of block " + to_text(thread.block->idx);
+    return concat("thread ", to_text(thread.idx), " of block ", to_text(thread.block->idx));
 }
 
 std::string to_text(const Wait& wait) {
-    const std::string mask = wait.mask == 0 ? "" : " (mask " + to_hex(wait.mask) + ")";
-    return wait.what + mask + " at " + wait.where.file_name() + ":" + std::to_string(wait.where.line()) +
-           " in " + wait.where.function_name();
+    const std::string mask = wait.mask == 0 ? "" : concat(" (mask ", to_hex(wait.mask), ")");
+    return concat(wait.what, mask, " at ", wait.where.file_name(), ":", wait.where.line(), " in ",
+                  wait.where.function_name());
 }
 
 bool is_same(const Wait& a, const Wait& b) {
@@ -60,8 +61,8 @@ std::string Grid::waiting() const {
     }
     std::string text;
     for (const auto& [first, num_threads] : groups) {
-        text += "\n  " + std::to_string(num_threads) + " threads (first: " + to_text(*first) + ") wait at " +
-                to_text(first->wait);
+        text += concat("\n  ", num_threads, " threads (first: ", to_text(*first), ") wait at ",
+                       to_text(first->wait));
     }
     return text;
 }

@@ -1,0 +1,96 @@
+"""Every planted mistake of faults.cu is seen: races as results that differ, the rest as errors that name it."""
+
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SEEDS = range(12)
+X = np.arange(64, dtype=np.float32)
+
+
+# ---- races: wrong results, under some order ----
+
+
+@pytest.mark.parametrize("fault", ["missing_barrier", "missing_second_barrier", "missing_syncwarp"])
+def test_a_race_gives_a_wrong_result_under_some_order(host_kernels: ModuleType, fault: str) -> None:
+    num_wrong = 0
+    for seed in SEEDS:
+        host_kernels.set_order(seed)
+        num_wrong += not np.array_equal(host_kernels.run_fault(fault, X), X[::-1])
+    assert num_wrong >= len(SEEDS) // 2
+
+
+def test_uninitialised_shared_memory_is_nan(host_kernels: ModuleType) -> None:
+    y = host_kernels.run_fault("uninitialised_shared", X)
+    assert np.isnan(y[63])
+    np.testing.assert_array_equal(y[:63], X[:0:-1])
+
+
+def test_a_lane_outside_the_mask_reads_as_nan(host_kernels: ModuleType) -> None:
+    y = host_kernels.run_fault("reads_a_lane_outside_the_mask", X)
+    np.testing.assert_array_equal(y[:8], X[8:16])
+    assert np.isnan(y[8:16]).all()
+
+
+# ---- errors ----
+
+ERRORS = {
+    "exit_before_barrier": r"divergent barrier: thread \(\d+,0,0\) of block \(0,0,0\) .*"
+    r"__syncthreads at .*faults.cu:\d+ in .*exit_before_barrier",
+    "two_barriers": r"divergent barrier: thread \(\d+,0,0\) .* waits at __syncthreads at .*faults.cu:\d+ .*"
+    r"while \d+ threads wait at __syncthreads at .*faults.cu:\d+",
+    "barrier_against_warp": r"deadlock: no thread can go on:(.|\n)*2 threads .* wait at __syncthreads",
+    "lane_outside_its_mask": r"wrong mask: thread \((0|32),0,0\) .* is not in its own mask at "
+    r"__shfl_sync \(mask 0xfffffffe\)",
+    "masks_that_differ": r"divergent warp: thread .* __shfl_xor_sync \(mask 0x[0-9a-f]+\)",
+    "shuffle_in_a_branch": r"(divergent warp: thread .* exits while \d+ lanes wait for it at __shfl_xor_sync"
+    r"|wrong mask: .* names lanes that have exited)",
+    "mask_names_exited_lanes": r"(divergent warp: thread .* exits while|names lanes that have exited)",
+    "partial_warp": r"(names lanes that have exited or do not exist .* live lanes are 0x000000ff"
+    r"|exits while \d+ lanes wait|names lanes that have exited)",
+    "grid_sync_without_cooperative_launch": r"not launched with launch_cooperative",
+    "waits_for_nobody": r"livelock: thread .* only yield",
+    "too_many_threads": r"the block has 1025 threads, 1 in z; at most 1024, 64 in z",
+    "too_much_shared_memory": r"233472 bytes of shared memory, at most 232448",
+}
+
+
+@pytest.mark.parametrize("fault", ERRORS)
+def test_a_fault_is_an_error_under_every_order(host_kernels: ModuleType, fault: str) -> None:
+    for seed in SEEDS if fault != "waits_for_nobody" else range(1):
+        host_kernels.set_order(seed)
+        with pytest.raises(RuntimeError, match=ERRORS[fault]):
+            host_kernels.run_fault(fault, X)
+    assert host_kernels.block_sum(X, 2) == X.sum()  # the executor goes on working
+
+
+# ---- what CUDA does not have does not compile ----
+
+PRELUDE = '#include "core/launch.h"\n__global__ void kernel(long* x, float* y) {'
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("__shared__ float tile[4]; y[0] = tile[0];", "DSC_SHARED"),
+        ("atomicAdd(x, 1);", "atomicAdd"),
+        ("threadIdx.x = 1;", "threadIdx"),
+        ("y[0] = __shfl_sync(~0u, dim3(1), 0).x;", "__shfl_sync"),
+        ("dsc::launch(kernel, 1, 1, 0, nullptr, x, y, 1);", "launch"),
+    ],
+)
+def test_code_outside_cuda_does_not_compile(
+    host_folder: Path, tmp_path: Path, body: str, message: str
+) -> None:
+    source = tmp_path / "kernel.cpp"
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-DDSC_HOST_EXECUTOR", f"-I{CSRC}", str(source)]
+    source.write_text(f"{PRELUDE} {body} }}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    source.write_text(f"{PRELUDE} y[0] = x[0]; }}")
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
