@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kNumThreads = 128;
 constexpr uint32_t kNoKey = 0;
-constexpr uint32_t kNanKey = 0xffffffffu;
 constexpr uint32_t kSignBit = 0x80000000u;
 
 // Which groups there are to choose from.
@@ -48,11 +47,11 @@ using AnyExperts = Layout<kWarpSize, kPerLane, kPerLane, kGroups>;
 
 // ---- device ----
 
-// A logit as an unsigned integer in the same order, above kNoKey.
+// A logit as an unsigned integer in the same order, above kNoKey. Adding 0 turns -0 into +0, and any NaN into
+// the canonical one, 0x7fffffff, whose key is the largest.
 __device__ __forceinline__ uint32_t key_of(float logit) {
-    const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes +0
-    const uint32_t key = bits ^ (bits & kSignBit ? ~0u : kSignBit);
-    return logit == logit ? key : kNanKey;
+    const int bits = __float_as_int(__fadd_rn(logit, 0.0f));
+    return static_cast<uint32_t>(bits ^ (bits >> 31 | static_cast<int>(kSignBit)));
 }
 
 __device__ __forceinline__ float logit_of(uint32_t key) {
@@ -107,7 +106,7 @@ template <typename L>
 __device__ __forceinline__ float sum_of_exp(const float (&logit)[L::kPerLane], float largest) {
     float sum = 0.0f;
     DSC_UNROLL
-    for (int j = 0; j < L::kPerLane; ++j) sum += expf(logit[j] - largest);
+    for (int j = 0; j < L::kPerLane; ++j) sum += exp_fast(logit[j] - largest);
     return row_sum<L::kLanes>(sum);
 }
 
@@ -166,13 +165,20 @@ __device__ __forceinline__ void place_groups(int num_groups, int num_kept, int l
 template <typename L>
 __device__ __forceinline__ void gather_candidates(const uint32_t (&keys)[L::kPerLane], int group_width,
                                                   int lane, GroupScratch<L>& scratch) {
-    DSC_UNROLL
-    for (int j = 0; j < L::kPerLane; ++j) {
-        const int expert = lane * L::kPerLane + j;
-        const int group = expert / group_width;
-        const int place = keys[j] != kNoKey ? scratch.group_place[group] : kDropped;
-        if (place != kDropped)
-            scratch.candidate_key[place * group_width + expert - group * group_width] = keys[j];
+    if constexpr (L::kGroups == Groups::kPerLane) {
+        const int place = scratch.group_place[lane];
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; ++j) {
+            if (place != kDropped) scratch.candidate_key[place * L::kPerLane + j] = keys[j];
+        }
+    } else {
+        DSC_UNROLL
+        for (int j = 0; j < L::kPerLane; ++j) {
+            const int expert = lane * L::kPerLane + j;
+            const int group = expert / group_width;
+            const int place = keys[j] != kNoKey ? scratch.group_place[group] : kDropped;
+            if (place != kDropped) scratch.candidate_key[expert + (place - group) * group_width] = keys[j];
+        }
     }
     __syncwarp();
 }
@@ -328,16 +334,16 @@ __global__ void __launch_bounds__(kNumThreads) moe_gate_backward_kernel(const Mo
 
     // Spread the K gradients over the experts.
     float grad[L::kPerLane] = {};
-    bool is_chosen[L::kPerLane] = {};
+    uint32_t chosen = 0;  // one bit per expert of the lane
     DSC_UNROLL
     for (int i = 0; i < L::kSlots; ++i) {
         for (int k = i * L::kLanes; k < min(p.num_topk, (i + 1) * L::kLanes); ++k) {
             const int slot = row_broadcast<L::kLanes>(expert[i], k % L::kLanes) - lane * L::kPerLane;
             const float grad_k = row_broadcast<L::kLanes>(grad_weight[i], k % L::kLanes);
+            if (slot >= 0 and slot < L::kPerLane) chosen |= 1u << slot;
             DSC_UNROLL
             for (int j = 0; j < L::kPerLane; ++j) {
-                grad[j] += j == slot ? grad_k : 0.0f;
-                is_chosen[j] = is_chosen[j] or j == slot;
+                if (j == slot) grad[j] = grad_k;
             }
         }
     }
@@ -347,10 +353,12 @@ __global__ void __launch_bounds__(kNumThreads) moe_gate_backward_kernel(const Mo
     DSC_UNROLL
     for (int j = 1; j < L::kPerLane; ++j) largest = fmaxf(largest, logit[j]);
     largest = row_max<L::kLanes>(largest);
+    const uint32_t summed = p.renormalize ? chosen : ~0u;
     float sum = 0.0f, dot = 0.0f;
     DSC_UNROLL
     for (int j = 0; j < L::kPerLane; ++j) {
-        logit[j] = is_chosen[j] or not p.renormalize ? expf(logit[j] - largest) : 0.0f;
+        const float numerator = exp_fast(logit[j] - largest);
+        logit[j] = summed >> j & 1 ? numerator : 0.0f;
         sum += logit[j];
         dot += logit[j] * grad[j];
     }
