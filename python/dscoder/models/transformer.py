@@ -80,7 +80,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         place_on = None if device is None else torch.device(device)
-        self.embed = nn.Embedding(config.vocab_size, config.width, device=place_on, dtype=dtype)
+        # From a tensor: nn.Embedding's own initialisation imports the compiler when on the meta device.
+        self.embed = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(config.vocab_size, config.width, device=place_on, dtype=dtype), freeze=False
+        )
         self.layers = nn.ModuleList(
             Layer(config, layer_idx=layer_idx, device=place_on, dtype=dtype)
             for layer_idx in range(config.num_layers)
