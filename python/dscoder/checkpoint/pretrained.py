@@ -1,7 +1,7 @@
 """Models from and to directories in the published Hugging Face layout.
 
-Memory: a loaded model needs itself and what is mapped of one file; a saved one needs itself and, for weights
-that are not on the CPU, one shard. Nothing is read before config.json and all headers are found to fit.
+Memory: a loaded model needs itself and one tensor; a saved one needs itself and, for weights that are not on
+the CPU, one shard. Nothing is read before config.json and all headers are found to fit.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf, dtype_from_hf
 from dscoder.checkpoint.names import Piece, has_stacked_experts, is_derived, pieces
@@ -76,10 +77,8 @@ def load_pretrained(
     parts = {piece.name: piece for piece in pieces(config, stacked_experts=has_stacked_experts(stored))}
     model = Transformer(config, device="meta")
     _check(stored, parts, model, directory)
-    model.to(dtype or DTYPES[stored["model.embed_tokens.weight"].dtype])
-    model.to_empty(device=device)
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight  # to_empty gave each its own
+    stored_dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
+    _materialise(model, dtype=dtype or stored_dtype, device=torch.device(device))
     _fill(model, {name: stored[name] for name in parts}, parts)
     if config.tie_embeddings:
         _check_tied_head(model, stored)
@@ -132,6 +131,19 @@ def _check(
             )
 
 
+def _materialise(model: Transformer, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model on the meta device memory for its weights, tied ones once.
+
+    nn.Module.to_empty unties, and pulls in a second of imports for decompositions on the meta device.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            setattr(module, name, made[parameter])
+
+
 @torch.no_grad()
 def _fill(model: Transformer, stored: dict[str, StoredTensor], parts: dict[str, Piece]) -> None:
     parameters = dict(model.named_parameters())
@@ -171,6 +183,8 @@ def save_pretrained(
     directory = Path(directory).expanduser()
     if max_shard_bytes < 1:
         raise ValueError(f"save_pretrained: max_shard_bytes must be >= 1, got {max_shard_bytes}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("save_pretrained: model must have its weights, got them on the meta device")
     _check_replaceable(directory, overwrite)
     companions = [] if tokenizer is None else _tokenizer_files(Path(tokenizer).expanduser())
     data = config_to_hf(model.config, dtype=model.embed.weight.dtype)

@@ -72,6 +72,7 @@ def _put(partial: Path, target: Path) -> None:
     elif not _exchange(partial, target):
         # Some network file systems cannot exchange: for a moment `target` is absent, `retired` whole.
         retired = target.with_name(f".{target.name}.retired")
+        shutil.rmtree(retired, ignore_errors=True)
         target.rename(retired)
         partial.rename(target)
         shutil.rmtree(retired)

@@ -128,16 +128,14 @@ def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
 
 
 def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one file open at a time and in its order.
-
-    The tensors are views of the mapped file: what is kept of them must be copied before the next one.
-    """
+    """Name and tensor, one file open at a time and in its order; a tensor is read when it is asked for."""
     by_file: dict[Path, list[str]] = {}
     for name in sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].start)):
         by_file.setdefault(tensors[name].file, []).append(name)
     for path, names in by_file.items():
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            # Not mapped: pages of a mapped file would count as this process's memory until it is closed.
+            with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
                 for name in names:
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:

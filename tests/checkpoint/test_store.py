@@ -1,0 +1,203 @@
+"""Sharded safetensors: how files are cut, what a broken directory is refused for."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dscoder.checkpoint.store import (
+    INDEX,
+    WEIGHTS,
+    open_store,
+    plan_shards,
+    read_header,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
+
+TENSORS = {name: torch.full((4,), float(i)) for i, name in enumerate("abcde")}  # 16 bytes each
+
+
+def write(directory, *, max_shard_bytes=32):
+    directory.mkdir(exist_ok=True)
+    write_tensors(directory, list(TENSORS.items()), max_shard_bytes=max_shard_bytes)
+    return directory
+
+
+def edit_index(directory, **changes):
+    path = directory / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"].update(changes)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_bytes", "shards"),
+    [
+        ([], 10, [range(0)]),
+        ([1, 2, 3], 6, [range(3)]),
+        ([1, 2, 3], 5, [range(2), range(2, 3)]),
+        ([5, 5, 5], 10, [range(2), range(2, 3)]),
+        ([50, 1], 10, [range(1), range(1, 2)]),
+        ([1, 50, 1], 10, [range(1), range(1, 2), range(2, 3)]),
+        ([1, 1], 0, [range(1), range(1, 2)]),
+    ],
+)
+def test_shards_are_filled_in_order(sizes, max_bytes, shards):
+    assert plan_shards(sizes, max_bytes=max_bytes) == shards
+
+
+def test_what_fits_is_one_file_without_an_index(tmp_path):
+    write(tmp_path, max_shard_bytes=80)
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    assert load_file(tmp_path / WEIGHTS).keys() == TENSORS.keys()
+
+
+def test_the_index_is_that_of_the_published_checkpoints(tmp_path):
+    write(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 1, 2, 2, 3)]
+    assert index == {"metadata": {"total_size": 80}, "weight_map": dict(zip("abcde", files, strict=True))}
+
+
+@pytest.mark.parametrize("max_shard_bytes", [16, 32, 80])
+def test_what_was_written_is_read_back(tmp_path, max_shard_bytes):
+    write(tmp_path, max_shard_bytes=max_shard_bytes)
+    read = {name: tensor.clone() for name, tensor in read_tensors(open_store(tmp_path))}
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_views_of_one_stack_and_strided_tensors_are_written(tmp_path):
+    stack = torch.arange(12.0).view(2, 2, 3)
+    tensors = {"first": stack[0], "second": stack[1], "turned": torch.arange(6.0).view(2, 3).t()}
+    write_tensors(tmp_path, list(tensors.items()), max_shard_bytes=1000)
+    read = load_file(tmp_path / WEIGHTS)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_without_elements_is_written(tmp_path):
+    write_tensors(tmp_path, [("none", torch.empty(0, 3))], max_shard_bytes=1)
+    assert open_store(tmp_path)["none"].shape == (0, 3)
+
+
+def test_every_cut_of_a_file_is_found(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    save_file(TENSORS, whole)
+    content = whole.read_bytes()
+    for length in range(len(content)):
+        path = tmp_path / "cut.safetensors"
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.safetensors (is cut off|must be a whole)"):
+            read_header(path)
+
+
+def test_a_cut_file_names_the_tensor_that_is_lost(tmp_path):
+    path = write(tmp_path, max_shard_bytes=80) / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off: tensor 'e' must end at byte"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 not a safetensors file",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 1) + b"{",
+        struct.pack("<Q", 7) + b'{"a":1}',
+        struct.pack("<Q", 8) + b'{"a":{}}',
+        struct.pack("<Q", 2**63) + b"{}",
+        b"\xff" * 64,
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file"):
+        open_store(tmp_path)
+
+
+def test_a_file_longer_than_its_header_says_is_refused(tmp_path):
+    path = write(tmp_path, max_shard_bytes=80) / WEIGHTS
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file"):
+        list(read_tensors(open_store(tmp_path)))
+
+
+def test_an_absent_shard_is_named_with_a_tensor(tmp_path):
+    (write(tmp_path) / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index\.json puts 'c' in model-00002-of-00003\S+, which is absent"):
+        open_store(tmp_path)
+
+
+def test_a_tensor_in_another_shard_than_listed_is_named(tmp_path):
+    edit_index(write(tmp_path), a="model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"'a' lies in .*model-00001-of-00003\S+, but .* in model-00003-of"):
+        open_store(tmp_path)
+
+
+def test_a_tensor_that_no_shard_holds_is_named(tmp_path):
+    edit_index(write(tmp_path), z="model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"puts 'z' in model-00003-of-00003\S+, which does not hold it"):
+        open_store(tmp_path)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path):
+    index = json.loads((write(tmp_path) / INDEX).read_text())
+    del index["weight_map"]["b"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'b' lies in .*model-00001-of-00003\S+, but .* puts it nowhere"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "folder/x", 3])
+def test_an_index_may_not_point_out_of_the_directory(tmp_path, file):
+    edit_index(write(tmp_path), a=file)
+    with pytest.raises(ValueError, match="the file of 'a' must be a plain name"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[]", "{", ""])
+def test_a_broken_index_is_named(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json must"):
+        open_store(tmp_path)
+
+
+def test_an_index_and_a_single_file_together_are_ambiguous(tmp_path):
+    write(tmp_path)
+    write(tmp_path, max_shard_bytes=80)
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors or .*, got both"):
+        open_store(tmp_path)
+
+
+def test_an_index_may_list_the_single_file(tmp_path):
+    write(tmp_path, max_shard_bytes=80)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, WEIGHTS)}))
+    assert open_store(tmp_path).keys() == TENSORS.keys()
+
+
+def test_pickles_are_refused_with_the_way_out(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"got pytorch_model\.bin: a pickle.*weights_only=True"):
+        open_store(tmp_path)
+
+
+def test_shards_without_their_index_and_an_empty_directory_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="got neither"):
+        open_store(tmp_path)
+    (write(tmp_path) / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"got model-00001-of-00003\.safetensors and no index"):
+        open_store(tmp_path)
+
+
+def test_json_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.json must be a JSON file"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"absent\.json must be a JSON file"):
+        read_json(tmp_path / "absent.json")
