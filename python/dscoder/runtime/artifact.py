@@ -1,0 +1,230 @@
+"""Stage directories: what one verb leaves on disk for the next.
+
+A stage directory says what made it. `started.json` (command, config, hashes of the inputs) is written first
+and `manifest.json` (the same, with counts) last, so that a directory without a manifest is half-written.
+Opening a finished stage again does nothing, opening a killed one resumes or restarts it, and opening a
+directory made by another config is an error.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dscoder
+from dscoder.runtime.log import get_logger
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+LOCK = "lock"
+FORMAT = 1  # of the two files
+
+_LOG = get_logger(__name__)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside `directory` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or, if the process dies, none of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def hash_files(paths: Sequence[tuple[str, Path]]) -> str:
+    """sha256 over (name, content) of each file, in the order given; the files are read in parallel."""
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for (name, _), content in zip(paths, pool.map(digest, (path for _, path in paths)), strict=True):
+            total.update(len(name.encode()).to_bytes(8, "little") + name.encode() + content)
+    return total.hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """sha256 of a file, of a stage directory (its manifest) or of every file below another directory."""
+    if (path / MANIFEST).is_file():
+        return hash_files([(MANIFEST, path / MANIFEST)])
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return hash_files([(file.relative_to(path).as_posix(), file) for file in files])
+    if not path.is_file():
+        raise ValueError(f"hash_path: path must be a file or a directory, got {str(path)!r}")
+    return hash_files([("", path)])
+
+
+def code_version() -> dict[str, str]:
+    """The version of the package and a hash of its Python sources."""
+    root = Path(dscoder.__file__).parent
+    files = [(file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*.py"))]
+    return {"version": dscoder.__version__, "sources": hash_files(files)}
+
+
+def read_manifest(directory: Path, *, command: str) -> dict[str, Any]:
+    """The manifest of a finished stage that `command` wrote."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {MANIFEST}: `dscoder {command}` has not finished there")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if manifest["command"] != command:
+        raise ValueError(
+            f"{directory} must come from `dscoder {command}`, got `dscoder {manifest['command']}`"
+        )
+    return manifest
+
+
+def differences(there: object, here: object, *, prefix: str = "") -> list[str]:
+    """What differs between two JSON values, one line a key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        lines = []
+        for key in sorted({*there, *here}):
+            name = f"{prefix}.{key}" if prefix else key
+            lines += differences(there.get(key), here.get(key), prefix=name)
+        return lines
+    return [] if there == here else [f"{prefix}: {there} there, {here} here"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stage directory that this process holds."""
+
+    directory: Path
+    record: Mapping[str, Any]  # command, config, inputs, code
+    is_finished: bool  # an earlier process finished it: there is nothing to do
+    is_resumed: bool  # an earlier process began it and left files behind
+
+    def finish(
+        self,
+        *,
+        counts: Mapping[str, int | float],
+        dropped: Mapping[str, int] | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write the manifest, the last act of a stage."""
+        manifest = {
+            **self.record,
+            "counts": dict(counts),
+            "dropped": dict(sorted((dropped or {}).items())),
+            "facts": dict(facts or {}),
+        }
+        write_json(self.directory / MANIFEST, manifest)
+        (self.directory / STARTED).unlink(missing_ok=True)
+
+
+def _clear(directory: Path) -> None:
+    # The manifest goes first: a directory half-deleted must not look finished.
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for entry in directory.iterdir():
+        if entry.name in (LOCK, STARTED):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _earlier_record(directory: Path) -> tuple[dict[str, Any] | None, bool]:
+    """What began the stage in `directory` (None: nobody), and whether it was finished."""
+    for name in (MANIFEST, STARTED):
+        path = directory / name
+        if path.is_file():
+            record: dict[str, Any] = json.loads(path.read_text())
+            return record, name == MANIFEST
+    strangers = sorted(entry.name for entry in directory.iterdir() if entry.name != LOCK)
+    if strangers:
+        raise ValueError(
+            f"{directory} must be empty or a directory written by dscoder, got {', '.join(strangers[:5])}"
+        )
+    return None, False
+
+
+def _begin(directory: Path, record: dict[str, Any], *, free: Collection[str], overwrite: bool) -> Stage:
+    earlier, is_finished = _earlier_record(directory)
+    # A stage that failed before it wrote anything binds nobody to its config.
+    is_bare = {entry.name for entry in directory.iterdir()} <= {LOCK, STARTED}
+    if earlier is not None and not overwrite and not is_bare:
+        fixed = [
+            {
+                "command": side["command"],
+                "config": {key: value for key, value in side["config"].items() if key not in free},
+                "inputs": side["inputs"],
+            }
+            for side in (earlier, record)
+        ]
+        lines = differences(*fixed)
+        if lines:
+            raise ValueError(
+                f"{directory} was made by another config; take another directory, or pass --overwrite true "
+                "to delete what it holds:\n  " + "\n  ".join(lines)
+            )
+        if earlier["code"] != record["code"]:
+            _LOG.warning("%s was begun by other code (version %s)", directory, earlier["code"]["version"])
+        if not is_finished:
+            # What may differ is taken from this call.
+            write_json(directory / STARTED, record)
+        return Stage(directory=directory, record=record, is_finished=is_finished, is_resumed=not is_finished)
+    _clear(directory)
+    write_json(directory / STARTED, record)
+    return Stage(directory=directory, record=record, is_finished=False, is_resumed=False)
+
+
+@contextmanager
+def open_stage(
+    directory: Path,
+    *,
+    command: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    free: Collection[str] = (),
+    overwrite: bool = False,
+) -> Iterator[Stage]:
+    """Begin, resume or find finished the stage in `directory`, and hold it while the block runs.
+
+    Args:
+        config: what decides the result, as plain data.
+        inputs: hash of each input, by role.
+        free: keys of `config` that may differ from one start to the next (places, how often to log).
+        overwrite: delete what another config left in `directory`. Nothing but a stage is ever deleted.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format": FORMAT,
+        "command": command,
+        "config": json.loads(json.dumps(config)),
+        "inputs": dict(inputs),
+        "code": code_version(),
+    }
+    # The lock dies with the process, so a killed run never blocks its successor.
+    with (directory / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is writing {directory}") from None
+        yield _begin(directory, record, free=free, overwrite=overwrite)

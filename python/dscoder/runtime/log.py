@@ -1,0 +1,27 @@
+"""Logging of the whole package: library code logs under "dscoder", the command decides where it goes."""
+
+import functools
+import logging
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+@functools.cache
+def console() -> Console:
+    """The terminal (standard error); one object, so that messages and progress bars do not overwrite."""
+    return Console(stderr=True)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one module; pass `__name__`."""
+    return logging.getLogger(name)
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send the package's messages to the terminal. Calling it again changes the level."""
+    logger = logging.getLogger("dscoder")
+    logger.setLevel(level)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=console(), show_path=False, show_level=False))

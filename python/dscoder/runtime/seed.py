@@ -1,0 +1,60 @@
+"""Seeds and determinism: every random choice of the package comes from a named seed.
+
+Bit-identical results need the same number of threads, because a sum split over other threads rounds
+otherwise; `deterministic` therefore fixes it together with the seed.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: str | int) -> int:
+    """A 63-bit seed from names and numbers; the same parts give the same seed on every machine."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def deterministic(*, seed: int, num_threads: int) -> Iterator[None]:
+    """Seed torch; while the block runs, fix its thread count and make it choose deterministic algorithms."""
+    # cuBLAS is deterministic only with a fixed workspace; read when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_threads, was_strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory finds uninitialised reads, and costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was_threads)
+        torch.use_deterministic_algorithms(was_strict)
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's generators: the CPU's and, where there are any, the GPUs'."""
+    state = {"cpu": torch.get_rng_state()}
+    for device_idx in range(torch.cuda.device_count()):
+        state[f"cuda{device_idx}"] = torch.cuda.get_rng_state(device_idx)
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Put the generators back to what `random_state` saw; generators it did not see are left alone."""
+    torch.set_rng_state(state["cpu"])
+    for device_idx in range(torch.cuda.device_count()):
+        if f"cuda{device_idx}" in state:
+            torch.cuda.set_rng_state(state[f"cuda{device_idx}"], device_idx)
