@@ -1,0 +1,152 @@
+"""Checkpoints of a run: written beside the training, whole or not at all, newest first.
+
+The state is copied at once and written by a thread through torch's distributed checkpoint (DCP), whose files
+can be read under another layout. A checkpoint is written as `step-N.tmp`, synced to disk and renamed to
+`step-N`: the final name is the mark of a complete one, and no other is ever read.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dscoder.runtime.artifact import fsync_directory, write_json
+from dscoder.runtime.log import get_logger
+
+_PROGRESS = "progress.json"
+_COMPLETE = re.compile(r"step-(\d{9})")
+_LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is. The data position is one number, so it holds under any number of processes."""
+
+    step: int  # optimizer steps done
+    num_sequences: int  # windows consumed since the start of the run
+    num_tokens: int  # tokens in them
+    num_threads: int  # sums are split over so many; another number rounds differently
+
+
+def completed(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every complete checkpoint, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir()]
+    return sorted((int(match[1]), entry) for match, entry in found if match)
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress that the checkpoint at `path` was saved at."""
+    return Progress(**json.loads((path / _PROGRESS).read_text()))
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """DCP without a process group: what failed comes out as itself, and the remark about groups stays out."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        yield
+    except CheckpointException as wrapped:  # a BaseException, with one failure a process
+        error, _ = wrapped.failures[0]
+        raise error from None
+
+
+def load_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place from the checkpoint at `path`."""
+    with _single_process():
+        load(state, storage_reader=FileSystemReader(path), no_dist=True)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a checkpoint half-deleted must not look complete.
+    doomed = path.with_name(path.name + ".tmp") if _COMPLETE.fullmatch(path.name) else path
+    if doomed != path:
+        path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write(directory: Path, progress: Progress, state: dict[str, Tensor], keep: int) -> None:
+    final = directory / f"step-{progress.step:09d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    with _single_process():
+        save(state, storage_writer=FileSystemWriter(temporary, sync_files=True), no_dist=True)
+    write_json(temporary / _PROGRESS, asdict(progress))
+    fsync_directory(temporary)
+    temporary.rename(final)
+    fsync_directory(directory)
+    for _, path in completed(directory)[:-keep]:
+        _remove(path)
+
+
+class CheckpointWriter:
+    """Saves one checkpoint at a time in the background."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        """Write below `directory`, keeping the newest `keep`; what a killed process left half-done goes."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        self.directory = directory
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._staged: dict[str, Tensor] = {}
+
+    def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
+        """Copy `state` to the host and return; waits only while an earlier save still runs."""
+        self.wait()
+        for name, tensor in state.items():
+            # The copies are made once and reused: a fresh gigabyte of pages costs more than the copy.
+            if name not in self._staged:
+                self._staged[name] = torch.empty_like(tensor, device="cpu")
+            self._staged[name].copy_(tensor)
+        self._pending = self._pool.submit(_write, self.directory, progress, self._staged, self._keep)
+
+    def wait(self) -> None:
+        """Wait for the save under way; OSError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def close(self) -> None:
+        """`wait`, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _explain(self, error: Exception) -> OSError:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        kept = completed(self.directory)
+        latest = f"the latest whole one is {kept[-1][1].name}" if kept else "there is none yet"
+        return OSError(
+            number,
+            f"the checkpoint could not be written ({os.strerror(number)}: {error}); {latest}; "
+            "the same command goes on from there",
+            str(self.directory),
+        )

@@ -1,0 +1,76 @@
+"""Next-token cross-entropy in float32, a chunk of tokens at a time.
+
+The logits of a batch are its largest tensor by far (T * V float32). A chunk's logits become loss, gradient
+of the hidden states and gradient of the head in one go and are then dropped, so that no more than one chunk
+of them exists and nothing is computed twice.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dscoder.data.loader import IGNORED
+
+_CHUNK_TOKENS = 2048
+
+
+def _logits_gradient(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of labelled rows, and its gradient, which takes the memory of `logits_TV`."""
+    is_labelled = labels_T != IGNORED
+    targets_T1 = labels_T.clamp(min=0)[:, None]
+    log_sum_T = torch.logsumexp(logits_TV, dim=-1)
+    nll_T = log_sum_T - logits_TV.gather(1, targets_T1)[:, 0]
+    gradient_TV = logits_TV.sub_(log_sum_T[:, None]).exp_()
+    gradient_TV.scatter_add_(1, targets_T1, gradient_TV.new_full((1, 1), -1.0).expand_as(targets_T1))
+    gradient_TV.mul_(is_labelled[:, None])
+    return torch.where(is_labelled, nll_T, 0.0).sum(), gradient_TV
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        hidden_gradient_TD = torch.empty_like(hidden_TD)
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, len(hidden_TD), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            chunk_TD = hidden_TD[rows]
+            loss, gradient_TV = _logits_gradient((chunk_TD @ weight_VD.T).float(), labels_T[rows])
+            total += loss
+            gradient_TV = gradient_TV.to(hidden_TD.dtype)
+            torch.mm(gradient_TV, weight_VD, out=hidden_gradient_TD[rows])
+            weight_gradient_VD += gradient_TV.T @ chunk_TD
+        ctx.save_for_backward(hidden_gradient_TD, weight_gradient_VD.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient_TD, weight_gradient_VD = ctx.saved_tensors
+        return hidden_gradient_TD * scale, weight_gradient_VD * scale, None
+
+
+def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """The sum of -log p(label) over the positions whose label is not IGNORED, as a float32 scalar.
+
+    Differentiable once in `hidden_TD` and `weight_VD`. The softmax is float32 whatever their dtype is.
+    """
+    if hidden_TD.ndim != 2 or labels_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(
+            f"cross_entropy_sum: labels_T must have one label a row of hidden_TD {list(hidden_TD.shape)}, "
+            f"got {list(labels_T.shape)}"
+        )
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """-log p(label) of each position in float32, 0 where the label is IGNORED: [T]."""
+    parts = []
+    for start in range(0, len(hidden_TD), _CHUNK_TOKENS):
+        rows = slice(start, start + _CHUNK_TOKENS)
+        logits_TV = (hidden_TD[rows] @ weight_VD.T).float()
+        parts.append(F.cross_entropy(logits_TV, labels_T[rows], ignore_index=IGNORED, reduction="none"))
+    return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
