@@ -4,12 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import generate, infill
+from dscoder.cli import generate, infill, prepare, pretrain, tokenizer
 
 Verb = Callable[[Sequence[str]], None]
 
 # Every verb module offers `main(argv)`, whose docstring's first line is the help text here.
 VERBS: dict[str, Verb] = {
+    "tokenizer": tokenizer.main,
+    "prepare": prepare.main,
+    "pretrain": pretrain.main,
     "generate": generate.main,
     "infill": infill.main,
 }

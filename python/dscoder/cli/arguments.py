@@ -1,0 +1,159 @@
+"""A verb's config from its words: `--config run.yaml`, dotted overrides, presets to start from.
+
+jsonargparse reads the YAML files and the words and checks each value's type. Records within records are put
+together here: it cannot start from a nested record with slots, nor change one field of a record that is one
+of several kinds (which attention, experts or none).
+"""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+Record = TypeVar("Record")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The records among the alternatives of a type hint."""
+    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [kind for kind in alternatives if dataclasses.is_dataclass(kind)]
+
+
+def _fields(kind: Any, start: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type hint, value to start from or MISSING) of each field.
+
+    `start` is a record, a mapping from some field names to values, or None.
+    """
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(start):
+            value = getattr(start, field.name)
+        elif start is not None and field.name in start:
+            value = start[field.name]
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = field.default
+        yield field.name, hints[field.name], value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Leaf:
+    """A field that is not a record itself: one word of the command line."""
+
+    key: str  # dotted
+    hint: Any
+    default: Any  # MISSING: it must be given
+    help: str
+
+
+def _help_texts(kind: Any) -> dict[str, str]:
+    """What the comment behind each field says."""
+    comment = re.compile(r"^    (\w+): [^#\n]*#\s+(.*)$", re.MULTILINE)
+    return {match[1]: match[2].replace("%", "%%") for match in comment.finditer(inspect.getsource(kind))}
+
+
+def _leaves(kind: Any, start: Any, prefix: str = "") -> Iterator[_Leaf]:
+    """Every leaf below `kind`.
+
+    Where there is no record to start from, every kind that the hint allows lends its fields; None is unset.
+    """
+    texts = _help_texts(kind)
+    for name, hint, value in _fields(kind, start):
+        kinds = _kinds(hint)
+        if not kinds:
+            yield _Leaf(key=f"{prefix}{name}", hint=hint, default=value, help=texts.get(name, ""))
+        elif dataclasses.is_dataclass(value):
+            yield from _leaves(type(value), value, f"{prefix}{name}.")
+        else:
+            for leaf in chain.from_iterable(_leaves(option, None, f"{prefix}{name}.") for option in kinds):
+                yield dataclasses.replace(leaf, hint=leaf.hint | None, default=None)
+
+
+def _is_set(value: Any) -> bool:
+    return any(_is_set(item) for item in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _build(kind: Any, start: Any, given: Mapping[str, Any], *, is_new: bool) -> Any:
+    """The record of type `kind` from parsed values; in a new one, unset fields take their own defaults."""
+    values = {}
+    for name, hint, value in _fields(kind, start):
+        kinds, found = _kinds(hint), given.get(name)
+        if dataclasses.is_dataclass(value) and found is not None:
+            found = _build(type(value), value, found, is_new=False)
+        elif kinds:
+            found = _build_new(name, kinds, found) if found is not None and _is_set(found) else None
+        elif is_new and found is None and value is not dataclasses.MISSING:
+            found = value
+        values[name] = found
+    return kind(**values)
+
+
+def _build_new(name: str, kinds: Sequence[Any], given: Mapping[str, Any]) -> Any:
+    named = {key for key, value in given.items() if _is_set(value)}
+    for kind in kinds:
+        if named <= {field.name for field in dataclasses.fields(kind)}:
+            return _build(kind, None, given, is_new=True)
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise ValueError(f"{name} must have the fields of {wanted}, got {', '.join(sorted(named))}")
+
+
+def parse(
+    argv: Sequence[str],
+    record: type[Record],
+    *,
+    verb: str,
+    description: str | None,
+    start: Mapping[str, object] | None = None,
+    shortcuts: Mapping[str, str] | None = None,
+) -> Record:
+    """The `record` that the words and the YAML files they name describe.
+
+    Args:
+        start: values of fields that are not given, instead of the record's defaults.
+        shortcuts: help of keys that `shortcut` read before; they are accepted and change nothing here.
+
+    A wrong word ends the process with a usage message, as argparse does; what the record itself refuses is
+    its own ValueError.
+    """
+    parser = ArgumentParser(prog=f"dscoder {verb}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; later words override it")
+    for key, text in (shortcuts or {}).items():
+        parser.add_argument(f"--{key}", type=str | None, default=None, help=text)
+    # Two kinds of one field may share a name: the last one's leaf stands for both.
+    for leaf in {leaf.key: leaf for leaf in _leaves(record, start)}.values():
+        is_required = leaf.default is dataclasses.MISSING
+        default = None if is_required else leaf.default
+        parser.add_argument(
+            f"--{leaf.key}", type=leaf.hint, required=is_required, default=default, help=leaf.help
+        )
+    built: Record = _build(record, start, parser.parse_args(list(argv)).as_dict(), is_new=False)
+    return built
+
+
+def shortcut(argv: Sequence[str], key: str) -> str | None:
+    """The last value of `--key` among the words or in the YAML files they name, before anything is parsed."""
+    found = None
+    for number, word in enumerate(argv):
+        name, has_value, value = word.partition("=")
+        if not has_value:
+            value = argv[number + 1] if number + 1 < len(argv) else ""
+        if name == f"--{key}":
+            found = value
+        elif name == "--config" and Path(value).is_file():
+            found = _looked_up(yaml.safe_load(Path(value).read_text()), key.split(".")) or found
+    return found
+
+
+def _looked_up(value: Any, path: Sequence[str]) -> str | None:
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else None

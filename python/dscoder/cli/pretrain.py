@@ -1,0 +1,47 @@
+"""The verb `dscoder pretrain`."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dscoder.cli.arguments import parse, shortcut
+from dscoder.config import preset
+from dscoder.config.train import PretrainConfig
+from dscoder.data.prepare import HELD_OUT
+from dscoder.eval.perplexity import held_out_report
+from dscoder.runtime import log
+from dscoder.train import pretrain
+from dscoder.train.recipes import recipe
+
+_SHORTCUTS = {
+    "recipe": "one of a paper's runs, to start from (see docs/pretrain.md)",
+    "model.preset": "one of the published or tiny models, to start from",
+}
+
+
+def parse_config(argv: Sequence[str]) -> PretrainConfig:
+    """The config that the words describe: a recipe's and a preset's fields, then what is given."""
+    start: dict[str, object] = {}
+    if (recipe_name := shortcut(argv, "recipe")) is not None:
+        start |= recipe(recipe_name).fields()
+    if (preset_name := shortcut(argv, "model.preset")) is not None:
+        start["model"] = preset(preset_name)
+    return parse(
+        argv, PretrainConfig, verb="pretrain", description=main.__doc__, start=start, shortcuts=_SHORTCUTS
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train a model on packed windows, or go on where a run was stopped."""
+    log.configure()
+    config = parse_config(argv)
+    data = Path(config.data)
+    evaluate = None
+    if (data / HELD_OUT).is_dir():
+        evaluate = functools.partial(held_out_report, directory=data, max_windows=config.report.eval_windows)
+    try:
+        pretrain.run(config, evaluate=evaluate)
+    except pretrain.StoppedError as stop:
+        print(f"dscoder pretrain: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal_number) from None
