@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import generate, infill, prepare, pretrain, tokenizer
+from dscoder.cli import generate, infill, info, prepare, pretrain, tokenizer
 
 Verb = Callable[[Sequence[str]], None]
 
@@ -15,6 +15,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": pretrain.main,
     "generate": generate.main,
     "infill": infill.main,
+    "info": info.main,
 }
 
 

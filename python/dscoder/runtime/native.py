@@ -2,7 +2,7 @@
 
 from dscoder import _C
 
-__all__ = ["_C", "build_tools", "cuda_archs", "has_kernels", "require_kernels", "runs_on"]
+__all__ = ["_C", "arch_for", "build_tools", "cuda_archs", "has_kernels", "kernel_ops", "require_kernels"]
 
 
 def has_kernels() -> bool:
@@ -13,6 +13,12 @@ def has_kernels() -> bool:
 def cuda_archs() -> tuple[str, ...]:
     """The GPU architectures the kernels were compiled for, such as ("80", "90a"); () without kernels."""
     return _C.cuda_archs
+
+
+def kernel_ops() -> frozenset[str]:
+    """The ops that have CUDA kernels, in a build that holds kernels."""
+    suffix = "_forward"  # what the binding of op x is called: x_forward
+    return frozenset(name.removesuffix(suffix) for name in vars(_C) if name.endswith(suffix))
 
 
 def build_tools() -> dict[str, str]:
@@ -29,8 +35,8 @@ def require_kernels(op: str) -> None:
         raise RuntimeError(f"{op}: {_C.absent_hint}")
 
 
-def runs_on(capability: tuple[int, int]) -> str | None:
-    """The architecture whose kernels run on a GPU of this compute capability; None when there are none."""
+def arch_for(capability: tuple[int, int]) -> str | None:
+    """Which of `cuda_archs()` a GPU of this compute capability runs; None when it can run none of them."""
     major, minor = capability
     if f"{major}{minor}a" in _C.cuda_archs:
         return f"{major}{minor}a"

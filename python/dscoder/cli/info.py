@@ -1,0 +1,118 @@
+"""`dscoder info`: this build, this machine, and what would run where."""
+
+import argparse
+import importlib.metadata
+import json
+import pkgutil
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dscoder import __version__, ops
+from dscoder.runtime import native
+
+# Optional parts and what they are for: Python packages, then programs.
+PACKAGES = {
+    "tensorboard": "pretrain: event files",
+    "matplotlib": "pretrain: the loss plot",
+    "transformers": "tests: parity with the published models",
+}
+PROGRAMS = {
+    "nvcc": "building CUDA kernels",
+    "c++": "building the extension; tests: the kernels on the CPU",
+    "bwrap": "running generated programs under limits (bubblewrap)",
+}
+
+
+def _build() -> dict[str, str]:
+    archs = ", ".join(f"sm_{arch}" for arch in native.cuda_archs())
+    return {
+        "dscoder": __version__,
+        "kernels": archs or "none: built without CUDA kernels",
+        **native.build_tools(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _devices() -> dict[str, str]:
+    """Each GPU that torch sees, and the kernels it would run."""
+    found = {}
+    for idx in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(idx)
+        arch = native.arch_for(capability)
+        kernels = f"sm_{arch}" if arch else "none of this build"
+        name = torch.cuda.get_device_name(idx)
+        found[f"cuda:{idx}"] = (
+            f"{name}, compute capability {capability[0]}.{capability[1]}, kernels: {kernels}"
+        )
+    return found
+
+
+def _op_runs_on(op: str, archs: Sequence[str | None]) -> str:
+    """What a call of `op` ends up in on this machine's GPUs (given by the kernels each can run)."""
+    if not archs:
+        return "torch reference on cpu (no GPU found)"
+    if not native.has_kernels():
+        return "torch reference on cpu; an error on cuda (built without kernels)"
+    if op not in native.kernel_ops():
+        return "torch reference on cuda"
+    found = sorted({f"kernel sm_{arch}" if arch else "an error (no kernel for this GPU)" for arch in archs})
+    return ", ".join(found)
+
+
+def _ops() -> dict[str, str]:
+    devices = range(torch.cuda.device_count())
+    archs = [native.arch_for(torch.cuda.get_device_capability(idx)) for idx in devices]
+    names = [module.name for module in pkgutil.iter_modules(ops.__path__) if module.name != "library"]
+    return {op: _op_runs_on(op, archs) for op in sorted(names)}
+
+
+def _parts() -> dict[str, dict[str, str]]:
+    parts = {}
+    installed = {
+        distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()
+    }
+    for name, purpose in PACKAGES.items():
+        parts[name] = {"found": installed.get(name, "missing"), "for": purpose}
+    for name, purpose in PROGRAMS.items():
+        parts[name] = {"found": shutil.which(name) or "missing", "for": purpose}
+    return parts
+
+
+def describe() -> dict[str, Any]:
+    """Everything `dscoder info` shows, as plain data."""
+    return {
+        "build": _build(),
+        "devices": _devices() or {"cpu": f"no GPU found, {torch.get_num_threads()} threads"},
+        "ops": _ops(),
+        "parts": _parts(),
+    }
+
+
+def _table(title: str, rows: Mapping[str, str | Mapping[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, *([value] if isinstance(value, str) else value.values()))
+    return table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Show this build, the GPUs, what each op runs on here, and which optional parts are missing."""
+    parser = argparse.ArgumentParser(prog="dscoder info", description=main.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    arguments = parser.parse_args(argv)
+    found = describe()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    titles = {"build": "This build", "devices": "Devices", "ops": "Ops", "parts": "Optional parts"}
+    console = Console()
+    for section, title in titles.items():
+        console.print(_table(title, found[section]), "")
