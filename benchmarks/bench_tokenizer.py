@@ -7,12 +7,12 @@ from dscoder.text.flavors import FLAVORS
 from dscoder.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 32000
-NUM_TEXTS = 300
+NUM_TEXTS = 100
 
 
 @pytest.fixture(scope="module")
 def texts(source_texts: list[str]) -> list[str]:
-    """Every few files of the library, so that one round takes seconds."""
+    """Every few files of the library, so that one round takes a second or two."""
     return source_texts[:: max(1, len(source_texts) // NUM_TEXTS)]
 
 
@@ -31,13 +31,13 @@ def record(benchmark: BenchmarkFixture, texts: list[str], **more: object) -> Non
 @pytest.mark.parametrize("flavor", sorted(FLAVORS))
 def test_train(benchmark: BenchmarkFixture, texts: list[str], flavor: str) -> None:
     benchmark.pedantic(
-        Tokenizer.train, (texts,), {"vocab_size": VOCAB_SIZE, "flavor": flavor}, rounds=2, warmup_rounds=0
+        Tokenizer.train, (texts,), {"vocab_size": VOCAB_SIZE, "flavor": flavor}, rounds=1
     )
     record(benchmark, texts)
 
 
 def test_encode(benchmark: BenchmarkFixture, tokenizer: Tokenizer, texts: list[str]) -> None:
-    rows = benchmark.pedantic(tokenizer.encode_batch, (texts,), rounds=3, warmup_rounds=1)
+    rows = benchmark.pedantic(tokenizer.encode_batch, (texts,), rounds=2, warmup_rounds=1)
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
     record(benchmark, texts, **{"bytes per token": round(num_bytes / sum(map(len, rows)), 2)})
 
@@ -48,5 +48,5 @@ def test_decode(benchmark: BenchmarkFixture, tokenizer: Tokenizer, texts: list[s
     def decode_all() -> list[str]:
         return [tokenizer.decode(row) for row in rows]
 
-    assert benchmark.pedantic(decode_all, rounds=3, warmup_rounds=1) == texts
+    assert benchmark.pedantic(decode_all, rounds=2, warmup_rounds=1) == texts
     record(benchmark, texts)

@@ -178,6 +178,11 @@ def test_an_unknown_template_is_named(v2: Tokenizer) -> None:
         chat_prompt(turns("a"), tokenizer=v2, template="v3")
 
 
-def test_a_tokenizer_without_the_end_token_is_an_error(v2: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="the tokenizer must have a bos token, got none"):
-        chat_prompt(turns("a"), tokenizer=Tokenizer(v2._plain), template="v2")
+def test_a_tokenizer_without_the_end_token_is_an_error(tmp_path: Path, v2: Tokenizer) -> None:
+    v2.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != EOT]
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match="the tokenizer must have a token for eot, got none"):
+        encode_chat(turns("a", "b"), tokenizer=Tokenizer.load(path), template="coder")

@@ -247,11 +247,11 @@ def test_nothing_is_lost_or_added_over_a_corpus(tokenizer: Tokenizer, corpus: li
 def test_a_tokenizer_without_sentinels_is_an_error_only_when_they_are_needed(v2: Tokenizer) -> None:
     bare = Tokenizer(v2._plain)
     assert encode_fim([FimDocument(order=FimOrder.PLAIN, prefix="ab")], bare) == [v2.encode("ab")]
-    with pytest.raises(ValueError, match="the tokenizer must have a fim_begin token, got none"):
+    with pytest.raises(ValueError, match="the tokenizer must have a token for fim_begin, got none"):
         encode_fim([parts_of(FimOrder.PSM)], bare)
-    with pytest.raises(ValueError, match="the tokenizer must have a fim_begin token, got none"):
+    with pytest.raises(ValueError, match="the tokenizer must have a token for fim_begin, got none"):
         fim_prompt("a", "b", tokenizer=bare, add_bos=False)
-    with pytest.raises(ValueError, match="the tokenizer must have a bos token, got none"):
+    with pytest.raises(ValueError, match="the tokenizer must have a token for bos, got none"):
         fim_prompt("a", "b", tokenizer=bare)
 
 

@@ -165,6 +165,25 @@ def test_a_batch_is_encoded_as_each_text_is(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch([]) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (
+            "a\ud800",
+            ValueError,
+            r"texts\[1\] must be valid Unicode, got surrogates not allowed at character 1",
+        ),
+        (b"a", TypeError, r"Tokenizer.encode: texts\[1\] must be str, got bytes"),
+        (None, TypeError, r"Tokenizer.encode: texts\[1\] must be str, got NoneType"),
+    ],
+)
+def test_what_is_no_text_is_named(
+    tokenizer: Tokenizer, text: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tokenizer.encode_batch(["fine", text])
+
+
 def test_a_tokenizer_goes_to_another_process(tokenizer: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(HARD_TEXTS[4]) == tokenizer.encode(HARD_TEXTS[4])

@@ -100,7 +100,7 @@ def test_a_tokenizer_without_the_special_tokens_has_no_ids_for_them(tmp_path: Pa
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])).save(str(path))
     tokenizer = Tokenizer.load(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.fim_hole_id) == (None,) * 4
-    with pytest.raises(ValueError, match="the tokenizer must have a fim_hole token, got none"):
+    with pytest.raises(ValueError, match="the tokenizer must have a token for fim_hole, got none"):
         tokenizer.require_id("fim_hole")
 
 

@@ -142,13 +142,17 @@ class Tokenizer:
         With `allow_special` a special string becomes its token: for prompts that the caller wrote itself.
         Without it no text produces a special id.
         """
-        ids = self._encoder(allow_special).encode(text, add_special_tokens=False).ids
+        [ids] = self.encode_batch([text], allow_special=allow_special)
         return [self.require_id("bos"), *ids] if add_bos else ids
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """`encode` of every text, in parallel over the texts."""
-        encoder = self._encoder(allow_special)
-        return [encoding.ids for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoder = self._backend if allow_special else self._plain
+        try:
+            encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            raise _first_wrong(texts) from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of the ids: exactly what was encoded. Bytes that are not UTF-8 become U+FFFD."""
@@ -188,16 +192,26 @@ class Tokenizer:
             raise ValueError(f"Tokenizer.require_id: name must be one of {', '.join(ids)}, got {name!r}")
         found = ids[name]
         if found is None:
-            raise ValueError(f"Tokenizer.require_id: the tokenizer must have a {name} token, got none")
+            raise ValueError(f"Tokenizer.require_id: the tokenizer must have a token for {name}, got none")
         return found
-
-    def _encoder(self, allow_special: bool) -> tokenizers.Tokenizer:
-        return self._backend if allow_special else self._plain
 
     def _named_id(self, key: str, default: str) -> int | None:
         value = self._config.get(key)
         content = value.get("content") if isinstance(value, dict) else value
         return self._backend.token_to_id(content if isinstance(content, str) else default)
+
+
+def _first_wrong(texts: Sequence[object]) -> Exception:
+    """What to say about the first text that cannot be encoded."""
+    for idx, text in enumerate(texts):
+        name = f"Tokenizer.encode: texts[{idx}]"
+        if not isinstance(text, str):
+            return TypeError(f"{name} must be str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return ValueError(f"{name} must be valid Unicode, got {error.reason} at character {error.start}")
+    return TypeError(f"Tokenizer.encode: texts must be a sequence of str, got {type(texts).__name__}")
 
 
 def _pre_tokenizer(rules: Flavor) -> pre_tokenizers.PreTokenizer:
