@@ -7,7 +7,15 @@ come multiplied into the latent space, so scores read whole rows and values are 
 import torch
 from torch import Tensor
 
-from dscoder.ops.library import FLOATS, accumulate_dtype, check_devices, check_shape, check_tensor, define_op
+from dscoder.ops.library import (
+    FLOATS,
+    accumulate_dtype,
+    check_at_least,
+    check_devices,
+    check_shape,
+    check_tensor,
+    define_op,
+)
 
 _BLOCK = 128  # new tokens multiplied with their sequence at once
 
@@ -39,6 +47,8 @@ def mla_decode(
     check_tensor(op, "seq_lens", seq_lens_B, num_dims=1, dtypes=(torch.int32,))
     num_sequences, _, _, width = q_BSHd.shape
     check_shape(op, "cache", cache_PLd, (*cache_PLd.shape[:2], width))
+    check_at_least(op, "num_pages", cache_PLd.shape[0], 1)
+    check_at_least(op, "page_size", cache_PLd.shape[1], 1)
     check_shape(op, "page_table", page_table_BN, (num_sequences, page_table_BN.shape[1]))
     check_shape(op, "seq_lens", seq_lens_B, (num_sequences,))
     check_devices(op, q=q_BSHd, cache=cache_PLd, page_table=page_table_BN, seq_lens=seq_lens_B)
@@ -109,12 +119,7 @@ def _attend(q_BSHd: Tensor, rows_BRd: Tensor, num_seen_BS: Tensor, value_dim: in
 
 
 def _fake(
-    q_BSHd: Tensor,
-    cache_PLd: Tensor,
-    page_table_BN: Tensor,
-    seq_lens_B: Tensor,
-    value_dim: int,
-    scale: float,
+    q_BSHd: Tensor, _cache: Tensor, _page_table: Tensor, _seq_lens: Tensor, value_dim: int, _scale: float
 ) -> tuple[Tensor, Tensor]:
     out = q_BSHd.new_empty(*q_BSHd.shape[:3], value_dim)
     return out, q_BSHd.new_empty(q_BSHd.shape[:3], dtype=accumulate_dtype(q_BSHd.dtype))

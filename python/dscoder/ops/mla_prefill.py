@@ -53,6 +53,8 @@ def mla_prefill(
     check_shape(op, "v", v_THv, (*k_THd.shape[:2], v_THv.shape[2]))
     check_tensor(op, "cu_seqlens_q", cu_seqlens_q, num_dims=1, dtypes=(torch.int32,))
     check_tensor(op, "cu_seqlens_k", cu_seqlens_k, num_dims=1, dtypes=(torch.int32,))
+    if not cu_seqlens_q.shape[0]:
+        raise ValueError(f"{op}: cu_seqlens_q must have at least one element, got {cu_seqlens_q.shape[0]}")
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     check_devices(op, q=q_THd, k=k_THd, v=v_THv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     out: Tensor
@@ -116,16 +118,13 @@ def _forward(
 
 def _backward(
     grad_THv: Tensor,
-    q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
-    out_THv: Tensor,
-    lse_TH: Tensor,
+    saved: list[Tensor],
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q_THd, k_THd, v_THv, out_THv, lse_TH = saved
     dtype = accumulate_dtype(q_THd.dtype)
     q_HTd, k_HTd, v_HTv, grad_HTv = (x.to(dtype).transpose(0, 1) for x in (q_THd, k_THd, v_THv, grad_THv))
     q_HTd = q_HTd * scale
@@ -147,32 +146,14 @@ def _backward(
     return grad_q, grad_k, grad_v
 
 
-def _forward_fake(
-    q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q_THd: Tensor, _k: Tensor, v_THv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q_THd.new_empty(*q_THd.shape[:2], v_THv.shape[2])
     return out, q_THd.new_empty(q_THd.shape[:2], dtype=accumulate_dtype(q_THd.dtype))
 
 
-def _backward_fake(
-    grad_THv: Tensor,
-    q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
-    out_THv: Tensor,
-    lse_TH: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_THd.new_empty(q_THd.shape), k_THd.new_empty(k_THd.shape), v_THv.new_empty(v_THv.shape)
+def _backward_fake(_grad: Tensor, saved: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in saved[:3])
+    return grad_q, grad_k, grad_v
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -182,8 +163,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     grads = torch.ops.dscoder.mla_prefill_backward.default(
-        grad_out, *ctx.saved_tensors, ctx.scale, ctx.causal
+        grad_out, saved, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal
     )
     return (*grads, None, None, None, None)
 
@@ -195,8 +177,8 @@ define_op(
     fake=_forward_fake,
 )
 define_op(
-    "mla_prefill_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
+    "mla_prefill_backward(Tensor grad_out, Tensor[] saved, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=_backward_fake,
 )

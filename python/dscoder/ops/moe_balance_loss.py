@@ -135,9 +135,7 @@ def _backward(grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torc
     return grad.reshape(num_tokens, num_experts)
 
 
-def _forward_fake(
-    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(probs_TE: Tensor, _idx: Tensor, num_sequences: int, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(probs_TE.dtype)
     load_3BE = probs_TE.new_empty((3, num_sequences, probs_TE.shape[1]), dtype=dtype)
     return probs_TE.new_empty(3, dtype=dtype), load_3BE

@@ -116,7 +116,7 @@ def _forward_kernel(
 ) -> tuple[Tensor, Tensor]:
     if logits_TE.dtype == torch.float64:
         return _forward(logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize)
-    weight_TK, idx_TK = _forward_fake(logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize)
+    weight_TK, idx_TK = _forward_fake(logits_TE, num_topk)
     logits = logits_TE.float().contiguous()
     native._C.moe_gate_forward(logits, idx_TK, weight_TK, num_groups, num_groups_kept, scale, renormalize)
     return weight_TK, idx_TK
@@ -134,17 +134,13 @@ def _backward_kernel(
     return grad_logits.to(logits_TE.dtype)
 
 
-def _forward_fake(
-    logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int, scale: float, renormalize: bool
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(logits_TE: Tensor, num_topk: int, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (logits_TE.shape[0], num_topk)
     weight_dtype = accumulate_dtype(logits_TE.dtype)
     return logits_TE.new_empty(shape, dtype=weight_dtype), logits_TE.new_empty(shape, dtype=torch.int32)
 
 
-def _backward_fake(
-    grad_weight_TK: Tensor, logits_TE: Tensor, idx_TK: Tensor, scale: float, renormalize: bool
-) -> Tensor:
+def _backward_fake(_grad: Tensor, logits_TE: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 

@@ -47,7 +47,7 @@ def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     num_kept_T = (row_TK >= 0).sum(dim=1)
     out_TD = F.embedding_bag(
         row,
-        y_MD.to(dtype),
+        y_MD.to(dtype).contiguous(),
         offsets=num_kept_T.cumsum(0) - num_kept_T,
         mode="sum",
         per_sample_weights=weight_TK.flatten()[slot].to(dtype),
@@ -75,7 +75,7 @@ def _forward_fake(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     return y_MD.new_empty(row_TK.shape[0], y_MD.shape[1])
 
 
-def _backward_fake(grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_fake(_grad: Tensor, y_MD: Tensor, weight_TK: Tensor, _row: Tensor) -> tuple[Tensor, Tensor]:
     return y_MD.new_empty(y_MD.shape), weight_TK.new_empty(weight_TK.shape)
 
 

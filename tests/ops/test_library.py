@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dscoder.ops import library
+from dscoder.runtime import native
+
+OPS = {
+    "moe_gate": lambda f, i: (f, 1, 1, 1, 1.0, False),
+    "moe_gate_backward": lambda f, i: (f, f, i, 1.0, False),
+    "moe_permute": lambda f, i: (f, i, 2),
+    "moe_unpermute": lambda f, i: (f, f, i),
+    "moe_unpermute_backward": lambda f, i: (f, f, f, i),
+    "moe_balance_loss": lambda f, i: (f, i, 1, 1, 1),
+    "grouped_gemm": lambda f, i: (f, f[None], i[0]),
+    "grouped_gemm_weight_gradient": lambda f, i: (f, f, i[0]),
+    "rope": lambda f, i: (f[None], f[None], f, f, i[0], True, False),
+    "mla_prefill": lambda f, i: (f[None], f[None], f[None], i[0], i[0], 1.0, True),
+    "mla_prefill_backward": lambda f, i: (f[None], [f[None]] * 5, i[0], i[0], 1.0, True),
+    "mla_decode": lambda f, i: (f[None, None], f[None], i, i[0], 1, 1.0),
+}
+
+
+def on_cuda(op: str) -> object:
+    """Run the CUDA implementation of `op` on CPU tensors, as the dispatcher would with CUDA ones."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    args = OPS[op](torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int32))
+    return getattr(torch.ops.dscoder, op).default.redispatch(key, *args)
+
+
+def test_every_op_of_the_library_is_listed_here() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dscoder::")}
+    assert {f"dscoder::{op}" for op in OPS} == registered
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_cuda_call_names_the_op_when_built_without_kernels(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native._C, "has_cuda", False)
+    with pytest.raises(RuntimeError, match=rf"^{op}: .*built without"):
+        on_cuda(op)
+
+
+def test_an_op_without_a_kernel_runs_its_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native._C, "has_cuda", True)
+    out = on_cuda("grouped_gemm")
+    assert isinstance(out, Tensor)
+    assert out.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sums_are_taken_in_float32_or_better(dtype: torch.dtype, wanted: torch.dtype) -> None:
+    assert library.accumulate_dtype(dtype) == wanted
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^op: idx must be on cpu like x, got meta$"):
+        library.check_devices("op", x=torch.zeros(1), idx=torch.zeros(1, device="meta"))
+
+
+def test_a_list_is_not_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"^op: x must be a tensor, got list$"):
+        library.check_tensor("op", "x", [1.0], num_dims=1, dtypes=library.FLOATS)  # type: ignore[arg-type]
+
+
+def test_all_wanted_dtypes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"^op: x must be int32 or int64, got float32$"):
+        library.check_tensor("op", "x", torch.zeros(1), num_dims=1, dtypes=(torch.int32, torch.int64))
