@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dscoder.text.flavors import FLAVORS
 from dscoder.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 600
+
+# A busy machine is no fault of the code.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_no_space_stands_after_the_name_of_the_assistant(v2: Tokenizer) -> None:
 CONTENTS = st.text(alphabet=st.characters(exclude_categories=["Cs", "Co", "Cn"]), max_size=40)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(CONTENTS, min_size=1, max_size=5), system=st.none() | CONTENTS)
 def test_transformers_renders_the_same_text_and_ids(
     tokenizer: Tokenizer,

@@ -32,14 +32,15 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._config = dict(config or {})
-        added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
-        # The published v1 file lists the 13 characters whose bytes never occur in UTF-8 (o with tilde, u with
-        # umlaut ...) as added tokens: they are letters, not control tokens, and stay matched in plain text.
-        self._letters = {token_id: content for token_id, content in added.items() if len(content) == 1}
-        self._special = {content: token_id for token_id, content in added.items() if len(content) > 1}
+        added = backend.get_added_tokens_decoder()
+        # The published v1 file lists 13 letters (o with tilde, u with umlaut ...) as added tokens, those that
+        # spell bytes which never occur in UTF-8. They control nothing and stay matched in plain text.
+        is_letter = {i: len(token.content) == 1 and not token.special for i, token in added.items()}
+        self._letters = {i: token.content for i, token in added.items() if is_letter[i]}
+        self._special = {token.content: i for i, token in added.items() if not is_letter[i]}
         self._special_ids = frozenset(self._special.values())
         self._plain = _without_special(backend, self._special)
-        self.vocab_size = 1 + max(backend.get_vocab().values())
+        self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.bos_id = self._named_id("bos_token", BOS)
         self.eos_id = self._named_id("eos_token", EOS)
         self.pad_id = self._named_id("pad_token", EOS)
