@@ -278,7 +278,7 @@ def test_a_config_survives_the_round_trip(config):
 def test_the_type_of_the_weights_survives_the_round_trip():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert dtype_from_hf(config_to_hf(tiny(), dtype=dtype)) == dtype
-    assert dtype_from_hf({"dtype": "float32"}) == torch.float32
+    assert dtype_from_hf({"torch_dtype": None, "dtype": "float32"}) == torch.float32
     assert dtype_from_hf({}) is None
 
 

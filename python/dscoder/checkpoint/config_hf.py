@@ -61,7 +61,7 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
 
 def dtype_from_hf(data: Mapping[str, Any]) -> torch.dtype | None:
     """The type that a config.json says its weights have (torch_dtype or, since transformers 5, dtype)."""
-    name = data.get("torch_dtype", data.get("dtype"))
+    name = data.get("torch_dtype") or data.get("dtype")
     if name is None:
         return None
     if name not in _DTYPES:

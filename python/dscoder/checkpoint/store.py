@@ -133,13 +133,17 @@ def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor
     for name in sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].start)):
         by_file.setdefault(tensors[name].file, []).append(name)
     for path, names in by_file.items():
-        try:
-            # Not mapped: pages of a mapped file would count as this process's memory until it is closed.
-            with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
+        yield from _read_file(path, names)
+
+
+def _read_file(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        # Not mapped: pages of a mapped file would count as this process's memory until it is closed.
+        with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
 
 
 def plan_shards(sizes: Sequence[int], *, max_bytes: int) -> list[range]:
