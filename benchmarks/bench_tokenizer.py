@@ -30,9 +30,7 @@ def record(benchmark: BenchmarkFixture, texts: list[str], **more: object) -> Non
 
 @pytest.mark.parametrize("flavor", sorted(FLAVORS))
 def test_train(benchmark: BenchmarkFixture, texts: list[str], flavor: str) -> None:
-    benchmark.pedantic(
-        Tokenizer.train, (texts,), {"vocab_size": VOCAB_SIZE, "flavor": flavor}, rounds=1
-    )
+    benchmark.pedantic(Tokenizer.train, (texts,), {"vocab_size": VOCAB_SIZE, "flavor": flavor}, rounds=1)
     record(benchmark, texts)
 
 
