@@ -1,0 +1,167 @@
+"""Experts against a plain loop; token dropping by hand; balance terms only while trained on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dscoder.config import BalanceConfig, MoeConfig, preset
+from dscoder.models import Transformer
+from dscoder.models.moe import Moe, drop_over_capacity
+from dscoder.models.placement import chosen_sequences, place
+
+CONFIG = MoeConfig(
+    num_experts=6,
+    num_shared_experts=2,
+    num_topk=2,
+    expert_width=5,
+    num_groups=3,
+    num_groups_kept=2,
+    scale=16.0,
+    balance=BalanceConfig(expert=0.1, device=0.2, communication=0.3),
+)
+
+
+def build(config):
+    moe = Moe(8, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in moe.parameters():
+        parameter.data.normal_(0.0, 0.5, generator=generator)
+    return moe
+
+
+def place_tokens(num_rows, length, *, drops_tokens=False):
+    tokens_BS = torch.arange(num_rows * length).view(num_rows, length)
+    return place(
+        preset("tiny_moe"), tokens_BS, cu_seqlens=None, cache=None, num_new_B=None, drops_tokens=drops_tokens
+    )
+
+
+def gated(x, gate_up, down):
+    gate, up = gate_up.chunk(2)
+    return (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+
+def by_loop(moe, x_TD):
+    """Eqs 20-22 with device-limited routing, one token and one expert at a time."""
+    config, out = moe.config, []
+    for x in x_TD:
+        probs = (moe.gate.weight @ x).softmax(dim=0)
+        groups = probs.view(config.num_groups, -1).amax(dim=1).topk(config.num_groups_kept).indices
+        members = [e for e in range(config.num_experts) if e // 2 in groups.tolist()]
+        chosen = sorted(members, key=lambda e: -probs[e])[: config.num_topk]
+        terms = [
+            probs[e] * config.scale * gated(x, moe.experts.gate_up[e], moe.experts.down[e]) for e in chosen
+        ]
+        if moe.shared is not None:
+            terms.append(gated(x, moe.shared.gate_up.weight, moe.shared.down.weight))
+        out.append(sum(terms))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1, 2])
+def test_output_is_the_papers_sum(num_shared_experts):
+    moe = build(replace(CONFIG, num_shared_experts=num_shared_experts)).eval()
+    x_TD = torch.randn(11, 8, generator=torch.Generator().manual_seed(4))
+    out_TD, terms = moe(x_TD, place_tokens(1, 11))
+    torch.testing.assert_close(out_TD, by_loop(moe, x_TD), rtol=1e-4, atol=1e-5)
+    assert terms is None
+
+
+def test_balance_terms_come_with_a_weight_training_and_a_gradient():
+    moe, x_TD = build(CONFIG), torch.randn(4, 8)
+    assert moe.train()(x_TD, place_tokens(2, 2))[1].shape == (3,)
+    with torch.no_grad():
+        assert moe(x_TD, place_tokens(2, 2))[1] is None
+    assert moe.eval()(x_TD, place_tokens(2, 2))[1] is None
+    unweighted = build(replace(CONFIG, balance=BalanceConfig())).train()
+    assert unweighted(x_TD, place_tokens(2, 2))[1] is None
+
+
+DROPPING = MoeConfig(
+    num_experts=4, num_shared_experts=0, num_topk=2, expert_width=1, num_groups=2, num_groups_kept=2
+)
+# Devices hold experts 0, 1 and 2, 3. Of 8 choices device 0 got 5, device 1 got 3.
+IDX_TK = torch.tensor([[0, 1], [0, 2], [1, 3], [0, 3]], dtype=torch.int32)
+AFFINITY_TK = torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.1, 0.2], [0.6, 0.3]])
+
+
+def drop(*, capacity_factor=1.0, never=(False, False, False, False)):
+    return drop_over_capacity(
+        IDX_TK,
+        AFFINITY_TK,
+        config=DROPPING,
+        capacity_factor=capacity_factor,
+        never_dropped_T=torch.tensor(never),
+    ).tolist()
+
+
+def test_a_device_over_its_even_share_drops_its_lowest_affinity():
+    # Even share: 4 choices. Device 0 drops one of the two at 0.1: the later token's.
+    assert drop() == [[0, 1], [0, 2], [-1, 3], [0, 3]]
+
+
+def test_capacity_factor_scales_the_share_of_every_device():
+    # 2 choices a device: 0 keeps 0.6 and 0.5; 1 keeps 0.3 and 0.3.
+    assert drop(capacity_factor=0.5) == [[0, -1], [-1, 2], [-1, -1], [0, 3]]
+
+
+def test_ample_capacity_drops_nothing():
+    assert drop(capacity_factor=1.25) == IDX_TK.tolist()
+
+
+def test_protected_tokens_stay_and_push_others_out():
+    assert drop(capacity_factor=0.5, never=(False, False, True, False)) == [
+        [-1, -1],
+        [-1, 2],
+        [1, 3],
+        [0, -1],
+    ]
+
+
+def test_protected_tokens_stay_even_over_capacity():
+    assert drop(capacity_factor=0.125, never=(True, True, True, True)) == IDX_TK.tolist()
+
+
+def test_no_device_exceeds_its_share():
+    config = replace(CONFIG, num_experts=24, num_groups=4, num_groups_kept=2)
+    generator = torch.Generator().manual_seed(6)
+    probs_TE = (4 * torch.randn(301, 24, generator=generator)).softmax(dim=-1)
+    affinity_TK, idx_TK = probs_TE.topk(2)
+    kept = drop_over_capacity(
+        idx_TK.int(),
+        affinity_TK,
+        config=config,
+        capacity_factor=1.0,
+        never_dropped_T=torch.zeros(301, dtype=torch.bool),
+    )
+    sent = (idx_TK // 6).flatten().bincount(minlength=4)
+    done = (kept[kept >= 0] // 6).bincount(minlength=4)
+    assert torch.equal(done, sent.clamp(max=301 * 2 // 4))
+    for device in range(4):
+        on_device = idx_TK // 6 == device
+        dropped, stayed = affinity_TK[on_device & (kept < 0)], affinity_TK[on_device & (kept >= 0)]
+        assert not len(dropped) or dropped.max() <= stayed.min()
+
+
+def test_about_a_tenth_of_the_sequences_is_never_dropped_whatever_their_row():
+    tokens_BS = torch.randint(0, 1000, (4000, 16), generator=torch.Generator().manual_seed(7))
+    chosen_B = chosen_sequences(tokens_BS, 0.1)
+    assert 330 <= chosen_B.sum() <= 470
+    assert torch.equal(chosen_sequences(tokens_BS.flip(0), 0.1), chosen_B.flip(0))
+    assert not chosen_sequences(tokens_BS, 0.0).any()
+    assert chosen_sequences(tokens_BS, 1.0).all()
+
+
+def test_tokens_are_dropped_in_training_only():
+    config = preset("tiny_moe")
+    moe = replace(config.moe, num_groups=4, num_groups_kept=1, capacity_factor=0.5, never_dropped_share=0.0)
+    dropping = Transformer(replace(config, moe=moe, num_layers=2, init_std=0.1))
+    plain = Transformer(replace(config, moe=replace(moe, capacity_factor=None), num_layers=2, init_std=0.1))
+    tokens_BS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        assert torch.equal(dropping.eval()(tokens_BS), plain.eval()(tokens_BS))
+        assert not torch.allclose(dropping.train()(tokens_BS), plain.train()(tokens_BS), atol=1e-3)
+        protected = Transformer(replace(dropping.config, moe=replace(moe, never_dropped_share=1.0))).train()
+        assert torch.equal(protected(tokens_BS), plain(tokens_BS))

@@ -1,0 +1,39 @@
+"""RMSNorm and the gated MLP, by hand."""
+
+import pytest
+import torch
+
+from dscoder.models.mlp import Mlp, swiglu
+from dscoder.models.norm import RMSNorm
+
+
+def test_norm_divides_by_the_root_mean_square():
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    # mean(3^2, 4^2) = 12.5
+    torch.testing.assert_close(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[3.0, 8.0]]) / 12.5**0.5)
+
+
+def test_norm_sums_in_float32():
+    # The square of 300 overflows float16; 4096 squares summed in bfloat16 would stall at 256.
+    assert RMSNorm(4, eps=1e-6, dtype=torch.float16)(torch.full((4,), 300.0).half()).tolist() == [1.0] * 4
+    assert RMSNorm(4096, eps=0.0, dtype=torch.bfloat16)(torch.ones(4096).bfloat16()).unique().tolist() == [
+        1.0
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_norm_keeps_type_and_shape(dtype):
+    out = RMSNorm(4, eps=1e-6, dtype=dtype)(torch.ones(2, 3, 4, dtype=dtype))
+    assert (out.dtype, out.shape) == (dtype, (2, 3, 4))
+
+
+def test_swiglu_gates_with_the_first_half():
+    torch.testing.assert_close(swiglu(torch.tensor([0.0, 100.0, 7.0, 3.0])), torch.tensor([0.0, 300.0]))
+
+
+def test_mlp_holds_gate_rows_first():
+    mlp = Mlp(1, 2)
+    mlp.gate_up.weight.data = torch.tensor([[100.0], [0.0], [3.0], [5.0]])
+    mlp.down.weight.data = torch.tensor([[1.0, 1.0]])
+    torch.testing.assert_close(mlp(torch.ones(1)), torch.tensor([300.0]))
