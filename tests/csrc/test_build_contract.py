@@ -1,0 +1,339 @@
+"""The build contract: what the compiler makes of every kernel, checked without a GPU.
+
+Every .cu of the extension is compiled for sm_80 and sm_90a with the extension's own flags, ptxas talking. No
+kernel may spill, none may carry a warning that costs Hopper its tensor cores, and the machine code of each
+must hold what its design rests on. A new kernel adds a row to KERNELS.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "contract"
+ARCHS = ("sm_80", "sm_90a")
+PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
+NVCC = shutil.which("nvcc", path=f"{os.environ['PATH']}{os.pathsep}/usr/local/cuda/bin")
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the kernels are not compiled")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """What one kernel may use and must hold, on each architecture it is compiled for."""
+
+    registers: int  # at most, a thread
+    shared: int = 0  # bytes of static shared memory, a block
+    wants: Mapping[str, int] = field(
+        default_factory=dict
+    )  # SASS opcode (or its beginning): at least how often
+    archs: tuple[str, ...] = ARCHS
+
+
+# A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
+ROW_OF_8 = {"SHFL.BFLY": 9, "VOTE": 1}
+ROW_OF_32 = {"REDUX.MAX": 2, "SHFL.BFLY": 5, "VOTE": 1}
+KERNELS = {
+    "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
+    "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
+    ),
+    "moe_gate_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=32, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=32, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=56, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(registers=40, shared=4096, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(registers=56, shared=16384, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(registers=88, shared=32768, wants=ROW_OF_32),
+    "moe_gate_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
+        registers=48, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_backward_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=64, wants={"LDG.E.128": 5, "STG.E.128": 5, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_backward_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=40, wants={"SHFL.BFLY": 15}),
+    "moe_gate_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"SHFL.BFLY": 15}),
+    "moe_gate_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=64, wants={"SHFL.BFLY": 15}),
+}
+# Kernels that may spill, with the bytes a thread: none.
+SPILLS: dict[str, int] = {}
+# Local memory, which spills and arrays indexed at run time end up in.
+NEVER = ("LDL", "STL")
+# ptxas: setmaxnreg ignored (C7508); wgmma serialised for a call, registers, or what defines accumulators.
+LOSSES = ("C7508", "C7510", "C7511", "C7515")
+
+
+# ---- reading what the compiler says ----
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What ptxas reports for one kernel on one architecture."""
+
+    registers: int
+    shared: int
+    spilled: int  # bytes stored and loaded again, a thread
+
+
+def readable(symbol: str) -> str:
+    """`moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>` from a mangled name."""
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\(anonymous namespace\)::|\b[a-z_0-9]+::", "", name).replace("> >", ">>")
+    depth, end = 0, len(name)
+    for position, letter in enumerate(name):  # the parameter list opens outside all angle brackets
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            end = position
+            break
+    return name[:end].removeprefix("void ")
+
+
+def parse_usage(report: str) -> dict[tuple[str, str], Usage]:
+    """(kernel, architecture) -> usage, from the output of `ptxas -v`."""
+    entries = re.split(r"Compiling entry function '", report)[1:]
+    found = {}
+    for entry in entries:
+        head = re.match(r"(\w+)' for '(\w+)'", entry)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        assert head is not None, entry
+        assert spills is not None, entry
+        assert registers is not None, entry
+        found[readable(head[1]), head[2]] = Usage(
+            registers=int(registers[1]),
+            shared=int(shared[1]) if shared else 0,
+            spilled=int(spills[1]) + int(spills[2]),
+        )
+    return found
+
+
+def parse_sass(listing: str) -> dict[str, Counter[str]]:
+    """Kernel -> how often each opcode stands in its machine code, from `cuobjdump -sass`."""
+    found = {}
+    for entry in listing.split("Function : ")[1:]:
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", entry)
+        found[readable(entry.split(maxsplit=1)[0])] = Counter(opcodes)
+    return found
+
+
+def losses(report: str) -> list[str]:
+    return [line for line in report.splitlines() if any(code in line for code in LOSSES)]
+
+
+def count(opcodes: Counter[str], beginning: str) -> int:
+    return sum(number for opcode, number in opcodes.items() if opcode.startswith(beginning))
+
+
+def broken(kernel: Kernel, usage: Usage, opcodes: Counter[str], *, may_spill: int = 0) -> list[str]:
+    """Each clause of the contract that does not hold."""
+    found = []
+    if usage.registers > kernel.registers:
+        found.append(f"{usage.registers} registers, at most {kernel.registers}")
+    if usage.shared > kernel.shared:
+        found.append(f"{usage.shared} bytes of shared memory, at most {kernel.shared}")
+    if usage.spilled > may_spill:
+        found.append(f"{usage.spilled} bytes spilled, at most {may_spill}")
+    if not may_spill:
+        found += [f"{count(opcodes, name)} x {name}" for name in NEVER if count(opcodes, name)]
+    for name, wanted in kernel.wants.items():
+        if count(opcodes, name) < wanted:
+            found.append(f"{count(opcodes, name)} x {name}, at least {wanted}")
+    return found
+
+
+# ---- compiling ----
+
+
+def tool(name: str) -> Path:
+    """A binary that a pinned NVIDIA package brings."""
+    files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
+    return next(Path(str(file.locate())) for file in files if file.name == name)
+
+
+def sass_of(path: Path, arch: str) -> dict[str, Counter[str]]:
+    search = f"{tool('nvdisasm').parent}{os.pathsep}{os.environ['PATH']}"
+    command = [tool("cuobjdump"), "-sass", "-arch", arch, path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": search}
+    )
+    return parse_sass(done.stdout)
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
+    return done.stdout
+
+
+def digest() -> str:
+    """Of everything that goes into the machine code."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cmake")]
+    state = hashlib.sha256(run(NVCC or "nvcc", "--version").encode() + PTXAS_FLAGS.encode())
+    for path in sorted([*sources, ROOT / "CMakeLists.txt", *(ROOT / "third_party").iterdir()]):
+        state.update(path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def compile_kernels() -> str:
+    scripts = sysconfig.get_path("scripts")
+    search = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = shutil.which("cmake", path=search), shutil.which("ninja", path=search)
+    assert cmake is not None, "cmake is missing: install the build tools of pyproject.toml"
+    assert ninja is not None, "ninja is missing: install the build tools of pyproject.toml"
+    run(
+        *(
+            cmake,
+            "-G",
+            "Ninja",
+            "-S",
+            ROOT,
+            "-B",
+            BUILD,
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DDSCODER_CUDA=on",
+        ),
+        f"-DDSCODER_CUDA_ARCHS={';'.join(arch.removeprefix('sm_') for arch in ARCHS)}",
+        f"-DCMAKE_CUDA_FLAGS={PTXAS_FLAGS}",
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+    )
+    return run(cmake, "--build", BUILD, "--target", "dscoder_kernels", "--clean-first")
+
+
+@pytest.fixture(scope="session")
+def report() -> str:
+    """What the compiler said about all kernels; kept until a source changes, built by one process alone."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = BUILD / f"report-{digest()}.txt"
+        if not kept.exists():
+            said = compile_kernels()
+            for stale in BUILD.glob("report-*.txt"):
+                stale.unlink()
+            kept.write_text(said)
+        return kept.read_text()
+
+
+@pytest.fixture(scope="session")
+def sass(report: str) -> dict[tuple[str, str], Counter[str]]:
+    assert report
+    objects = sorted(BUILD.rglob("*.cu.o"))
+    return {
+        (name, arch): opcodes
+        for arch in ARCHS
+        for path in objects
+        for name, opcodes in sass_of(path, arch).items()
+    }
+
+
+# ---- the contract ----
+
+
+@needs_nvcc
+def test_the_compiler_has_nothing_to_warn_of(report: str) -> None:
+    assert losses(report) == []
+    assert [line for line in report.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)] == []
+
+
+@needs_nvcc
+def test_every_kernel_has_a_row_on_every_architecture(report: str) -> None:
+    wanted = {(name, arch) for name, kernel in KERNELS.items() for arch in kernel.archs}
+    assert parse_usage(report).keys() == wanted
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_keeps_its_contract(
+    name: str,
+    arch: str,
+    report: str,
+    sass: dict[tuple[str, str], Counter[str]],
+    record_property: Callable[[str, object], None],
+) -> None:
+    kernel = KERNELS[name]
+    if arch not in kernel.archs:
+        pytest.skip(f"not compiled for {arch}")
+    usage = parse_usage(report)[name, arch]
+    record_property("registers", usage.registers)
+    record_property("shared", usage.shared)
+    assert broken(kernel, usage, sass[name, arch], may_spill=SPILLS.get(name, 0)) == []
+
+
+# ---- the contract catches planted faults ----
+
+SPILLING = """
+__global__ void __launch_bounds__(1024) spill(const float* in, float* out) {
+    float kept[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) kept[i] = in[i * 1024 + threadIdx.x];
+    __syncthreads();
+    for (int round = 0; round < 9; ++round) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) kept[i] = kept[i] * kept[(i + 7) % 64] + kept[(i * 5 + 1) % 64];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) out[i * 1024 + threadIdx.x] = kept[i];
+}
+"""
+
+
+@needs_nvcc
+def test_a_planted_spill_is_caught(tmp_path: Path) -> None:
+    source, compiled = tmp_path / "spill.cu", tmp_path / "spill.o"
+    source.write_text(SPILLING)
+    said = run(
+        NVCC or "nvcc", "-O3", "-arch=sm_80", "-maxrregcount=32", PTXAS_FLAGS, "-c", source, "-o", compiled
+    )
+    usage = parse_usage(said)["spill", "sm_80"]
+    opcodes = sass_of(compiled, "sm_80")["spill"]
+    assert usage.spilled > 0
+    clauses = " ".join(broken(Kernel(registers=255), usage, opcodes))
+    for clause in ("bytes spilled", "x STL", "x LDL"):
+        assert clause in clauses
+
+
+def test_a_serialised_wgmma_is_caught() -> None:
+    said = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+        " due to the presence of Extern calls in the function 'f'"
+    )
+    assert losses(said) == [said]
+    assert losses("ptxas info    : (C7519) warpgroup.arrive is injected in around line 9") == []
+
+
+@pytest.mark.parametrize(
+    ("usage", "opcodes", "wanted"),
+    [
+        (Usage(registers=65, shared=0, spilled=0), {"LDG.E.128": 2}, ["65 registers, at most 64"]),
+        (Usage(registers=64, shared=4, spilled=0), {"LDG.E.128": 2}, ["4 bytes of shared memory, at most 0"]),
+        (Usage(registers=64, shared=0, spilled=0), {"LDG.E": 8}, ["0 x LDG.E.128, at least 2"]),
+        (Usage(registers=64, shared=0, spilled=0), {"LDG.E.128.CONSTANT": 2, "STL.64": 1}, ["1 x STL"]),
+        (Usage(registers=64, shared=0, spilled=0), {"LDG.E.128": 2}, []),
+    ],
+)
+def test_each_broken_clause_is_named(usage: Usage, opcodes: dict[str, int], wanted: list[str]) -> None:
+    assert broken(Kernel(registers=64, wants={"LDG.E.128": 2}), usage, Counter(opcodes)) == wanted
+
+
+def test_names_are_readable() -> None:
+    symbol = (
+        "_ZN3dsc44_GLOBAL__N__f2ee5c84_11_moe_gate_cu_0876e32715moe_gate_kernelINS0_6LayoutILi8ELi20ELi8E"
+        "LNS0_6GroupsE1EEEEEvNS_13MoeGateParamsE"
+    )
+    assert readable(symbol) == "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>"
