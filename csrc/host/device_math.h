@@ -138,28 +138,35 @@ constexpr float __uint2float_rn(unsigned value) {
 
 // ---- arithmetic ----
 
-// A NaN is the canonical one, as on the GPU (CUDA C++ programming guide, floating-point standard).
+namespace dsc::host {
+
+// The GPU's arithmetic gives one NaN, whatever NaN went in; the CPU's keeps sign and payload.
+constexpr float with_device_nan(float value) {
+    return value != value ? std::bit_cast<float>(0x7fffffff) : value;
+}
+
+}  // namespace dsc::host
+
 constexpr float __fadd_rn(float a, float b) {
-    const float sum = a + b;
-    return sum == sum ? sum : std::bit_cast<float>(0x7fffffffu);
+    return dsc::host::with_device_nan(a + b);
 }
 constexpr float __fsub_rn(float a, float b) {
-    return a - b;
+    return dsc::host::with_device_nan(a - b);
 }
 constexpr float __fmul_rn(float a, float b) {
-    return a * b;
+    return dsc::host::with_device_nan(a * b);
 }
 constexpr float __fdiv_rn(float a, float b) {
-    return a / b;
+    return dsc::host::with_device_nan(a / b);
 }
 inline float __fmaf_rn(float a, float b, float c) {
-    return std::fma(a, b, c);
+    return dsc::host::with_device_nan(std::fma(a, b, c));
 }
 inline float __fsqrt_rn(float value) {
-    return std::sqrt(value);
+    return dsc::host::with_device_nan(std::sqrt(value));
 }
 constexpr float __frcp_rn(float value) {
-    return 1.0f / value;
+    return __fdiv_rn(1.0f, value);
 }
 constexpr float __fdividef(float a, float b) {
     return a / b;

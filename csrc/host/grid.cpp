@@ -16,7 +16,7 @@ constexpr size_t kMaxResidentBlocks = 4;
 constexpr size_t kMaxPooledStacks = 4096;
 constexpr size_t kMaxThreads =
     16384;  // alive at once: each stack takes two of the 65530 mappings of a process
-constexpr int64_t kMaxIdleYields = 20'000'000;
+constexpr int64_t kMaxIdleYieldsPerThread = 10'000;
 constexpr size_t kSharedDynamicAlignment = 128;
 
 // Stacks outlive a launch: mapping one costs more than running a small kernel on it.
@@ -212,7 +212,7 @@ void Grid::shuffle_latest(size_t num_threads) {
 }
 
 void Grid::yield() {
-    if (++num_idle_yields_ > kMaxIdleYields) {
+    if (++num_idle_yields_ > kMaxIdleYieldsPerThread * static_cast<int64_t>(1 + ready_.size())) {
         fail(concat("livelock: ", to_text(*running_), " and others only yield;", waiting()));
     }
     Thread* const next = take_ready(false);

@@ -1,7 +1,7 @@
 """Builds the kernels for the CPU (csrc/host/host.cmake) once a session, and loads them.
 
-`DSCODER_HOST_BUILD=sanitized` makes every test here use the sanitized build, in a process that has its runtime
-libraries loaded: see test_sanitized.py.
+`DSCODER_HOST_BUILD=sanitized` makes every test here use the sanitized build, in a process that has its
+runtime libraries loaded: see test_sanitized.py.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,10 +24,10 @@ BUILD = ROOT / "build" / "host"
 VARIANT = os.environ.get("DSCODER_HOST_BUILD", "plain")
 
 
-def run(*command: str | Path) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}", pytrace=False)
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 
 
 def build(variant: str) -> Path:
@@ -41,17 +42,20 @@ def build(variant: str) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / ".lock", "w") as lock:  # test processes run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (BUILD / "build.ninja").exists():
-            run(
-                *(cmake, "-G", "Ninja", "-S", ROOT, "-B", BUILD, f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-                *(
-                    "-DDSCODER_CUDA=off",
-                    "-DDSCODER_HOST_EXECUTOR=ON",
-                    f"-DPython_EXECUTABLE={sys.executable}",
-                ),
+        configure = [
+            *(cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD)),
+            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
+            *(
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            )
-        run(ninja, "-C", BUILD, f"host_{variant}")
+                "-DDSCODER_CUDA=off",
+                "-DDSCODER_HOST_EXECUTOR=ON",
+            ),
+        ]
+        stamp = BUILD / ".configured"
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != repr(configure):
+            run(*configure)
+            stamp.write_text(repr(configure), encoding="utf-8")
+        run(ninja, "-C", str(BUILD), f"host_{variant}")
     return BUILD / variant
 
 
@@ -66,7 +70,13 @@ def load(folder: Path, name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def build_host() -> Callable[[str], Path]:
+    return build
+
+
+@pytest.fixture(scope="session")
 def host_folder() -> Path:
+    """The build that this session tests."""
     return build(VARIANT)
 
 

@@ -1,4 +1,4 @@
-"""The host executor gives right kernels the results CUDA defines, whatever the order of threads and blocks."""
+"""The host executor gives right kernels the results CUDA defines, in every order of threads and blocks."""
 
 from types import ModuleType
 

@@ -1,4 +1,4 @@
-"""Every planted mistake of faults.cu is seen: races as results that differ, the rest as errors that name it."""
+"""Every planted mistake of faults.cu is seen: races as wrong results, the rest as errors that name it."""
 
 import subprocess
 from pathlib import Path
@@ -73,24 +73,30 @@ def test_a_fault_is_an_error_under_every_order(host_kernels: ModuleType, fault: 
 PRELUDE = '#include "core/launch.h"\n__global__ void kernel(long* x, float* y) {'
 
 
+def compile_kernel(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    source = folder / "kernel.cpp"
+    source.write_text(f"{PRELUDE} {body} }}")
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-DDSC_HOST_EXECUTOR", f"-I{CSRC}", str(source)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.usefixtures("host_folder")  # skips where there is no compiler
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("__shared__ float tile[4]; y[0] = tile[0];", "DSC_SHARED"),
+        ("__shared__ float tile[4]; y[0] = tile[0];", "declared through DSC_SHARED"),
         ("atomicAdd(x, 1);", "atomicAdd"),
         ("threadIdx.x = 1;", "threadIdx"),
         ("y[0] = __shfl_sync(~0u, dim3(1), 0).x;", "__shfl_sync"),
-        ("dsc::launch(kernel, 1, 1, 0, nullptr, x, y, 1);", "launch"),
     ],
 )
-def test_code_outside_cuda_does_not_compile(
-    host_folder: Path, tmp_path: Path, body: str, message: str
-) -> None:
-    source = tmp_path / "kernel.cpp"
-    command = ["c++", "-std=c++20", "-fsyntax-only", "-DDSC_HOST_EXECUTOR", f"-I{CSRC}", str(source)]
-    source.write_text(f"{PRELUDE} {body} }}")
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_code_outside_cuda_does_not_compile(tmp_path: Path, body: str, message: str) -> None:
+    done = compile_kernel(tmp_path, body)
     assert done.returncode != 0
     assert message in done.stderr
-    source.write_text(f"{PRELUDE} y[0] = x[0]; }}")
-    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+
+
+@pytest.mark.usefixtures("host_folder")
+def test_code_inside_cuda_does_compile(tmp_path: Path) -> None:
+    done = compile_kernel(tmp_path, "y[0] = x[threadIdx.x];")
+    assert done.returncode == 0, done.stderr
