@@ -4,8 +4,8 @@ set(DSCODER_MIN_NVCC 12.3)  # the first with every sm_90a instruction the kernel
 set(DSCODER_WITHOUT_CUDA "or set DSCODER_CUDA=off to build without kernels")
 
 # What a kernel's call says in a build without kernels.
-string(CONCAT DSCODER_ABSENT_HINT "this dscoder was built without CUDA kernels. To build them, install the CUDA toolkit "
-    "(nvcc >= ${DSCODER_MIN_NVCC}) and run in dscoder's source tree: DSCODER_CUDA=on pip install --force-reinstall --no-deps .")
+string(CONCAT DSCODER_ABSENT_HINT "this dscoder was built without CUDA kernels. To build them, put nvcc >= ${DSCODER_MIN_NVCC} "
+    "(the CUDA toolkit) into PATH and run in dscoder's source tree: DSCODER_CUDA=on pip install --force-reinstall --no-deps .")
 
 set(DSCODER_HAS_CUDA OFF)
 string(TOLOWER "${DSCODER_CUDA}" DSCODER_CUDA)
@@ -17,8 +17,9 @@ if(DSCODER_CUDA STREQUAL "off")
     return()
 endif()
 
-find_program(nvcc NAMES "$ENV{CUDACXX}" nvcc NO_CACHE
-    HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS /usr/local/cuda/bin)
+# Nowhere but where the user points: what is built must not depend on what lies about.
+find_program(nvcc NAMES "$ENV{CUDACXX}" nvcc NO_CACHE NO_DEFAULT_PATH
+    HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS ENV PATH)
 if(NOT nvcc)
     if(DSCODER_CUDA STREQUAL "on")
         message(FATAL_ERROR "DSCODER_CUDA=on, but there is no nvcc: not in PATH, CUDACXX or CUDA_HOME. "
