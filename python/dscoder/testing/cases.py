@@ -12,8 +12,9 @@ def generator(name: str) -> torch.Generator:
 
 
 def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, drawn in float64 and rounded."""
-    return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+    """Normal numbers, drawn in float32 (float64 for float64) and rounded."""
+    drawn = torch.promote_types(dtype, torch.float32)
+    return torch.randn(shape, generator=rng, dtype=drawn).to(dtype)
 
 
 def routing(rng: torch.Generator, *, num_tokens: int, num_experts: int, num_topk: int) -> Tensor:
