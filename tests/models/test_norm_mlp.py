@@ -37,3 +37,25 @@ def test_mlp_holds_gate_rows_first():
     mlp.gate_up.weight.data = torch.tensor([[100.0], [0.0], [3.0], [5.0]])
     mlp.down.weight.data = torch.tensor([[1.0, 1.0]])
     torch.testing.assert_close(mlp(torch.ones(1)), torch.tensor([300.0]))
+
+
+def test_norm_gradient_is_that_of_finite_differences():
+    norm = RMSNorm(5, eps=1e-2, dtype=torch.float64)
+    norm.weight.data = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0], dtype=torch.float64)
+    x_TD = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)),
+        (x_TD.requires_grad_(), norm.weight),
+    )
+
+
+def test_swiglu_gradient_is_that_of_finite_differences():
+    gate_up = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.autograd.gradcheck(swiglu, (gate_up.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_in_half_precision_is_float32_rounded_once(dtype):
+    x_TD = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    wide, narrow = RMSNorm(64, eps=1e-6), RMSNorm(64, eps=1e-6, dtype=dtype)
+    assert torch.equal(narrow(x_TD), wide(x_TD.float()).to(dtype))

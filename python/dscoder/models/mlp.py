@@ -1,14 +1,39 @@
 """The gated MLP: down(silu(gate(x)) * up(x)), SwiGLU (DeepSeek LLM section 2.2), without biases."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _SwiGlu(torch.autograd.Function):
+    """Its backward writes both halves of one gradient in place; torch's own joins two copies."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2F], gate in the first half -> [..., F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    out: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
+    return out
 
 
 class Mlp(nn.Module):

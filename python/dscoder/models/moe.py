@@ -91,8 +91,9 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
         """x_TD -> [T, D], and the unweighted balance terms [3] while they are trained on."""
         config = self.config
-        # The gate decides in float32 whatever the weights' type: ties and near-ties choose experts.
-        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        # The gate decides in float32 (or wider) whatever the weights' type: near-ties choose experts.
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
         idx_TK, weight_TK = ops.moe_gate(
             logits_TE,
             num_topk=config.num_topk,
