@@ -9,52 +9,11 @@ from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from dscoder.checkpoint.names import pieces
 from dscoder.config import ModelConfig
 from dscoder.models import Transformer, allocate_cache
 
 HfModel = DeepseekV2ForCausalLM | LlamaForCausalLM
-
-# Ours -> theirs, within a layer; gate and up are separate matrices there.
-_ATTENTION = {
-    "query.weight": "q_proj.weight",
-    "query_down.weight": "q_a_proj.weight",
-    "query_norm.weight": "q_a_layernorm.weight",
-    "query_up.weight": "q_b_proj.weight",
-    "latent_down.weight": "kv_a_proj_with_mqa.weight",
-    "latent_norm.weight": "kv_a_layernorm.weight",
-    "latent_up.weight": "kv_b_proj.weight",
-    "key.weight": "k_proj.weight",
-    "value.weight": "v_proj.weight",
-    "out.weight": "o_proj.weight",
-}
-_MLP = {
-    "mlp.down.weight": "mlp.down_proj.weight",
-    "moe.gate.weight": "mlp.gate.weight",
-    "moe.experts.gate_up": "mlp.experts.gate_up_proj",
-    "moe.experts.down": "mlp.experts.down_proj",
-    "moe.shared.down.weight": "mlp.shared_experts.down_proj.weight",
-}
-_GATE_UP = {"mlp.gate_up.weight": "mlp", "moe.shared.gate_up.weight": "mlp.shared_experts"}
-_TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-
-
-def _their_tensor(name: str, theirs: dict[str, Tensor]) -> Tensor:
-    if name == "head.weight":
-        return theirs["lm_head.weight"]
-    if name in _TOP:
-        return theirs[_TOP[name]]
-    _, layer_idx, part = name.split(".", 2)
-    prefix = f"model.layers.{layer_idx}"
-    if part == "attention_norm.weight":
-        return theirs[f"{prefix}.input_layernorm.weight"]
-    if part == "mlp_norm.weight":
-        return theirs[f"{prefix}.post_attention_layernorm.weight"]
-    if part in _GATE_UP:
-        halves = [theirs[f"{prefix}.{_GATE_UP[part]}.{half}_proj.weight"] for half in ("gate", "up")]
-        return torch.cat(halves)
-    if part.startswith("attention."):
-        return theirs[f"{prefix}.self_attn.{_ATTENTION[part.removeprefix('attention.')]}"]
-    return theirs[f"{prefix}.{_MLP[part]}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +78,10 @@ def make_pair() -> Callable[..., Pair]:
             spread = 0.3 if parameter.dim() == 1 else std
             parameter.data.normal_(float(parameter.dim() == 1), spread, generator=generator)
         ours = Transformer(config).eval()
-        state = theirs.state_dict()
-        ours.load_state_dict({name: _their_tensor(name, state) for name in ours.state_dict()})
+        parameters, state = dict(ours.named_parameters()), theirs.state_dict()
+        with torch.no_grad():
+            for piece in pieces(config, stacked_experts=True):
+                piece.view(parameters[piece.parameter]).copy_(state[piece.name])
         return Pair(theirs=theirs, ours=ours)
 
     return make

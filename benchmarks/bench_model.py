@@ -1,0 +1,98 @@
+"""A training step of the V2 models, forward and backward, beside transformers' DeepseekV2ForCausalLM.
+
+Same weights, same tokens, float32, training mode; ours computes the balance loss on top. transformers runs
+with each of its expert implementations that fit in memory ("batched_mm" gathers a weight matrix per token
+and does not; "eager" fills a gradient of all experts for every expert, which the wide layer cannot afford).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+from dscoder.checkpoint.config_hf import config_to_hf
+from dscoder.checkpoint.names import pieces
+from dscoder.config import ModelConfig, preset
+from dscoder.models import Transformer, count_parameters
+from dscoder.testing import cases
+from dscoder.testing.timing import Work, compare
+
+# One dense and one expert layer at V2-Lite's widths; a small vocabulary, whose products are the same in both.
+V2_LITE_SLICE = replace(preset("v2_lite"), num_layers=2, vocab_size=8192, bos_id=0, eos_id=1)
+
+# config, rows, length, (attention, experts) of transformers, rounds
+STEPS: dict[str, tuple[ModelConfig, int, int, list[tuple[str, str]], int]] = {
+    "tiny_moe": (
+        preset("tiny_moe"),
+        *(4, 512),
+        [("sdpa", "grouped_mm"), ("eager", "grouped_mm"), ("sdpa", "eager")],
+        9,
+    ),
+    "v2_lite_slice_256": (V2_LITE_SLICE, 1, 256, [("sdpa", "grouped_mm"), ("eager", "grouped_mm")], 5),
+    "v2_lite_slice_1024": (V2_LITE_SLICE, 2, 512, [("sdpa", "grouped_mm"), ("eager", "grouped_mm")], 5),
+}
+
+
+def their_model(ours: Transformer) -> DeepseekV2ForCausalLM:
+    data = config_to_hf(ours.config, dtype=torch.float32)
+    theirs = DeepseekV2ForCausalLM(DeepseekV2Config(**data, experts_implementation="grouped_mm"))
+    parameters, state = dict(ours.named_parameters()), theirs.state_dict()
+    with torch.no_grad():
+        for piece in pieces(ours.config, stacked_experts=True):
+            state[piece.name].copy_(piece.view(parameters[piece.parameter]))
+    return theirs.train()
+
+
+def loss_of(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+
+def forget_gradients(*models: nn.Module) -> None:
+    """Before every step of either: two sets of gradients at once do not fit."""
+    for model in models:
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_training_step(benchmark: BenchmarkFixture, name: str) -> None:
+    config, num_rows, length, peers, num_rounds = STEPS[name]
+    if benchmark.disabled:
+        pytest.skip("a training step is too long for a test run")
+    ours = Transformer(config).train()
+    theirs = their_model(ours)
+    tokens_BS = torch.randint(0, config.vocab_size, (num_rows, length), generator=cases.generator(name))
+
+    def our_step() -> Tensor:
+        forget_gradients(ours, theirs)
+        features = ours.features(tokens_BS)
+        loss = loss_of(ours.head(features.hidden_BSD), tokens_BS)
+        (loss + features.balance).backward()
+        return loss.detach()[None]
+
+    def their_step(attention: str, experts: str) -> Tensor:
+        forget_gradients(ours, theirs)
+        theirs.config._attn_implementation = attention
+        theirs.config._experts_implementation = experts
+        loss = loss_of(theirs(tokens_BS, use_cache=False).logits, tokens_BS)
+        loss.backward()
+        return loss.detach()[None]
+
+    compare(
+        benchmark,
+        our_step,
+        {
+            f"transformers {attention} {experts}": lambda attention=attention, experts=experts: their_step(
+                attention, experts
+            )
+            for attention, experts in peers
+        },
+        Work(
+            shape=f"{num_rows} x {length} tokens",
+            flops=6.0 * count_parameters(config).active * tokens_BS.numel(),
+        ),
+        num_rounds=num_rounds,
+    )
