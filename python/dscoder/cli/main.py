@@ -4,12 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import generate, infill, info, prepare, pretrain, tokenizer
+from dscoder.cli import demo, generate, infill, info, prepare, pretrain, tokenizer
 
 Verb = Callable[[Sequence[str]], None]
 
 # Every verb module offers `main(argv)`, whose docstring's first line is the help text here.
 VERBS: dict[str, Verb] = {
+    "demo": demo.main,
     "tokenizer": tokenizer.main,
     "prepare": prepare.main,
     "pretrain": pretrain.main,

@@ -1,0 +1,116 @@
+"""The verb `dscoder demo`."""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dscoder.cli.arguments import parse
+from dscoder.cli.context import render_in_context
+from dscoder.config.demo import DemoConfig
+from dscoder.data import prepare, tokenizer
+from dscoder.eval import held_out
+from dscoder.eval.perplexity import held_out_report
+from dscoder.models.count import count_parameters
+from dscoder.runtime import log
+from dscoder.train import pretrain
+from dscoder.train.metrics import METRICS, read_metrics
+
+_SPARKS = [chr(0x2581 + level) for level in range(8)]
+_SPARK_WIDTH = 60
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train a tiny DeepSeek-Coder-V2 on Python's standard library and fill holes with it."""
+    log.configure()
+    config = parse(argv, DemoConfig, verb="demo", description=main.__doc__)
+    screen = Console()
+    begin = time.perf_counter()
+    with _step(screen, "1/4 tokenizer"):
+        tokenizer.run(config.tokenizer())
+    with _step(screen, "2/4 prepare"):
+        data = prepare.run(config.prepare())
+    with _step(screen, "3/4 pretrain"):
+        run = _pretrain(config, data)
+    with _step(screen, "4/4 held-out files"):
+        results = json.loads((held_out.run(config.held_out()) / held_out.RESULTS).read_text())
+    _show_curve(screen, run)
+    _show_figures(screen, results, config)
+    _show_completions(screen, results, config)
+    screen.print(f"\n{time.perf_counter() - begin:.0f} s in all. Fill holes of your own with")
+    screen.print(
+        f"  dscoder infill FILE --line N --single-line --model {run / pretrain.MODEL}", soft_wrap=True
+    )
+
+
+@contextmanager
+def _step(screen: Console, title: str) -> Iterator[None]:
+    screen.rule(title, align="left")
+    begin = time.perf_counter()
+    yield
+    screen.print(f"{title}: {time.perf_counter() - begin:.1f} s", style="dim")
+
+
+def _pretrain(config: DemoConfig, data: Path) -> Path:
+    recipe = config.pretrain()
+    evaluate = functools.partial(held_out_report, directory=data, max_windows=recipe.report.eval_windows)
+    try:
+        return pretrain.run(recipe, evaluate=evaluate)
+    except pretrain.StoppedError as stop:
+        print(f"dscoder demo: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal_number) from None
+
+
+def _show_curve(screen: Console, run: Path) -> None:
+    losses = [report["loss"] for report in read_metrics(run / METRICS) if "loss" in report]
+    picture = sparkline(losses, width=_SPARK_WIDTH)
+    screen.rule("results", align="left")
+    screen.print(f"training loss, nats per token\n{losses[0]:.2f} {picture} {losses[-1]:.2f}")
+
+
+def sparkline(values: Sequence[float], *, width: int) -> str:
+    """One character a value, or a mean of neighbours where there are more than `width`."""
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def _show_figures(screen: Console, results: dict[str, Any], config: DemoConfig) -> None:
+    size = count_parameters(config.model)
+    table = Table(title="held-out files, never seen in training", title_justify="left")
+    for heading in ("model", "bits per byte", "single lines filled exactly"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name in (held_out.UNTRAINED, held_out.TRAINED):
+        score = results[name]["score"]
+        exact = f"{score['num_exact']} of {score['num_holes']} = {100 * score['exact_match']:.1f} %"
+        table.add_row(name, f"{score['bits_per_byte']:.3f}", exact)
+    screen.print(f"{size.total / 1e6:.2f} M parameters, {size.active / 1e6:.2f} M active per token")
+    screen.print(table)
+
+
+def _show_completions(screen: Console, results: dict[str, Any], config: DemoConfig) -> None:
+    holes = held_out.held_out_holes(config.held_out())[: config.num_shown]
+    answers = results[held_out.TRAINED]["completions"]
+    screen.print(f"the first {len(holes)} of these holes (a hash chooses them), filled by the trained model")
+    for hole, answer in zip(holes, answers, strict=False):
+        screen.print(f"\n{hole.name}  ", style="bold", end="")
+        screen.print(
+            "exact" if answer["exact"] else f"the file has: {hole.answer.strip()}",
+            soft_wrap=True,
+            markup=False,
+        )
+        screen.print(
+            render_in_context(hole.prefix, answer["completion"], "\n" + hole.suffix, num_lines=4),
+            soft_wrap=True,
+        )
