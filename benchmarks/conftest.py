@@ -1,9 +1,21 @@
-"""What several benchmarks measure on: real source code."""
+"""What several benchmarks share: real source code to measure on, and a line of results for each."""
 
+import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+
+@pytest.fixture(autouse=True)
+def shown(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[None]:
+    """Prints what a benchmark stores beside its times (pytest-benchmark shows the times alone)."""
+    yield
+    if not benchmark.disabled:
+        figures = ", ".join(f"{name} {value}" for name, value in benchmark.extra_info.items())
+        sys.stdout.write(f"\n{request.node.name}: {figures}\n")
 
 
 @pytest.fixture(scope="session")
