@@ -9,9 +9,6 @@
 
 namespace dsc::host {
 
-template <typename T, typename... Ts>
-concept OneOf = (std::is_same_v<T, Ts> or ...);
-
 template <typename T>
 concept Word = OneOf<T, int, unsigned, unsigned long long>;
 template <typename T>

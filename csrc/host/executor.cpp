@@ -1,3 +1,4 @@
+// From the free functions that intrinsics call to the one launch that is running.
 #include "host/executor.h"
 
 #include <mutex>

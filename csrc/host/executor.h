@@ -18,6 +18,10 @@ namespace dsc::host {
 
 using Place = std::source_location;  // of the intrinsic in the kernel
 
+// Intrinsics take the argument types that CUDA has, and no others.
+template <typename T, typename... Ts>
+concept OneOf = (std::is_same_v<T, Ts> or ...);
+
 class Fault : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;

@@ -1,3 +1,6 @@
+// Which thread goes on when one waits, and what it takes for a barrier or a warp collective to let its
+// threads go. A switch goes straight from thread to thread; the main fiber is entered when a block is over
+// (to start the next), when nobody is ready, and when the launch has failed.
 #include "host/grid.h"
 
 #include <algorithm>

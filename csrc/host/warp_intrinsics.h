@@ -2,21 +2,23 @@
 #pragma once
 
 #include <cstring>
-#include <type_traits>
+#include <functional>
+#include <string>
 
 #include "host/executor.h"
+#include "host/float16.h"
 
 namespace dsc::host {
 
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kOwnValue = -1;
 
-// What CUDA shuffles: 2, 4 and 8 bytes of plain data.
 template <typename T>
-concept Shuffled = std::is_trivially_copyable_v<T> and (sizeof(T) == 2 or sizeof(T) == 4 or sizeof(T) == 8);
-
+concept Matched = OneOf<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>;
 template <typename T>
-concept Reduced = std::is_same_v<T, int> or std::is_same_v<T, unsigned>;
+concept Shuffled = Matched<T> or OneOf<T, __half, __half2, __nv_bfloat16, __nv_bfloat162>;
+template <typename T>
+concept Reduced = OneOf<T, int, unsigned>;
 
 template <Shuffled T>
 struct ShuffleFrame {
@@ -72,13 +74,13 @@ inline unsigned vote(const char* what, unsigned mask, bool predicate, const Plac
     return frame.ballot;
 }
 
-template <Shuffled T>
+template <Matched T>
 struct MatchFrame {
     T value;
     unsigned same;  // the lanes with this value
 };
 
-template <Shuffled T>
+template <Matched T>
 void complete_match(unsigned mask, void* const* frames) {
     for (int lane = 0; lane < warpSize; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
@@ -92,7 +94,7 @@ void complete_match(unsigned mask, void* const* frames) {
     }
 }
 
-template <Shuffled T>
+template <Matched T>
 unsigned match(const char* what, unsigned mask, T value, const Place& where) {
     MatchFrame<T> frame{value, 0};
     wait_for_warp(what, mask, &frame, complete_match<T>, where);
@@ -205,12 +207,12 @@ inline unsigned __activemask() {
     return 1u << dsc::host::lane_idx();
 }
 
-template <dsc::host::Shuffled T>
+template <dsc::host::Matched T>
 unsigned __match_any_sync(unsigned mask, T value, DSC_HERE) {
     return dsc::host::match("__match_any_sync", mask, value, where);
 }
 
-template <dsc::host::Shuffled T>
+template <dsc::host::Matched T>
 unsigned __match_all_sync(unsigned mask, T value, int* predicate, DSC_HERE) {
     *predicate = dsc::host::match("__match_all_sync", mask, value, where) == mask;
     return *predicate ? mask : 0;

@@ -47,9 +47,25 @@ __global__ void uninitialised_shared(const float* x, float* y) {
 
 // ---- barriers and masks ----
 
-__global__ void exit_before_barrier(const float*, float*) {
-    if (threadIdx.x == 33) return;  // WRONG
-    __syncthreads();
+enum class Scope { kWarp, kBlock, kGrid };
+
+// One thread exits where all others wait: before the first of them, or after the last; the count in y sees to
+// it.
+template <Scope kScope, bool kExitsFirst>
+__global__ void one_thread_exits(const float*, float* y) {
+    auto* const count = reinterpret_cast<unsigned*>(y);
+    if (kScope == Scope::kWarp and threadIdx.x >= 32) return;
+    const unsigned num_others = kScope == Scope::kWarp ? 31 : gridDim.x * blockDim.x - 1;
+    if (blockIdx.x == 0 and threadIdx.x == 5) {
+        if (kExitsFirst) atomicAdd(count, 1);
+        while (not kExitsFirst and atomicAdd(count, 0) != num_others) __nanosleep(20);
+        return;  // WRONG
+    }
+    if (not kExitsFirst) atomicAdd(count, 1);
+    while (kExitsFirst and atomicAdd(count, 0) == 0) __nanosleep(20);
+    if constexpr (kScope == Scope::kWarp) __syncwarp();
+    if constexpr (kScope == Scope::kBlock) __syncthreads();
+    if constexpr (kScope == Scope::kGrid) cooperative_groups::this_grid().sync();
 }
 
 __global__ void two_barriers(const float*, float*) {
@@ -79,12 +95,6 @@ __global__ void shuffle_in_a_branch(const float* x, float* y) {
     float value = x[threadIdx.x];
     if (threadIdx.x % 32 < 16) value += __shfl_xor_sync(kAll, value, 8);  // WRONG: half the lanes stay away
     y[threadIdx.x] = value;
-}
-
-__global__ void mask_names_exited_lanes(const float*, float* y) {
-    if (threadIdx.x % 32 >= 16) return;
-    __syncwarp(0x0000ffffu);  // all of those have exited by now, or will without a word
-    y[threadIdx.x] = static_cast<float>(__ballot_sync(kAll, 1));  // WRONG
 }
 
 __global__ void reads_a_lane_outside_the_mask(const float* x, float* y) {
@@ -134,6 +144,11 @@ void run(const float* x, float* y, int) {
 }
 
 template <auto kKernel>
+void run_cooperative(const float* x, float* y, int) {
+    launch_cooperative(kKernel, 2, kThreads, 0, nullptr, x, y);
+}
+
+template <auto kKernel>
 void run_sized(const float* x, float* y, int num_values) {
     launch(kKernel, 1, kThreads, 0, nullptr, x, y, num_values);
 }
@@ -145,13 +160,17 @@ const Fault kFaults[] = {
     {"missing_second_barrier", run<missing_second_barrier>},
     {"missing_syncwarp", run<missing_syncwarp>},
     {"uninitialised_shared", run<uninitialised_shared>},
-    {"exit_before_barrier", run<exit_before_barrier>},
+    {"exits_before_warp", run<one_thread_exits<Scope::kWarp, true>>},
+    {"exits_after_warp", run<one_thread_exits<Scope::kWarp, false>>},
+    {"exits_before_block", run<one_thread_exits<Scope::kBlock, true>>},
+    {"exits_after_block", run<one_thread_exits<Scope::kBlock, false>>},
+    {"exits_before_grid", run_cooperative<one_thread_exits<Scope::kGrid, true>>},
+    {"exits_after_grid", run_cooperative<one_thread_exits<Scope::kGrid, false>>},
     {"two_barriers", run<two_barriers>},
     {"barrier_against_warp", run<barrier_against_warp>},
     {"lane_outside_its_mask", run<lane_outside_its_mask>},
     {"masks_that_differ", run<masks_that_differ>},
     {"shuffle_in_a_branch", run<shuffle_in_a_branch>},
-    {"mask_names_exited_lanes", run<mask_names_exited_lanes>},
     {"reads_a_lane_outside_the_mask", run<reads_a_lane_outside_the_mask>},
     {"grid_sync_without_cooperative_launch", run<grid_sync>},
     {"waits_for_nobody", run<waits_for_nobody>},

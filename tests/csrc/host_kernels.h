@@ -12,6 +12,7 @@ void transpose(const float* x, float* y, int num_rows, int num_columns);
 void histogram(const int* x, unsigned* counts, int num_values, int num_bins);
 void prefix_of_blocks(const int* x, int* prefix, int num_blocks, int num_threads);
 void pass_token(int* log, int num_blocks);
+unsigned fresh_shared(unsigned pattern, int num_blocks);
 void arrival_order(int* order, int num_blocks, int num_threads);
 void votes(const int* x, int* result, int num_threads);
 void half_warps(const int* x, int* result);

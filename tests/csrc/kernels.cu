@@ -87,9 +87,22 @@ __global__ void pass_token_kernel(int* log) {
     atomicAdd(&log[0], 1);
 }
 
+// Each thread takes two turns.
 __global__ void arrival_order_kernel(int* order) {
-    const int turn = atomicAdd(&order[0], 1);
-    order[1 + turn] = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int i = 0; i < 2; ++i) {
+        const int turn = atomicAdd(&order[0], 1);
+        order[1 + turn] = blockIdx.x * blockDim.x + threadIdx.x;
+    }
+}
+
+// Counts the words of fresh shared memory that hold `pattern`, and leaves others behind.
+__global__ void fresh_shared_kernel(unsigned pattern, unsigned* count) {
+    DSC_SHARED(unsigned[64], declared);
+    DSC_SHARED_DYNAMIC(unsigned, dynamic);
+    for (unsigned* const word : {&declared[threadIdx.x], &dynamic[threadIdx.x]}) {
+        if (*word == pattern) atomicAdd(count, 1);
+        *word = 0;
+    }
 }
 
 __global__ void coordinates_kernel(int* result) {
@@ -226,6 +239,12 @@ void pass_token(int* log, int num_blocks) {
 
 void arrival_order(int* order, int num_blocks, int num_threads) {
     launch(arrival_order_kernel, num_blocks, num_threads, 0, nullptr, order);
+}
+
+unsigned fresh_shared(unsigned pattern, int num_blocks) {
+    unsigned count = 0;
+    launch(fresh_shared_kernel, num_blocks, 64, 64 * sizeof(unsigned), nullptr, pattern, &count);
+    return count;
 }
 
 void coordinates(int* result, const unsigned* grid, const unsigned* block) {

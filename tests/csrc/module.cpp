@@ -102,10 +102,11 @@ void bind_blocks(py::module_& module) {
         return log;
     });
     module.def("arrival_order", [](int num_blocks, int num_threads) {
-        auto order = zeros<int>(1 + num_blocks * num_threads);
+        auto order = zeros<int>(1 + 2 * num_blocks * num_threads);
         arrival_order(order.mutable_data(), num_blocks, num_threads);
         return order;
     });
+    module.def("fresh_shared", fresh_shared);
     module.def("coordinates", bind_coordinates);
 }
 

@@ -71,22 +71,36 @@ def test_blocks_that_wait_for_each_other_take_turns(kernels: ModuleType) -> None
     assert kernels.pass_token(8).tolist() == [8, *range(0, 80, 10)]
 
 
-def test_the_seed_decides_the_order_and_repeats_it(host_kernels: ModuleType) -> None:
-    orders = []
-    for seed in [*SEEDS, *SEEDS]:
-        host_kernels.set_order(seed)
-        orders.append(tuple(host_kernels.arrival_order(6, 64)[1:].tolist()))
-    assert orders[: len(SEEDS)] == orders[len(SEEDS) :]
-    assert len(set(orders)) == len(SEEDS)
-    assert all(sorted(order) == list(range(6 * 64)) for order in orders)
-
-
-def test_the_first_block_to_arrive_differs_from_seed_to_seed(host_kernels: ModuleType) -> None:
-    first = set()
+def orders(host_kernels: ModuleType, num_blocks: int, num_threads: int) -> list[list[int]]:
+    """Which thread took which turn, for each seed; every thread takes two."""
+    found = []
     for seed in SEEDS:
         host_kernels.set_order(seed)
-        first.add(host_kernels.arrival_order(6, 64)[1] // 64)
-    assert len(first) > 2
+        found.append(host_kernels.arrival_order(num_blocks, num_threads)[1:].tolist())
+    return found
+
+
+def test_the_seed_decides_the_order_and_repeats_it(host_kernels: ModuleType) -> None:
+    found = orders(host_kernels, 6, 64)
+    assert found == orders(host_kernels, 6, 64)
+    assert len({tuple(order) for order in found}) == len(SEEDS)
+    assert all(sorted(order) == sorted([*range(6 * 64)] * 2) for order in found)
+
+
+def test_any_block_may_be_the_first(host_kernels: ModuleType) -> None:
+    first = [order[0] for order in orders(host_kernels, 64, 1)]
+    assert max(first) >= 32
+    assert min(first) < 32
+
+
+def test_other_threads_may_run_between_two_atomics_of_one(host_kernels: ModuleType) -> None:
+    for order in orders(host_kernels, 1, 64):
+        gaps = [order[order.index(thread) + 1 :].index(thread) for thread in range(64)]
+        assert any(gaps)
+
+
+def test_shared_memory_is_poisoned_for_every_block(kernels: ModuleType) -> None:
+    assert kernels.fresh_shared(0x7FFF7FFF, 20) == 20 * 2 * 64
 
 
 # ---- warps ----

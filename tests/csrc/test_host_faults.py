@@ -1,5 +1,6 @@
 """Every planted mistake of faults.cu is seen: races as wrong results, the rest as errors that name it."""
 
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
 SEEDS = range(12)
 X = np.arange(64, dtype=np.float32)
 
@@ -39,8 +41,14 @@ def test_a_lane_outside_the_mask_reads_as_nan(host_kernels: ModuleType) -> None:
 # ---- errors ----
 
 ERRORS = {
-    "exit_before_barrier": r"divergent barrier: thread \(\d+,0,0\) of block \(0,0,0\) .*"
-    r"__syncthreads at .*faults.cu:\d+ in .*exit_before_barrier",
+    "exits_before_warp": r"wrong mask: thread .* names lanes that have exited or do not exist at __syncwarp "
+    r"\(mask 0xffffffff\) .*faults.cu:\d+ in .*one_thread_exits.*; the live lanes are 0xffffffdf",
+    "exits_after_warp": r"divergent warp: thread \(5,0,0\) of block \(0,0,0\) exits while 31 lanes wait for "
+    r"it at __syncwarp \(mask 0xffffffff\) at .*faults.cu:\d+ in .*one_thread_exits",
+    "exits_before_block": r"divergent barrier: .* waits at __syncthreads at .* but 1 threads have exited",
+    "exits_after_block": r"divergent barrier: thread \(5,0,0\) .* while 63 threads wait at __syncthreads",
+    "exits_before_grid": r"divergent barrier: .* at this_grid\(\).sync\(\) at .* but 1 threads have exited",
+    "exits_after_grid": r"divergent barrier: .* exits while 127 threads wait at this_grid\(\).sync\(\)",
     "two_barriers": r"divergent barrier: thread \(\d+,0,0\) .* waits at __syncthreads at .*faults.cu:\d+ .*"
     r"while \d+ threads wait at __syncthreads at .*faults.cu:\d+",
     "barrier_against_warp": r"deadlock: no thread can go on:(.|\n)*2 threads .* wait at __syncthreads",
@@ -49,7 +57,6 @@ ERRORS = {
     "masks_that_differ": r"divergent warp: thread .* __shfl_xor_sync \(mask 0x[0-9a-f]+\)",
     "shuffle_in_a_branch": r"(divergent warp: thread .* exits while \d+ lanes wait for it at __shfl_xor_sync"
     r"|wrong mask: .* names lanes that have exited)",
-    "mask_names_exited_lanes": r"(divergent warp: thread .* exits while|names lanes that have exited)",
     "partial_warp": r"(names lanes that have exited or do not exist .* live lanes are 0x000000ff"
     r"|exits while \d+ lanes wait|names lanes that have exited)",
     "grid_sync_without_cooperative_launch": r"not launched with launch_cooperative",
@@ -68,7 +75,16 @@ def test_a_fault_is_an_error_under_every_order(host_kernels: ModuleType, fault: 
     assert host_kernels.block_sum(X, 2) == X.sum()  # the executor goes on working
 
 
-# ---- what CUDA does not have does not compile ----
+# ---- the test kernels are CUDA; what CUDA does not have does not compile ----
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("name", ["kernels.cu", "faults.cu"])
+def test_nvcc_compiles_the_same_kernels(tmp_path: Path, name: str) -> None:
+    command = ["nvcc", "-std=c++20", "-arch=sm_80", f"-I{CSRC}", "-c", "-o", str(tmp_path / "kernels.o")]
+    done = subprocess.run([*command, str(HERE / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
 
 PRELUDE = '#include "core/launch.h"\n__global__ void kernel(long* x, float* y) {'
 
@@ -87,7 +103,7 @@ def compile_kernel(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
         ("__shared__ float tile[4]; y[0] = tile[0];", "declared through DSC_SHARED"),
         ("atomicAdd(x, 1);", "atomicAdd"),
         ("threadIdx.x = 1;", "threadIdx"),
-        ("y[0] = __shfl_sync(~0u, dim3(1), 0).x;", "__shfl_sync"),
+        ("y[0] = __shfl_sync(~0u, float2(), 0).x;", "__shfl_sync"),
     ],
 )
 def test_code_outside_cuda_does_not_compile(tmp_path: Path, body: str, message: str) -> None:
