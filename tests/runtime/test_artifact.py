@@ -1,0 +1,135 @@
+"""Stage directories: finished means whole, and no directory is taken over by mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dscoder.runtime.artifact import differences, hash_path, open_stage, read_manifest, write_bytes
+
+CONFIG = {"size": 1, "name": "a", "place": "here"}
+INPUTS = {"data": "0" * 64}
+
+
+def run_stage(directory: Path, *, config: dict[str, object] = CONFIG, overwrite: bool = False) -> str:
+    """Write one file as a stage would; says what the stage found."""
+    with open_stage(
+        directory, command="test", config=config, inputs=INPUTS, free=("place",), overwrite=overwrite
+    ) as stage:
+        if stage.is_finished:
+            return "finished"
+        (directory / "result").write_text(str(config["size"]))
+        stage.finish(counts={"files": 1}, dropped={"empty": 2}, facts={"x": "y"})
+        return "resumed" if stage.is_resumed else "fresh"
+
+
+def test_the_manifest_says_what_made_the_directory(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    manifest = read_manifest(tmp_path, command="test")
+    assert manifest["config"] == CONFIG
+    assert manifest["inputs"] == INPUTS
+    assert manifest["counts"] == {"files": 1}
+    assert manifest["dropped"] == {"empty": 2}
+    assert manifest["facts"] == {"x": "y"}
+    assert len(manifest["code"]["sources"]) == 64
+
+
+def test_a_finished_stage_is_left_alone(tmp_path: Path) -> None:
+    assert run_stage(tmp_path) == "fresh"
+    assert run_stage(tmp_path) == "finished"
+
+
+def test_a_half_written_stage_has_no_manifest_and_is_resumed(tmp_path: Path) -> None:
+    with open_stage(tmp_path, command="test", config=CONFIG, inputs=INPUTS):
+        (tmp_path / "half").write_text("")
+    with pytest.raises(ValueError, match=r"holds no manifest\.json: `dscoder test` has not finished"):
+        read_manifest(tmp_path, command="test")
+    assert run_stage(tmp_path) == "resumed"
+
+
+def test_another_config_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    with pytest.raises(ValueError, match="made by another config") as error:
+        run_stage(tmp_path, config=CONFIG | {"size": 2, "name": "b"})
+    assert "config.size: 1 there, 2 here" in str(error.value)
+    assert "config.name: a there, b here" in str(error.value)
+    assert (tmp_path / "result").read_text() == "1"
+
+
+def test_free_keys_may_differ(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    assert run_stage(tmp_path, config=CONFIG | {"place": "there"}) == "finished"
+
+
+def test_overwrite_replaces_what_another_config_made(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert run_stage(tmp_path, config=CONFIG | {"size": 2}, overwrite=True) == "fresh"
+    assert (tmp_path / "result").read_text() == "2"
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_directory_of_strangers_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(
+            ValueError, match=r"must be empty or a directory written by dscoder, got thesis\.tex"
+        ):
+            run_stage(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_stage_that_failed_before_it_wrote_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), open_stage(tmp_path, command="test", config=CONFIG, inputs=INPUTS):
+        raise RuntimeError
+    assert run_stage(tmp_path, config=CONFIG | {"size": 2}) == "fresh"
+
+
+def test_two_processes_never_write_one_directory(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dscoder.runtime.artifact import open_stage\n"
+        "with open_stage(Path(sys.argv[1]), command='test', config={}, inputs={}): pass"
+    )
+    with open_stage(tmp_path, command="test", config={}, inputs={}):
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+    assert other.returncode == 1
+    assert "another process is writing" in other.stderr
+
+
+def test_a_manifest_of_another_verb_is_refused(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    with pytest.raises(ValueError, match="must come from `dscoder prepare`, got `dscoder test`"):
+        read_manifest(tmp_path, command="prepare")
+
+
+def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder, (name, text) in zip(folders, [("x", "1"), ("x", "2"), ("y", "1")], strict=True):
+        folder.mkdir()
+        (folder / name).write_text(text)
+    assert len({hash_path(folder) for folder in folders}) == 3
+    (folders[1] / "x").write_text("1")
+    assert hash_path(folders[0]) == hash_path(folders[1])
+
+
+def test_the_hash_of_a_stage_is_that_of_its_manifest(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    before = hash_path(tmp_path)
+    (tmp_path / "lock").write_text("changed")
+    assert hash_path(tmp_path) == before
+
+
+def test_differences_name_nested_keys() -> None:
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": None}}) == ["a.b: 1 there, 2 here"]
+
+
+def test_bytes_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, json.dumps([1]).encode())
+    write_bytes(path, b"")
+    assert path.read_bytes() == b""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

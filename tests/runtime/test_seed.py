@@ -1,0 +1,33 @@
+"""Seeds and generators."""
+
+import torch
+
+from dscoder.runtime.seed import derive_seed, deterministic, random_state, restore_random_state
+
+
+def test_seeds_are_the_same_everywhere() -> None:
+    assert derive_seed("order", 0, 1) == 976536042805888313
+
+
+def test_parts_are_not_run_together() -> None:
+    seeds = {derive_seed("ab", "c"), derive_seed("a", "bc"), derive_seed("1"), derive_seed(1)}
+    assert len(seeds) == 4
+
+
+def test_restored_generators_repeat_themselves() -> None:
+    state = random_state()
+    first = torch.rand(3)
+    restore_random_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_determinism_ends_with_its_block() -> None:
+    num_threads = torch.get_num_threads()
+    with deterministic(seed=1, num_threads=2):
+        first = torch.rand(2)
+        assert torch.get_num_threads() == 2
+        assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == num_threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(seed=1, num_threads=1):
+        assert torch.equal(torch.rand(2), first)

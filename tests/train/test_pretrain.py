@@ -1,0 +1,275 @@
+"""The stage `pretrain` in one process: what it leaves, what it refuses, what it goes on from."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dscoder.checkpoint import load_pretrained
+from dscoder.config import ModelConfig, preset
+from dscoder.config.train import (
+    BatchConfig,
+    CheckpointConfig,
+    LongContextConfig,
+    PretrainConfig,
+    ReportConfig,
+    ScheduleConfig,
+)
+from dscoder.models import Transformer
+from dscoder.runtime.artifact import read_manifest
+from dscoder.testing.tiny_run import TINY_MOE, TINY_WINDOW, tiny_windows
+from dscoder.text.tokenizer import Tokenizer
+from dscoder.train import pretrain
+from dscoder.train.checkpointing import completed, read_progress
+
+
+def config_for(windows: Path, out: Path, **fields: object) -> PretrainConfig:
+    config = PretrainConfig(
+        data=str(windows),
+        out=str(out),
+        model=TINY_MOE,
+        num_steps=8,
+        batch=BatchConfig(sequences=4, micro=2),
+        schedule=ScheduleConfig(kind="cosine", max_lr=3e-3, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=3),
+        report=ReportConfig(log_every=2, eval_every=4, tensorboard="off", plot="off"),
+        num_threads=1,
+    )
+    return replace(config, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(windows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    report = ReportConfig(log_every=2, eval_every=4)
+    return pretrain.run(config_for(windows, out, report=report), evaluate=lambda model: {"found": 0.5})
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_pretrained(out / "model").state_dict()
+
+
+def test_a_run_leaves_what_the_next_stages_read(finished: Path, windows: Path) -> None:
+    names = {path.name for path in finished.iterdir()} - {"lock"}
+    assert names == {
+        *("checkpoints", "config.yaml", "loss.png", "manifest.json", "metrics.jsonl", "model", "tensorboard")
+    }
+    tokenizer = Tokenizer.load(finished / "model")
+    model = load_pretrained(finished / "model")
+    assert (model.config.bos_id, model.config.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert tokenizer.vocab_size == read_manifest(windows, command="prepare")["facts"]["vocab_size"]
+
+
+def test_the_manifest_tells_what_the_run_did(finished: Path) -> None:
+    manifest = read_manifest(finished, command="pretrain")
+    assert manifest["counts"] == {"steps": 8, "sequences": 32, "tokens": 32 * TINY_WINDOW}
+    assert manifest["facts"]["num_threads"] == 1
+    assert manifest["facts"]["final"]["found"] == 0.5
+
+
+def test_the_loss_falls(windows: Path, tmp_path: Path) -> None:
+    seen: list[Mapping[str, float]] = []
+    pretrain.run(config_for(windows, tmp_path, num_steps=40), on_metrics=seen.append)
+    losses = [report["loss"] for report in seen if "loss" in report]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_evaluations_come_at_intervals_and_at_the_end(windows: Path, tmp_path: Path) -> None:
+    modes: list[bool] = []
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        modes.append(model.training)
+        return {"found": 1.0}
+
+    pretrain.run(config_for(windows, tmp_path, num_steps=6), evaluate=evaluate)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "found" in line] == [4, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
+    assert modes == [True, True]
+
+
+def test_the_config_in_the_run_directory_is_whole(finished: Path) -> None:
+    written = yaml.safe_load((finished / "config.yaml").read_text())
+    assert written["model"]["moe"]["num_experts"] == 4
+    assert written["schedule"]["max_lr"] == 3e-3
+
+
+def test_running_a_finished_run_again_does_nothing(finished: Path, windows: Path) -> None:
+    before = (finished / "manifest.json").stat().st_mtime_ns
+    pretrain.run(config_for(windows, finished))
+    assert (finished / "manifest.json").stat().st_mtime_ns == before
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process."""
+
+
+def killed_at(step: int) -> pretrain.Evaluate:
+    calls: list[int] = []
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == step:
+            raise KilledError
+        return {}
+
+    return evaluate
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_failed_goes_on_to_the_same_weights(windows: Path, tmp_path: Path, precision: str) -> None:
+    report = ReportConfig(log_every=2, eval_every=1, tensorboard="off", plot="off")
+    configs = [
+        config_for(windows, tmp_path / name, precision=precision, report=report) for name in ("whole", "cut")
+    ]
+    pretrain.run(configs[0], evaluate=lambda model: {})
+    with pytest.raises(KilledError):
+        pretrain.run(configs[1], evaluate=killed_at(5))
+    torch.rand(5)  # whatever the process does in between
+    pretrain.run(configs[1], evaluate=lambda model: {})
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert whole["embed.weight"].dtype == expected
+
+
+def test_the_position_in_the_data_is_one_number(finished: Path) -> None:
+    step, path = completed(finished / "checkpoints")[-1]
+    progress = read_progress(path)
+    assert (step, progress.num_sequences, progress.num_tokens) == (8, 32, 32 * TINY_WINDOW)
+
+
+def unfinished(windows: Path, out: Path) -> PretrainConfig:
+    """A run that stopped after step 3, and its config."""
+    report = ReportConfig(eval_every=1, tensorboard="off", plot="off")
+    config = config_for(windows, out, report=report)
+    with pytest.raises(KilledError):
+        pretrain.run(config, evaluate=killed_at(4))
+    return config
+
+
+def test_another_config_is_refused_but_reports_may_change(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.schedule\.max_lr: 0\.003 there, 0\.1 here"):
+        pretrain.run(replace(config, schedule=replace(config.schedule, max_lr=0.1)))
+    pretrain.run(replace(config, report=ReportConfig(tensorboard="off", plot="off")))
+
+
+def test_another_number_of_threads_is_refused_once_there_is_a_checkpoint(
+    windows: Path, tmp_path: Path
+) -> None:
+    config = unfinished(windows, tmp_path)
+    with pytest.raises(ValueError, match=r"num_threads must be 1, what the run in .* began with, got 2"):
+        pretrain.run(replace(config, num_threads=2))
+    pretrain.run(replace(config, num_threads=None))
+    assert read_manifest(tmp_path, command="pretrain")["facts"]["num_threads"] == 1
+
+
+def test_other_data_is_refused(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path / "run")
+    other = tiny_windows(tmp_path / "other", window=32)
+    with pytest.raises(ValueError, match=r"inputs\.data: "):
+        pretrain.run(replace(config, data=str(other)))
+
+
+def test_a_window_longer_than_the_model_is_refused(windows: Path, tmp_path: Path) -> None:
+    short = replace(TINY_MOE, max_positions=32)
+    with pytest.raises(ValueError, match=r"window of the data must be <= 32, .* got 64"):
+        pretrain.run(config_for(windows, tmp_path, model=short))
+    # Nothing was written, so the corrected config may use the directory.
+    pretrain.run(config_for(windows, tmp_path, num_steps=1))
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(windows: Path, tmp_path: Path) -> None:
+    small = replace(TINY_MOE, vocab_size=300)
+    with pytest.raises(ValueError, match=r"model\.vocab_size must be >= 512, the tokenizer's, got 300"):
+        pretrain.run(config_for(windows, tmp_path, model=small))
+
+
+def test_half_prepared_data_is_refused(windows: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(windows, half)
+    (half / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="`dscoder prepare` has not finished there"):
+        pretrain.run(config_for(half, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": None}, "exactly one of model and init_from must be given, got neither"),
+        ({"init_from": "x"}, "exactly one of model and init_from must be given, got both"),
+        ({"stage": "long_context"}, "stage long_context needs init_from"),
+        ({"num_steps": 0}, "num_steps must be >= 1, got 0"),
+        ({"num_threads": 0}, "num_threads must be >= 1, got 0"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_for(Path("d"), Path("o"), **fields)
+
+
+# ---- long context ----
+
+
+def long_config(earlier: Path, windows: Path, out: Path) -> PretrainConfig:
+    return config_for(
+        windows,
+        out,
+        model=None,
+        init_from=str(earlier / "model"),
+        stage="long_context",
+        num_steps=3,
+        schedule=ScheduleConfig(kind="constant", max_lr=1e-3, warmup_steps=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def long_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_windows(tmp_path_factory.mktemp("long"), window=4 * TINY_WINDOW)
+
+
+def test_long_context_switches_yarn_on_from_an_earlier_run(
+    finished: Path, long_windows: Path, tmp_path: Path
+) -> None:
+    model = load_pretrained(pretrain.run(long_config(finished, long_windows, tmp_path)) / "model")
+    yarn = model.config.rope.yarn
+    assert yarn is not None
+    assert (yarn.factor, yarn.original_max_positions, yarn.beta_slow, yarn.beta_fast) == (40, 64, 1, 32)
+    assert model.config.max_positions == 64 * 40
+
+
+def test_a_second_stage_keeps_the_first_ones_positions(
+    finished: Path, long_windows: Path, tmp_path: Path
+) -> None:
+    first = pretrain.run(long_config(finished, long_windows, tmp_path / "first"))
+    longer = tiny_windows(tmp_path / "longer", window=16 * TINY_WINDOW)
+    second = pretrain.run(long_config(first, longer, tmp_path / "second"))
+    configs = [load_pretrained(out / "model").config for out in (first, second)]
+    assert configs[0] == configs[1]
+
+
+def test_without_the_stage_longer_windows_are_refused(
+    finished: Path, long_windows: Path, tmp_path: Path
+) -> None:
+    config = replace(long_config(finished, long_windows, tmp_path), stage="pretrain")
+    with pytest.raises(ValueError, match=r"must be <= 64, the model's max_positions, got 256"):
+        pretrain.run(config)
+
+
+def test_grouped_query_models_are_stretched_linearly(
+    windows: Path, long_windows: Path, tmp_path: Path
+) -> None:
+    dense: ModelConfig = replace(preset("tiny_dense"), vocab_size=512, num_layers=1, max_positions=64)
+    first = pretrain.run(config_for(windows, tmp_path / "first", model=dense, num_steps=2))
+    config = replace(
+        long_config(first, long_windows, tmp_path / "second"),
+        long_context=LongContextConfig(linear_factor=4.0, theta=100000.0),
+    )
+    rope = load_pretrained(pretrain.run(config) / "model").config.rope
+    assert (rope.linear_factor, rope.theta, rope.yarn) == (4.0, 100000.0, None)
