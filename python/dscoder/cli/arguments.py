@@ -88,11 +88,13 @@ def _build(kind: Any, start: Any, given: Mapping[str, Any], *, is_new: bool) -> 
     for name, hint, value in _fields(kind, start):
         kinds, found = _kinds(hint), given.get(name)
         if dataclasses.is_dataclass(value) and found is not None:
-            found = _build(type(value), value, found, is_new=False)
+            found = _build(type(value), value, found, is_new=is_new)
         elif kinds:
             found = _build_new(name, kinds, found) if found is not None and _is_set(found) else None
         elif is_new and found is None and value is not dataclasses.MISSING:
             found = value
+        if found is None and value is dataclasses.MISSING and types.NoneType not in typing.get_args(hint):
+            raise ValueError(f"{kind.__name__}: {name} must be given, got nothing")
         values[name] = found
     return kind(**values)
 

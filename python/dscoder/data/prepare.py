@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ TRAIN = "train"
 HELD_OUT = "held_out"
 TOKENIZER = "tokenizer"  # a copy, for those who read the windows
 TOKEN_BYTES = "token_bytes.npy"
-_BATCH_DOCUMENTS = 1024  # encoded in one parallel call
+_BATCH_CHARACTERS = 2**22  # encoded in one parallel call, and so held as Python integers
 _NO_FIM = FimConfig(rate=0.0)
 _LOG = get_logger(__name__)
 
@@ -91,13 +90,16 @@ def _batches(
     documents: Iterator[Document], *, section_bytes: int | None, share: float
 ) -> Iterator[list[tuple[bool, Document]]]:
     """Documents with whether they are held out, which a section inherits from its document."""
-    framed = (
-        (is_held_out(document, share=share), section)
-        for document in documents
-        for section in _sections(document, section_bytes)
-    )
-    while batch := list(islice(framed, _BATCH_DOCUMENTS)):
-        yield batch
+    batch: list[tuple[bool, Document]] = []
+    num_characters = 0
+    for document in documents:
+        is_held = is_held_out(document, share=share)
+        batch += [(is_held, section) for section in _sections(document, section_bytes)]
+        num_characters += len(document.text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    yield batch
 
 
 def _write_splits(

@@ -67,9 +67,14 @@ def _single_process() -> Iterator[None]:
 
 
 def load_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place from the checkpoint at `path`."""
-    with _single_process():
-        load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    """Fill the tensors of `state` in place from the checkpoint at `path`; RuntimeError if it is damaged."""
+    try:
+        with _single_process():
+            load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    except Exception as error:  # DCP raises AssertionError, KeyError, RuntimeError ... for one cause
+        raise RuntimeError(
+            f"the checkpoint {path} cannot be read ({error}); without it the run goes on from the one before"
+        ) from error
 
 
 def _remove(path: Path) -> None:
