@@ -54,8 +54,22 @@ def test_swiglu_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(swiglu, (gate_up.requires_grad_(),))
 
 
+@pytest.mark.parametrize("has_gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norm_in_half_precision_is_float32_rounded_once(dtype):
+def test_norm_in_half_precision_is_float32_rounded_once(dtype, has_gradient):
     x_TD = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
-    wide, narrow = RMSNorm(64, eps=1e-6), RMSNorm(64, eps=1e-6, dtype=dtype)
-    assert torch.equal(narrow(x_TD), wide(x_TD.float()).to(dtype))
+    narrow = RMSNorm(64, eps=1e-6, dtype=dtype)
+    narrow.weight.data = torch.linspace(0.5, 2.0, 64).to(dtype)
+    wide_TD = x_TD.double()
+    wanted_TD = (
+        wide_TD * (wide_TD.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * narrow.weight.double()
+    )
+    with torch.set_grad_enabled(has_gradient):
+        assert torch.equal(narrow(x_TD), wanted_TD.float().to(dtype))
+
+
+def test_norm_is_the_same_with_and_without_a_gradient():
+    norm, x_TD = RMSNorm(96, eps=1e-6), torch.randn(7, 96, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        wanted_TD = norm(x_TD)
+    torch.testing.assert_close(norm(x_TD), wanted_TD)

@@ -29,7 +29,8 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2F], gate in the first half -> [..., F]."""
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+    # The compiler fuses the plain form, and without a gradient it is all there is to do.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     out: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]

@@ -44,7 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x_TD -> the same shape and type."""
-        if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
+        has_fused = x_TD.device.type != "cpu" or torch.compiler.is_compiling()
+        if has_fused or not torch.is_grad_enabled():
             return F.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
         out_TD: Tensor = _CpuRmsNorm.apply(x_TD, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out_TD

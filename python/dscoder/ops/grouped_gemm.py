@@ -51,8 +51,9 @@ def _forward(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     counts = _row_counts(offsets_E, x_MK.shape[0])
     *x_by_expert, _ = torch.split(x_MK, counts)
     *y_by_expert, y_of_none = torch.split(y_MN, counts)
-    for x, w, y in zip(x_by_expert, w_ENK.transpose(1, 2).unbind(), y_by_expert, strict=True):
-        if len(x):
+    weights = w_ENK.transpose(1, 2).unbind()
+    for count, x, w, y in zip(counts[:-1], x_by_expert, weights, y_by_expert, strict=True):
+        if count:
             torch.mm(x, w, out=y)
     y_of_none.zero_()
     return y_MN
@@ -63,8 +64,9 @@ def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, offsets_E: Tensor) -> Tensor
     counts = _row_counts(offsets_E, x_MK.shape[0])
     *x_by_expert, _ = torch.split(x_MK, counts)
     *grad_by_expert, _ = torch.split(grad_MN.t(), counts, dim=1)
-    for grad, x, grad_w in zip(grad_by_expert, x_by_expert, grad_ENK.unbind(), strict=True):
-        if len(x):
+    grads_w = grad_ENK.unbind()
+    for count, grad, x, grad_w in zip(counts[:-1], grad_by_expert, x_by_expert, grads_w, strict=True):
+        if count:
             torch.mm(grad, x, out=grad_w)
         else:
             grad_w.zero_()
