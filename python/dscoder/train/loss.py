@@ -18,14 +18,18 @@ _CHUNK_TOKENS = 2048
 
 def _logits_gradient(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the losses of labelled rows, and its gradient, which takes the memory of `logits_TV`."""
-    is_labelled = labels_T != IGNORED
-    targets_T1 = labels_T.clamp(min=0)[:, None]
-    log_sum_T = torch.logsumexp(logits_TV, dim=-1)
-    nll_T = log_sum_T - logits_TV.gather(1, targets_T1)[:, 0]
-    gradient_TV = logits_TV.sub_(log_sum_T[:, None]).exp_()
-    gradient_TV.scatter_add_(1, targets_T1, gradient_TV.new_full((1, 1), -1.0).expand_as(targets_T1))
-    gradient_TV.mul_(is_labelled[:, None])
-    return torch.where(is_labelled, nll_T, 0.0).sum(), gradient_TV
+    is_labelled_T = (labels_T != IGNORED).to(logits_TV.dtype)
+    targets_T = labels_T.clamp(min=0)
+    rows_T = torch.arange(len(labels_T), device=labels_T.device)
+    largest_T = logits_TV.amax(dim=-1)
+    target_logits_T = logits_TV[rows_T, targets_T]
+    # One exponential serves both: softmax = exp / sum, loss = log(sum) - logit.
+    exp_TV = logits_TV.sub_(largest_T[:, None]).exp_()
+    sum_T = exp_TV.sum(dim=-1)
+    nll_T = sum_T.log() + largest_T - target_logits_T
+    gradient_TV = exp_TV.mul_((is_labelled_T / sum_T)[:, None])
+    gradient_TV[rows_T, targets_T] -= is_labelled_T
+    return (nll_T * is_labelled_T).sum(), gradient_TV
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
