@@ -51,6 +51,7 @@ def run(build_host: Callable[[str], Path]) -> Run:
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["test_host_executor", "test_host_faults", "test_moe_gate_host"])
 def test_the_kernel_tests_pass_under_the_sanitizers(run: Run, module: str) -> None:
     plugins = ("-p", "no:xdist", "-p", "no:cacheprovider")
