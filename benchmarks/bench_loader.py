@@ -1,7 +1,5 @@
 """Batches from windows on disk: reading in shuffled order, and seeking far into a run."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,13 @@ def state(value: float) -> dict[str, torch.Tensor]:
         "step": torch.tensor(value),
         "bytes": torch.arange(7, dtype=torch.uint8),
     }
+
+
+def poll(writer: CheckpointWriter) -> None:
+    """Ask for a failure, as a run does after each step, until there is one."""
+    for _ in range(10_000):
+        writer.raise_if_failed()
+        time.sleep(0.001)
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -96,13 +105,28 @@ def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(
     with pytest.raises(
         OSError, match=r"No space left on device.*the latest whole one is step-000000001"
     ) as error:
-        writer.wait()
+        poll(writer)
     assert error.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert [step for step, _ in completed(tmp_path)] == [1]
     writer.save(progress(2), state(2.0))
     writer.close()
     assert [step for step, _ in completed(tmp_path)] == [2]
+
+
+def test_a_failure_on_a_disk_too_small_is_told_as_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_position(*arguments: object, **more: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(checkpointing, "save", wrong_position)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(progress(1), state(1.0))
+    with pytest.raises(OSError, match=r"No space left on device.*there is none yet"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])

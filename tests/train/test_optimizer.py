@@ -84,19 +84,24 @@ def test_bfloat16_gradients_add_up_in_float32() -> None:
     assert optimizer.masters["norm"].grad.tolist() == [264.0] * 4
 
 
+def copied(optimizer: MasterAdamW) -> tuple[Toy, MasterAdamW]:
+    """A fresh model and optimizer with the state of another."""
+    model = Toy(torch.bfloat16)
+    fresh = MasterAdamW(model, CONFIG)
+    for name, tensor in fresh.state().items():
+        tensor.copy_(optimizer.state()[name])
+    fresh.refresh_parameters()
+    return model, fresh
+
+
 def test_a_state_put_back_continues_bit_for_bit() -> None:
     runs = []
-    for interrupted in (False, True):
+    for interrupted_at in (None, 3):
         model = Toy(torch.bfloat16)
         optimizer = MasterAdamW(model, CONFIG)
         for step in range(6):
-            if interrupted and step == 3:
-                saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-                model = Toy(torch.bfloat16)
-                optimizer = MasterAdamW(model, CONFIG)
-                for name, tensor in optimizer.state().items():
-                    tensor.copy_(saved[name])
-                optimizer.refresh_parameters()
+            if step == interrupted_at:
+                model, optimizer = copied(optimizer)
             model.loss(1.0).backward()
             optimizer.clip()
             optimizer.step(0.01)

@@ -19,7 +19,7 @@ from dscoder.data.shards import Windows
 from dscoder.models import Transformer
 from dscoder.train.loss import token_losses
 
-_MICRO_WINDOWS = 8
+_MICRO_TOKENS = 8192  # in one forward pass, or one window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +52,12 @@ def bits_per_byte(model: Transformer, directory: Path, *, max_windows: int | Non
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     # Packing sorts by length: the first windows alone would be the longest documents.
     order = window_order(0, count, size=len(windows), seed=0)
+    micro = max(1, _MICRO_TOKENS // windows.window)
     was_training = model.training
     model.eval()
     try:
         sums_3 = sum(
-            _sums(model, windows, order[start : start + _MICRO_WINDOWS], bytes_V)
-            for start in range(0, count, _MICRO_WINDOWS)
+            _sums(model, windows, order[start : start + micro], bytes_V) for start in range(0, count, micro)
         )
     finally:
         model.train(was_training)

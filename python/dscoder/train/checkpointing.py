@@ -91,11 +91,15 @@ def _write(directory: Path, progress: Progress, state: dict[str, Tensor], keep: 
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    with _single_process():
-        save(state, storage_writer=FileSystemWriter(temporary, sync_files=True), no_dist=True)
-    write_json(temporary / _PROGRESS, asdict(progress))
-    fsync_directory(temporary)
-    temporary.rename(final)
+    try:
+        with _single_process():
+            save(state, storage_writer=FileSystemWriter(temporary, sync_files=True), no_dist=True)
+        write_json(temporary / _PROGRESS, asdict(progress))
+        fsync_directory(temporary)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     fsync_directory(directory)
     for _, path in completed(directory)[:-keep]:
         _remove(path)
@@ -125,6 +129,11 @@ class CheckpointWriter:
             self._staged[name].copy_(tensor)
         self._pending = self._pool.submit(_write, self.directory, progress, self._staged, self._keep)
 
+    def raise_if_failed(self) -> None:
+        """OSError if the save under way failed; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         """Wait for the save under way; OSError if it could not be written."""
         pending, self._pending = self._pending, None
@@ -147,6 +156,9 @@ class CheckpointWriter:
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        num_bytes = sum(tensor.nbytes for tensor in self._staged.values())
+        if shutil.disk_usage(self.directory).free < num_bytes:
+            number = errno.ENOSPC  # torch's writer reports a full disk as a wrong position in its file
         kept = completed(self.directory)
         latest = f"the latest whole one is {kept[-1][1].name}" if kept else "there is none yet"
         return OSError(

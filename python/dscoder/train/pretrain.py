@@ -196,6 +196,7 @@ def _train(
             num_tokens=sum(batch.tokens_BS.numel() for batch in batches),
             total_tokens=progress.num_tokens,
         )
+        writer.raise_if_failed()
         paused = report.pause()
         is_last = run.step == config.num_steps
         if evaluate is not None and (is_last or run.step % config.report.eval_every == 0):
