@@ -107,15 +107,15 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(
 ) -> None:
     out = tmp_path / "run"
     chance = random.Random(20260101)
-    moments: list[Condition] = [
-        past_step(1),  # before the first checkpoint
-        during_a_save,
-        past_step(chance.randrange(10, 20)),
-        during_a_save,
-        past_step(chance.randrange(25, 50)),
+    moments: list[tuple[Condition, float]] = [
+        (past_step(1), 0.0),  # before the first checkpoint
+        (during_a_save, 0.0),
+        (past_step(chance.randrange(10, 20)), chance.random() * 0.03),
+        (during_a_save, 0.005),
+        (past_step(chance.randrange(25, 50)), chance.random() * 0.03),
     ]
-    for condition in moments:
-        kill_when(start(windows, out), out, condition, delay=chance.random() * 0.03)
+    for condition, delay in moments:
+        kill_when(start(windows, out), out, condition, delay=delay)
     finish(start(windows, out))
     assert_same_run(out, whole_run)
 

@@ -293,6 +293,11 @@ def _run_stage(
         *(sum(p.numel() for p in run.model.parameters()), len(windows), windows.window),
         torch.get_num_threads(),
     )
+    if config.schedule.warmup_steps >= config.num_steps:
+        _LOG.warning(
+            "the rate never reaches its maximum: the warm-up takes %d steps, the run %d",
+            *(config.schedule.warmup_steps, config.num_steps),
+        )
     with (
         closing(CheckpointWriter(stage.directory / CHECKPOINTS, keep=config.checkpoint.keep)) as writer,
         RunReport(
