@@ -26,13 +26,17 @@ def available_threads() -> int:
 
 @contextmanager
 def deterministic(*, seed: int, num_threads: int) -> Iterator[None]:
-    """Seed torch; while the block runs, fix its thread count and make it choose deterministic algorithms."""
+    """Seed torch; while the block runs, fix its thread count and make it choose deterministic algorithms.
+
+    An op that has none on the device at hand warns; on the CPU every op has one.
+    """
     # cuBLAS is deterministic only with a fixed workspace; read when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was_threads, was_strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    was_threads, was_chosen = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    was_lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     was_filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory finds uninitialised reads, and costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
@@ -40,7 +44,7 @@ def deterministic(*, seed: int, num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(was_threads)
-        torch.use_deterministic_algorithms(was_strict)
+        torch.use_deterministic_algorithms(was_chosen, warn_only=was_lenient)
         torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
 
 
