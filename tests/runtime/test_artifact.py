@@ -13,10 +13,22 @@ CONFIG = {"size": 1, "name": "a", "place": "here"}
 INPUTS = {"data": "0" * 64}
 
 
-def run_stage(directory: Path, *, config: dict[str, object] = CONFIG, overwrite: bool = False) -> str:
+def run_stage(
+    directory: Path,
+    *,
+    config: dict[str, object] = CONFIG,
+    overwrite: bool = False,
+    is_resumable: bool = True,
+) -> str:
     """Write one file as a stage would; says what the stage found."""
     with open_stage(
-        directory, command="test", config=config, inputs=INPUTS, free=("place",), overwrite=overwrite
+        directory,
+        command="test",
+        config=config,
+        inputs=INPUTS,
+        free=("place",),
+        overwrite=overwrite,
+        is_resumable=is_resumable,
     ) as stage:
         if stage.is_finished:
             return "finished"
@@ -47,6 +59,13 @@ def test_a_half_written_stage_has_no_manifest_and_is_resumed(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"holds no manifest\.json: `dscoder test` has not finished"):
         read_manifest(tmp_path, command="test")
     assert run_stage(tmp_path) == "resumed"
+
+
+def test_a_stage_that_cannot_resume_starts_from_an_empty_directory(tmp_path: Path) -> None:
+    with open_stage(tmp_path, command="test", config=CONFIG, inputs=INPUTS):
+        (tmp_path / "half").write_text("")
+    assert run_stage(tmp_path, is_resumable=False) == "fresh"
+    assert not (tmp_path / "half").exists()
 
 
 def test_another_config_is_refused_and_every_difference_named(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def _earlier_record(directory: Path) -> tuple[dict[str, Any] | None, bool]:
     return None, False
 
 
-def _begin(directory: Path, record: dict[str, Any], *, free: Collection[str], overwrite: bool) -> Stage:
+def _begin(
+    directory: Path, record: dict[str, Any], *, free: Collection[str], overwrite: bool, is_resumable: bool
+) -> Stage:
     earlier, is_finished = _earlier_record(directory)
     # A stage that failed before it wrote anything binds nobody to its config.
     is_bare = {entry.name for entry in directory.iterdir()} <= {LOCK, STARTED}
@@ -186,10 +188,12 @@ def _begin(directory: Path, record: dict[str, Any], *, free: Collection[str], ov
             )
         if earlier["code"] != record["code"]:
             _LOG.warning("%s was begun by other code (version %s)", directory, earlier["code"]["version"])
-        if not is_finished:
+        if is_finished:
+            return Stage(directory=directory, record=record, is_finished=True, is_resumed=False)
+        if is_resumable:
             # What may differ is taken from this call.
             write_json(directory / STARTED, record)
-        return Stage(directory=directory, record=record, is_finished=is_finished, is_resumed=not is_finished)
+            return Stage(directory=directory, record=record, is_finished=False, is_resumed=True)
     _clear(directory)
     write_json(directory / STARTED, record)
     return Stage(directory=directory, record=record, is_finished=False, is_resumed=False)
@@ -204,6 +208,7 @@ def open_stage(
     inputs: Mapping[str, str],
     free: Collection[str] = (),
     overwrite: bool = False,
+    is_resumable: bool = False,
 ) -> Iterator[Stage]:
     """Begin, resume or find finished the stage in `directory`, and hold it while the block runs.
 
@@ -212,6 +217,7 @@ def open_stage(
         inputs: hash of each input, by role.
         free: keys of `config` that may differ from one start to the next (places, how often to log).
         overwrite: delete what another config left in `directory`. Nothing but a stage is ever deleted.
+        is_resumable: leave the block what a killed process left; else it starts from an empty directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     record = {
@@ -227,4 +233,4 @@ def open_stage(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another process is writing {directory}") from None
-        yield _begin(directory, record, free=free, overwrite=overwrite)
+        yield _begin(directory, record, free=free, overwrite=overwrite, is_resumable=is_resumable)

@@ -267,6 +267,7 @@ def run(
         inputs=inputs,
         free=_FREE,
         overwrite=config.overwrite,
+        is_resumable=True,
     ) as stage:
         if stage.is_finished:
             _LOG.info("%s is finished already", stage.directory)
