@@ -105,6 +105,18 @@ def test_running_a_finished_run_again_does_nothing(finished: Path, windows: Path
     assert (finished / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_tied_embeddings_stay_one_matrix(windows: Path, tmp_path: Path) -> None:
+    tied = replace(TINY_MOE, tie_embeddings=True)
+    first = pretrain.run(config_for(windows, tmp_path / "first", model=tied, num_steps=2))
+    config = config_for(windows, tmp_path / "second", model=None, init_from=str(first / "model"), num_steps=2)
+    models = [load_pretrained(out / "model") for out in (first, pretrain.run(config))]
+    assert all(model.head.weight is model.embed.weight for model in models)
+    assert not torch.equal(models[0].embed.weight, models[1].embed.weight)
+    state = completed(first / "checkpoints")[-1][1] / ".metadata"
+    assert b"master.embed.weight" in state.read_bytes()
+    assert b"master.head.weight" not in state.read_bytes()
+
+
 class KilledError(Exception):
     """Stands for whatever ends a process."""
 

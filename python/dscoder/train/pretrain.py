@@ -103,6 +103,13 @@ def _with_special_ids(model: ModelConfig, facts: Mapping[str, Any]) -> ModelConf
     return replace(model, bos_id=bos_id, eos_id=facts["eos_id"])
 
 
+def _tied(model: Transformer) -> Transformer:
+    """`model` with the tie that leaving the meta device undid."""
+    if model.config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model
+
+
 def _initial_model(config: PretrainConfig, windows: Windows, facts: Mapping[str, Any]) -> Transformer:
     """A fresh model or the one of `init_from`, with the run's positions, special ids, type and device."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -112,7 +119,7 @@ def _initial_model(config: PretrainConfig, windows: Windows, facts: Mapping[str,
     if config.model is not None:
         _check(config.model, windows, facts)
         fresh = Transformer(_with_special_ids(config.model, facts), device="meta", dtype=dtype)
-        fresh = fresh.to_empty(device=device)
+        fresh = _tied(fresh.to_empty(device=device))
         init_weights(fresh, seed=config.seed)
         return fresh.train()
     assert config.init_from is not None
@@ -123,7 +130,7 @@ def _initial_model(config: PretrainConfig, windows: Windows, facts: Mapping[str,
     _check(target, windows, facts)
     model = Transformer(_with_special_ids(target, facts), device="meta", dtype=dtype)
     model.load_state_dict(earlier.state_dict(), assign=True)
-    return model.requires_grad_().train()
+    return _tied(model).requires_grad_().train()
 
 
 class _Run:
