@@ -23,5 +23,11 @@ def configure(level: int = logging.INFO) -> None:
     logger = logging.getLogger("dscoder")
     logger.setLevel(level)
     logger.propagate = False
-    if not logger.handlers:
+    if logger.handlers:
+        return
+    if console().is_terminal:
         logger.addHandler(RichHandler(console=console(), show_path=False, show_level=False))
+    else:  # a file or a pipe: one message a line, whatever its length
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
