@@ -32,7 +32,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' | xargs -r $(PY) -m clang_format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs -r $(dir $(PY))clang-format --dry-run --Werror
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s
