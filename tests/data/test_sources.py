@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_foreign_folders_and_links_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")
     documents, _ = read(config)
     assert [document.name for document in documents] == ["a.py"]
+
+
+def test_excluded_paths_are_not_read(tmp_path: Path) -> None:
+    config = write(tmp_path, {"a.py": b"1", "tables/b.py": b"2", "tables/deep/c.py": b"3", "d/tables.py": b"4"})
+    documents, dropped = read(replace(config, excluded=("tables/*",)))
+    assert [document.name for document in documents] == ["a.py", "d/tables.py"]
+    assert not dropped
+    assert hash_sources(replace(config, excluded=("tables/*",))) != hash_sources(config)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])

@@ -12,6 +12,7 @@ class SourcesConfig:
 
     paths: tuple[str, ...] = ("stdlib",)  # directories, .jsonl or .jsonl.gz files, or "stdlib"
     extensions: tuple[str, ...] = (".py",)  # of the files taken from directories
+    excluded: tuple[str, ...] = ()  # patterns (* and ?) of paths below a directory that are not read
     text_field: str = "text"  # of a JSONL line
     max_bytes: int = 1_000_000  # a larger document is dropped
     held_out_share: float = 0.02  # of the documents, chosen by a hash of their content

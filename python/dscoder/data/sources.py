@@ -14,6 +14,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 
@@ -76,9 +77,12 @@ def _source_files(source: str, config: SourcesConfig) -> list[tuple[str, Path]]:
             f"{' or '.join(_JSONL_SUFFIXES)}, got {source!r}"
         )
     skipped = _FOREIGN_FOLDERS | (_STDLIB_TEST_FOLDERS if source == STDLIB else frozenset())
+    found = _walk(path, extensions=config.extensions, skipped=skipped)
+    named = [(file.relative_to(path).as_posix(), file) for file in found]
     files = [
-        (file.relative_to(path).as_posix(), file)
-        for file in _walk(path, extensions=config.extensions, skipped=skipped)
+        (name, file)
+        for name, file in named
+        if not any(fnmatchcase(name, pattern) for pattern in config.excluded)
     ]
     if not files:
         raise ValueError(f"sources: {source!r} holds no file ending in {', '.join(config.extensions)}")
