@@ -60,7 +60,9 @@ def test_foreign_folders_and_links_are_left_out(tmp_path: Path) -> None:
 
 
 def test_excluded_paths_are_not_read(tmp_path: Path) -> None:
-    config = write(tmp_path, {"a.py": b"1", "tables/b.py": b"2", "tables/deep/c.py": b"3", "d/tables.py": b"4"})
+    config = write(
+        tmp_path, {"a.py": b"1", "tables/b.py": b"2", "tables/deep/c.py": b"3", "d/tables.py": b"4"}
+    )
     documents, dropped = read(replace(config, excluded=("tables/*",)))
     assert [document.name for document in documents] == ["a.py", "d/tables.py"]
     assert not dropped
