@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dscoder.config import GqaConfig, ModelConfig, RopeConfig
+from dscoder.config import GqaConfig, ModelConfig, RopeConfig, YarnConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -15,6 +15,8 @@ def model(*, attention, rope=None, **changes):
 
 
 CODER_ROPE = RopeConfig(theta=100000.0, linear_factor=4.0)
+# The softmax scale is that of the model without YaRN: m(mscale_all_dim)^2 belongs to latent attention.
+YARN_ROPE = RopeConfig(yarn=YarnConfig(original_max_positions=64, mscale=1.0, mscale_all_dim=0.5))
 
 CASES = {
     "coder_1_3b": model(attention=GqaConfig(num_heads=4, num_kv_heads=4, head_dim=12), rope=CODER_ROPE),
@@ -26,6 +28,7 @@ CASES = {
     "small_heads": model(attention=GqaConfig(num_heads=6, num_kv_heads=3, head_dim=2)),
     "wide_heads": model(attention=GqaConfig(num_heads=2, num_kv_heads=1, head_dim=160), rope=CODER_ROPE),
     "coarse_eps": model(attention=GqaConfig(num_heads=4, num_kv_heads=2, head_dim=12), norm_eps=1e-2),
+    "yarn": model(attention=GqaConfig(num_heads=4, num_kv_heads=2, head_dim=12), rope=YARN_ROPE),
     "tied": model(attention=GqaConfig(num_heads=4, num_kv_heads=2, head_dim=12), tie_embeddings=True),
 }
 
@@ -35,6 +38,17 @@ def to_hf(config):
     rope = {"rope_theta": config.rope.theta, "rope_type": "default"}
     if config.rope.linear_factor != 1.0:
         rope |= {"rope_type": "linear", "factor": config.rope.linear_factor}
+    if config.rope.yarn is not None:
+        yarn = config.rope.yarn
+        rope |= {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+            "original_max_position_embeddings": yarn.original_max_positions,
+        }
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.width,

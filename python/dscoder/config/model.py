@@ -20,8 +20,9 @@ def _require_positive(record: str, values: Mapping[str, float]) -> None:
 class YarnConfig:
     """Context extension by frequency interpolation (YaRN; DeepSeek-V2 section 3.1.4).
 
-    cos and sin are multiplied by m(mscale) / m(mscale_all_dim), the softmax scale by m(mscale_all_dim)^2,
-    with m(x) = 0.1 * x * ln(factor) + 1, so m(0) = 1.
+    cos and sin are multiplied by m(mscale) / m(mscale_all_dim), with m(x) = 0.1 * x * ln(factor) + 1, so
+    m(0) = 1. Latent attention multiplies the softmax scale by m(mscale_all_dim)^2 too; grouped-query
+    attention does not (nor does transformers' LLaMA).
     """
 
     factor: float = 40.0  # target context / trained context

@@ -18,7 +18,7 @@ def magnitude(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(rope: RopeConfig, qk_dim: int) -> float:
-    """1 / sqrt(qk_dim), times m(mscale_all_dim)^2 under YaRN."""
+    """Latent attention's scale: 1 / sqrt(qk_dim), times m(mscale_all_dim)^2 under YaRN."""
     scale = 1.0 / math.sqrt(qk_dim)
     if rope.yarn is not None:
         scale *= magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
