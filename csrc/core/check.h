@@ -23,8 +23,8 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace dsc
 
-// The caller passed a wrong value: DSC_CHECK(k <= kMaxTopk, "moe_gate: num_topk must be <= ", kMaxTopk, ",
-// got ", k);
+// The caller passed a wrong value.
+//     DSC_CHECK(k <= kMaxTopk, "moe_gate: num_topk must be <= ", kMaxTopk, ", got ", k);
 #define DSC_CHECK(condition, ...) \
     if (not(condition)) throw std::invalid_argument(::dsc::concat(__VA_ARGS__))
 

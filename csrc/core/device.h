@@ -18,9 +18,8 @@
 
 // Shared memory is declared through two macros, because the host executor gives each block its own copy (so
 // that the blocks of a cooperative launch may be alive at once) and fills it with NaNs when the block starts.
-//     DSC_SHARED(float[kTile][kTile + 1], tile);   a block-wide variable; inside templates too
-//     DSC_SHARED_DYNAMIC(float, scratch);          float* to the bytes asked for at the launch, 128-byte
-//     aligned
+//     DSC_SHARED(float[kTile][kTile + 1], tile);  a block-wide variable; inside templates too
+//     DSC_SHARED_DYNAMIC(float, scratch);         float* to the launch's bytes, aligned to 128
 #ifdef DSC_HOST_EXECUTOR
 #define DSC_SHARED(type, name) \
     std::type_identity_t<type>& name = ::dsc::host::shared_variable<std::type_identity_t<type>>([] {}, #name)

@@ -147,8 +147,8 @@ inline void __syncwarp(unsigned mask = dsc::host::kFullMask, DSC_HERE) {
     dsc::host::wait_for_warp("__syncwarp", mask, nullptr, [](unsigned, void* const*) {}, where);
 }
 
-// ---- shuffles: lanes fall into segments of `width`; a source outside the segment gives the lane's own value
-// ----
+// ---- shuffles ----
+// Lanes fall into segments of `width`; a source outside the segment gives the lane's own value.
 
 template <dsc::host::Shuffled T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, DSC_HERE) {

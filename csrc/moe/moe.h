@@ -5,8 +5,7 @@
 
 namespace dsc {
 
-// ---- moe_gate: softmax over all experts, group-limited top-k (DeepSeek-V2, eqs 20-22 and section 2.2.2)
-// ----
+// moe_gate: softmax over all experts, group-limited top-k (DeepSeek-V2, eqs 20-22 and section 2.2.2).
 //
 // The order of experts, bit for bit the same in the reference: by logit (not by probability: two logits that
 // differ keep their order even where their probabilities round to one number), NaN above +inf, -0 equal to
