@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from dscoder.checkpoint import load_pretrained, pretrained, save_pretrained, store
+from dscoder.checkpoint import load_config, load_pretrained, pretrained, save_pretrained, store
 from dscoder.models import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -116,6 +117,22 @@ def test_stacked_experts_are_read(lite, tmp_path):
 
     edit_weights(tmp_path / "model", stack)
     assert_same_weights(load_pretrained(tmp_path / "model"), lite)
+
+
+def test_the_config_is_read_without_the_weights(lite, tmp_path):
+    for path in saved(lite, tmp_path / "model").glob("*.safetensors"):
+        path.unlink()
+    assert load_config(tmp_path / "model") == lite.config
+
+
+def test_another_config_may_take_the_place_of_the_stored_one(tied, tmp_path):
+    longer = replace(tied.config, max_positions=2 * tied.config.max_positions, bos_id=3)
+    loaded = load_pretrained(saved(tied, tmp_path / "model"), config=longer)
+    assert loaded.config == longer
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded.embed.weight, tied.embed.weight)
+    with pytest.raises(ValueError, match="must be"):
+        load_pretrained(tmp_path / "model", config=replace(longer, width=2 * longer.width))
 
 
 def test_a_loaded_model_evaluates_and_can_be_trained(lite, tmp_path, tokens):

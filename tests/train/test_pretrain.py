@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dscoder.checkpoint import load_pretrained
+from dscoder.checkpoint import load_pretrained, pretrained
 from dscoder.config import ModelConfig, preset
 from dscoder.config.train import (
     BatchConfig,
@@ -24,7 +24,7 @@ from dscoder.models import Transformer
 from dscoder.runtime.artifact import read_manifest
 from dscoder.testing.tiny_run import TINY_MOE, TINY_WINDOW, tiny_windows
 from dscoder.text.tokenizer import Tokenizer
-from dscoder.train import pretrain
+from dscoder.train import memory, pretrain
 from dscoder.train.checkpointing import completed, read_progress
 
 
@@ -189,6 +189,46 @@ def test_other_data_is_refused(windows: Path, tmp_path: Path) -> None:
         pretrain.run(replace(config, data=str(other)))
 
 
+def test_another_model_of_the_hub_is_refused(
+    finished: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: str(finished / "model"))
+    report = ReportConfig(eval_every=1, tensorboard="off", plot="off")
+    config = config_for(windows, tmp_path, model=None, init_from="owner/one", report=report)
+    with pytest.raises(KilledError):
+        pretrain.run(config, evaluate=killed_at(4))
+    with pytest.raises(ValueError, match=r"inputs\.init_from: owner/one there, owner/two here"):
+        pretrain.run(replace(config, init_from="owner/two"))
+    pretrain.run(config)
+
+
+def test_a_moved_model_is_the_same_input(finished: Path, windows: Path, tmp_path: Path) -> None:
+    config = config_for(windows, tmp_path / "run", model=None, init_from=str(finished / "model"), num_steps=1)
+    pretrain.run(config)
+    shutil.copytree(finished / "model", tmp_path / "moved")
+    pretrain.run(replace(config, init_from=str(tmp_path / "moved")))
+
+
+def test_data_of_another_window_than_the_recipe_is_refused(windows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must have 4096 tokens, .*recipe.* got 64; .* set window to 64"):
+        pretrain.run(config_for(windows, tmp_path, window=4096))
+    pretrain.run(config_for(windows, tmp_path, window=TINY_WINDOW, num_steps=1))
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(
+    windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda: 2**20)
+    monkeypatch.setattr(pretrain, "Transformer", lambda *_, **__: pytest.fail("made the model"))
+    with pytest.raises(ValueError, match=r"the host must have .* GiB of memory"):
+        pretrain.run(config_for(windows, tmp_path))
+
+
+def test_a_device_that_is_not_there_is_refused(windows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device must be one that torch .* got 'cuda:99'"):
+        pretrain.run(config_for(windows, tmp_path, device="cuda:99"))
+
+
 def test_a_window_longer_than_the_model_is_refused(windows: Path, tmp_path: Path) -> None:
     short = replace(TINY_MOE, max_positions=32)
     with pytest.raises(ValueError, match=r"window of the data must be <= 32, .* got 64"):
@@ -217,6 +257,7 @@ def test_half_prepared_data_is_refused(windows: Path, tmp_path: Path) -> None:
         ({"model": None}, "exactly one of model and init_from must be given, got neither"),
         ({"init_from": "x"}, "exactly one of model and init_from must be given, got both"),
         ({"stage": "long_context"}, "stage long_context needs init_from"),
+        ({"window": 1}, "window must be >= 2, got 1"),
         ({"num_steps": 0}, "num_steps must be >= 1, got 0"),
         ({"num_threads": 0}, "num_threads must be >= 1, got 0"),
     ],

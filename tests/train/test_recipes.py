@@ -1,8 +1,10 @@
 """The papers' runs, number by number."""
 
+from typing import Any
+
 import pytest
 
-from dscoder.config import preset
+from dscoder.config import YarnConfig, preset
 from dscoder.config.train import LongContextConfig
 from dscoder.train.long_context import stretched, unstretched
 from dscoder.train.recipes import RECIPES, recipe
@@ -61,6 +63,36 @@ def test_a_second_stage_stretches_nothing() -> None:
     once = stretched(unstretched(preset("v2"), max_positions=4096), LongContextConfig())
     assert once.max_positions == 163840
     assert stretched(once, LongContextConfig()) == once
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("v2_lite", {"yarn": YarnConfig(factor=8.0)}),
+        ("v2_lite", {"theta": 5e5}),
+        ("coder_1_3b", {"linear_factor": 2.0}),
+        ("coder_1_3b", {"yarn": YarnConfig(beta_fast=16.0)}),
+    ],
+)
+def test_options_that_a_stretched_model_cannot_take_are_refused(name: str, option: dict[str, Any]) -> None:
+    key = next(iter(option))
+    with pytest.raises(
+        ValueError, match=rf"long_context\.{key}.* must be as in the model, which is stretched"
+    ):
+        stretched(preset(name), LongContextConfig(**option))
+
+
+def test_options_that_a_stretched_model_has_already_are_welcome() -> None:
+    configs = {
+        "v2_lite": LongContextConfig(yarn=YarnConfig(factor=8.0)),
+        "coder_1_3b": LongContextConfig(theta=20000.0, linear_factor=2.0),
+    }
+    for name, config in configs.items():
+        before = recipe(name).model
+        assert before is not None
+        once = stretched(before, config)
+        assert once != before
+        assert stretched(once, config) == once
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:

@@ -7,11 +7,12 @@ the CPU, one shard. Nothing is read before config.json and all headers are found
 import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import nn
 
 from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf, dtype_from_hf
 from dscoder.checkpoint.names import Piece, has_stacked_experts, is_derived, pieces
@@ -25,7 +26,8 @@ from dscoder.checkpoint.store import (
     read_tensors,
     write_tensors,
 )
-from dscoder.models import Transformer
+from dscoder.config import ModelConfig
+from dscoder.models import Transformer, materialise
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -50,9 +52,17 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _MAX_SHARD_BYTES = 5 * 1000**3  # what the published checkpoints have
 
 
+def load_config(path_or_repo_id: str | Path) -> ModelConfig:
+    """The config of the model in a directory or hub repository; its weights are left where they are."""
+    path = _find(path_or_repo_id, files=(CONFIG,)) / CONFIG
+    with _naming(path):
+        return config_from_hf(read_json(path))
+
+
 def load_pretrained(
     path_or_repo_id: str | Path,
     *,
+    config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Transformer:
@@ -60,32 +70,39 @@ def load_pretrained(
 
     Args:
         path_or_repo_id: a directory with config.json and safetensors files, or "owner/name".
+        config: takes the place of the one in config.json: the same weights at other positions, say.
         dtype: of the parameters. None: what config.json says, else what the embedding is stored in.
         device: where they go; tensors are converted and moved one at a time.
     """
     if dtype is not None and dtype not in DTYPES.values():
         wanted = ", ".join(str(known) for known in DTYPES.values())
         raise ValueError(f"load_pretrained: dtype must be one of {wanted}, got {dtype}")
-    directory = _find(path_or_repo_id)
+    directory = _find(path_or_repo_id, files=_HUB_FILES)
     data = read_json(directory / CONFIG)
-    try:
-        config = config_from_hf(data)
+    with _naming(directory / CONFIG):
+        config = config or config_from_hf(data)
         dtype = dtype or dtype_from_hf(data)
-    except ValueError as error:
-        raise ValueError(f"load_pretrained: {directory / CONFIG}: {error}") from error
     stored = open_store(directory)
     parts = {piece.name: piece for piece in pieces(config, stacked_experts=has_stacked_experts(stored))}
     model = Transformer(config, device="meta")
     _check(stored, parts, model, directory)
     stored_dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
-    _materialise(model, dtype=dtype or stored_dtype, device=torch.device(device))
+    materialise(model, dtype=dtype or stored_dtype, device=torch.device(device))
     _fill(model, {name: stored[name] for name in parts}, parts)
     if config.tie_embeddings:
         _check_tied_head(model, stored)
     return model.eval()
 
 
-def _find(path_or_repo_id: str | Path) -> Path:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"load_pretrained: {path}: {error}") from error
+
+
+def _find(path_or_repo_id: str | Path, *, files: Sequence[str]) -> Path:
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -94,7 +111,7 @@ def _find(path_or_repo_id: str | Path) -> Path:
     if isinstance(path_or_repo_id, Path) or not _HUB_ID.fullmatch(path_or_repo_id):
         raise ValueError(f"load_pretrained: path_or_repo_id must be a directory or a hub id, got {path}")
     try:
-        return Path(snapshot_download(path_or_repo_id, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(path_or_repo_id, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"load_pretrained: path_or_repo_id must be a directory or a repository of the Hugging Face hub, "
@@ -129,19 +146,6 @@ def _check(
                 f"load_pretrained: {tensor.file}: tensor {name!r} must be one of {', '.join(DTYPES)}, "
                 f"got {tensor.dtype}"
             )
-
-
-def _materialise(model: Transformer, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a model on the meta device memory for its weights, tied ones once.
-
-    nn.Module.to_empty unties, and pulls in a second of imports for decompositions on the meta device.
-    """
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
-            setattr(module, name, made[parameter])
 
 
 @torch.no_grad()

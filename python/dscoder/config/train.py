@@ -59,11 +59,11 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW. Decay is for matrices (two or more dimensions); the papers do not name the parameters."""
+    """AdamW. Decay is for matrices (two or more dimensions); the papers do not say which parameters."""
 
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8
+    eps: float = 1e-8  # no paper states it: the default of torch, and of AdamW's authors
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # largest global gradient norm
 
@@ -132,6 +132,7 @@ class PretrainConfig:
     init_from: str | None = None  # a model directory or hub id to go on from, with a fresh optimizer
     stage: Literal["pretrain", "long_context"] = "pretrain"
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
+    window: int | None = None  # what the windows of the data must have, in tokens; None: any length
     num_steps: int = 1000
     batch: BatchConfig = field(default_factory=BatchConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -154,6 +155,8 @@ class PretrainConfig:
             raise ValueError(
                 "PretrainConfig: stage long_context needs init_from, the model to extend, got none"
             )
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"PretrainConfig: window must be >= 2, got {self.window}")
         if self.num_steps < 1:
             raise ValueError(f"PretrainConfig: num_steps must be >= 1, got {self.num_steps}")
         if self.num_threads is not None and self.num_threads < 1:

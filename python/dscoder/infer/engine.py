@@ -18,6 +18,7 @@ from dscoder.infer.sampler import Draw, log_probabilities, sample
 from dscoder.infer.stream import TextStream
 from dscoder.models.cache import Cache, allocate_cache
 from dscoder.models.transformer import Transformer
+from dscoder.runtime.device import resolve_device
 from dscoder.text.tokenizer import Tokenizer
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,8 +90,7 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
         """The model and the tokenizer of one directory or hub repository."""
-        is_gpu = config.device == "auto" and torch.cuda.is_available()
-        device = config.device if config.device != "auto" else "cuda" if is_gpu else "cpu"
+        device = resolve_device(config.device)
         tokenizer = Tokenizer.load(config.model)
         model = load_pretrained(config.model, dtype=_DTYPES[config.dtype], device=device)
         return cls(model, tokenizer, max_batch=config.max_batch, prefill_chunk=config.prefill_chunk)

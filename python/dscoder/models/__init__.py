@@ -2,7 +2,7 @@
 
 from dscoder.models.cache import PAGE_SIZE, Cache, KeyValueCache, LatentCache, allocate_cache
 from dscoder.models.count import ParameterCount, count_parameters
-from dscoder.models.init import init_weights
+from dscoder.models.init import init_weights, materialise
 from dscoder.models.transformer import Features, Transformer
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "allocate_cache",
     "count_parameters",
     "init_weights",
+    "materialise",
 ]

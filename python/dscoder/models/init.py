@@ -1,4 +1,4 @@
-"""Initial weights: normal with the config's standard deviation for every matrix, ones for the norms."""
+"""Memory for the weights of a model, and their first values: normal for every matrix, ones for the norms."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -16,6 +16,19 @@ class Initializable(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, tied ones under their first name."""
+
+
+def materialise(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model on the meta device memory for its weights, tied ones once; what they hold is not set.
+
+    nn.Module.to_empty unties, and pulls in a second of imports for decompositions on the meta device.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            setattr(module, name, made[parameter])
 
 
 @torch.no_grad()

@@ -18,19 +18,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from dscoder.checkpoint import load_pretrained, save_pretrained
+from dscoder.checkpoint import load_config, load_pretrained, save_pretrained
 from dscoder.config import ModelConfig
 from dscoder.config.train import PretrainConfig
 from dscoder.data.loader import Batch, shuffled_batch
 from dscoder.data.prepare import TOKENIZER, TRAIN
 from dscoder.data.shards import Windows
-from dscoder.models import Transformer, init_weights
+from dscoder.models import Transformer, init_weights, materialise
 from dscoder.runtime.artifact import Stage, hash_path, open_stage, read_manifest, write_bytes
+from dscoder.runtime.device import resolve_device
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import available_threads, deterministic, random_state, restore_random_state
 from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state, read_progress
 from dscoder.train.long_context import stretched
 from dscoder.train.loop import train_step
+from dscoder.train.memory import require_memory
 from dscoder.train.metrics import METRICS, read_metrics
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.report import OnMetrics, RunReport
@@ -39,8 +41,9 @@ from dscoder.train.schedule import learning_rate, plan_batches
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-# What may differ from one start of a run to the next: places (the inputs are compared by hash) and reports.
-_FREE = ("data", "out", "init_from", "num_threads", "checkpoint", "report", "overwrite")
+# What may differ from one start of a run to the next: places (the inputs are compared by what they hold, and
+# with the data its window), and reports.
+_FREE = ("data", "out", "init_from", "window", "num_threads", "checkpoint", "report", "overwrite")
 _LOG = get_logger(__name__)
 
 Evaluate = Callable[[Transformer], Mapping[str, float]]
@@ -85,6 +88,15 @@ def _stop_on_signals() -> Iterator[_StopRequest]:
             signal.signal(number, handler)
 
 
+def _check_window(config: PretrainConfig, windows: Windows) -> None:
+    if config.window not in (None, windows.window):
+        raise ValueError(
+            f"pretrain: the windows of {config.data} must have {config.window} tokens, which the recipe's "
+            f"batch and number of steps are meant for, got {windows.window}; prepare them so, or set window to "
+            f"{windows.window} to train on these all the same"
+        )
+
+
 def _check(model: ModelConfig, windows: Windows, facts: Mapping[str, int]) -> None:
     if facts["vocab_size"] > model.vocab_size:
         raise ValueError(
@@ -98,39 +110,39 @@ def _check(model: ModelConfig, windows: Windows, facts: Mapping[str, int]) -> No
         )
 
 
-def _with_special_ids(model: ModelConfig, facts: Mapping[str, Any]) -> ModelConfig:
+def _model_config(config: PretrainConfig, windows: Windows, facts: Mapping[str, Any]) -> ModelConfig:
+    """The fresh model or the one of `init_from`, with the run's positions and the tokenizer's special ids."""
+    model = config.model
+    if model is None:
+        assert config.init_from is not None
+        model = load_config(config.init_from)
+    if config.stage == "long_context":
+        model = stretched(model, config.long_context)
+    _check(model, windows, facts)
     bos_id = model.bos_id if facts["bos_id"] is None else facts["bos_id"]
     return replace(model, bos_id=bos_id, eos_id=facts["eos_id"])
 
 
-def _tied(model: Transformer) -> Transformer:
-    """`model` with the tie that leaving the meta device undid."""
-    if model.config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model
-
-
-def _initial_model(config: PretrainConfig, windows: Windows, facts: Mapping[str, Any]) -> Transformer:
-    """A fresh model or the one of `init_from`, with the run's positions, special ids, type and device."""
+def _initial_model(config: PretrainConfig, target: ModelConfig) -> Transformer:
+    """The model `target` with initial weights or those of `init_from`."""
+    device = resolve_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.model is not None:
-        _check(config.model, windows, facts)
-        fresh = Transformer(_with_special_ids(config.model, facts), device="meta", dtype=dtype)
-        fresh = _tied(fresh.to_empty(device=device))
-        init_weights(fresh, seed=config.seed)
-        return fresh.train()
-    assert config.init_from is not None
-    earlier = load_pretrained(config.init_from, dtype=dtype, device=device)
-    target = earlier.config
-    if config.stage == "long_context":
-        target = stretched(target, config.long_context)
-    _check(target, windows, facts)
-    model = Transformer(_with_special_ids(target, facts), device="meta", dtype=dtype)
-    model.load_state_dict(earlier.state_dict(), assign=True)
-    return _tied(model).requires_grad_().train()
+    require_memory(target, dtype=dtype, device=device)
+    if config.init_from is not None:
+        return load_pretrained(config.init_from, config=target, dtype=dtype, device=device).train()
+    model = Transformer(target, device="meta")
+    materialise(model, dtype=dtype, device=device)
+    init_weights(model, seed=config.seed)
+    return model.train()
+
+
+def _input_hashes(config: PretrainConfig) -> dict[str, str]:
+    """What the inputs hold; a model of the hub goes by its id."""
+    hashes = {"data": hash_path(Path(config.data))}
+    if config.init_from is not None:
+        path = Path(config.init_from).expanduser()
+        hashes["init_from"] = hash_path(path) if path.exists() else config.init_from
+    return hashes
 
 
 class _Run:
@@ -143,7 +155,7 @@ class _Run:
         self.windows = windows
         self.directory = directory
         self.consumed = plan_batches(config.batch, num_steps=config.num_steps, window=windows.window)
-        self.model = _initial_model(config, windows, facts)
+        self.model = _initial_model(config, _model_config(config, windows, facts))
         self.optimizer = MasterAdamW(self.model, config.optimizer)
         self.step = 0  # steps done
 
@@ -264,14 +276,12 @@ def run(
     data = Path(config.data)
     facts = read_manifest(data, command="prepare")["facts"]
     windows = Windows(data / TRAIN)
-    inputs = {"data": hash_path(data)}
-    if config.init_from is not None and Path(config.init_from).exists():
-        inputs["init_from"] = hash_path(Path(config.init_from))
+    _check_window(config, windows)
     with open_stage(
         Path(config.out),
         command="pretrain",
         config=asdict(config),
-        inputs=inputs,
+        inputs=_input_hashes(config),
         free=_FREE,
         overwrite=config.overwrite,
         is_resumable=True,
@@ -296,11 +306,7 @@ def _run_stage(
     run = _Run(config, stage.directory, windows=windows, facts=facts)
     run.restore()
     write_bytes(stage.directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False).encode())
-    _LOG.info(
-        "%d parameters, %d windows of %d tokens, %d threads",
-        *(sum(p.numel() for p in run.model.parameters()), len(windows), windows.window),
-        torch.get_num_threads(),
-    )
+    _LOG.info("%d windows of %d tokens, %d threads", *(len(windows), windows.window, torch.get_num_threads()))
     if config.schedule.warmup_steps >= config.num_steps:
         _LOG.warning(
             "the rate never reaches its maximum: the warm-up takes %d steps, the run %d",

@@ -22,7 +22,7 @@ class Recipe:
     """A run of a paper."""
 
     model: ModelConfig | None  # None: goes on from an earlier model
-    window: int  # what `dscoder prepare` must be told
+    window: int  # what `dscoder prepare` must be told; another one is refused
     num_steps: int
     batch: BatchConfig
     schedule: ScheduleConfig
@@ -36,6 +36,7 @@ class Recipe:
             init_from=init_from,
             model=self.model,
             stage=self.stage,
+            window=self.window,
             num_steps=self.num_steps,
             batch=self.batch,
             schedule=self.schedule,
@@ -70,7 +71,8 @@ def _v1(name: str, *, max_lr: float, sequences: int) -> Recipe:
 
 
 def _v1_long(max_lr: float) -> Recipe:
-    # Section 3.6: 1000 steps of 512 sequences of 16K at the final rate of pre-training.
+    # Section 3.6: 1000 steps of 512 sequences of 16K, 8.4B tokens, at the final rate of pre-training. The
+    # README of the published models says otherwise: 200B tokens at 16K after 1.8T at 4K. This is the paper's.
     return Recipe(
         model=None,
         stage="long_context",

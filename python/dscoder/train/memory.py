@@ -1,0 +1,66 @@
+"""What the state of a run takes in memory, reckoned before any of it is allocated.
+
+Activations come on top: they depend on the batch, and what is refused here has no room without them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dscoder.config import ModelConfig
+from dscoder.models import count_parameters
+from dscoder.runtime.device import device_memory, host_memory
+from dscoder.runtime.log import get_logger
+
+_GIB = 2**30
+_LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateBytes:
+    """Bytes of a run's state: the first three on the device, the last on the host."""
+
+    weights: int
+    gradients: int  # float32 in either precision
+    optimizer: int  # AdamW's two moments and, beside bf16 weights, the float32 masters
+    checkpoint: int  # the copy that is written to disk while training goes on: masters and moments
+
+    @property
+    def on_device(self) -> int:
+        """Weights, gradients and optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(num_parameters: int, dtype: torch.dtype) -> StateBytes:
+    """What training `num_parameters` weights of type `dtype` takes."""
+    num_copies = 2 if dtype == torch.float32 else 3
+    return StateBytes(
+        weights=num_parameters * dtype.itemsize,
+        gradients=num_parameters * 4,
+        optimizer=num_parameters * 4 * num_copies,
+        checkpoint=num_parameters * 12,
+    )
+
+
+def require_memory(model: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Log what training `model` takes; ValueError if `device` or the host cannot hold it even when empty."""
+    count = count_parameters(model)
+    need = state_bytes(count.total, dtype)
+    _LOG.info(
+        "%s parameters, %s active a token; weights %.2f, gradients %.2f and optimizer %.2f GiB on %s; "
+        "the checkpoint being written %.2f GiB on the host",
+        *(f"{count.total:,}", f"{count.active:,}"),
+        *(need.weights / _GIB, need.gradients / _GIB, need.optimizer / _GIB, device),
+        need.checkpoint / _GIB,
+    )
+    is_shared = device.type == "cpu"
+    on_host = need.checkpoint + (need.on_device if is_shared else 0)
+    rooms = [("the host", on_host, host_memory())]
+    if not is_shared:
+        rooms.insert(0, (str(device), need.on_device, device_memory(device)))
+    for where, wanted, there in rooms:
+        if wanted > there:
+            raise ValueError(
+                f"pretrain: {where} must have {wanted / _GIB:.1f} GiB of memory for the {count.total:,} "
+                f"parameters of the model in training, before activations, got {there / _GIB:.1f} GiB"
+            )
