@@ -92,8 +92,8 @@ def _check_window(config: PretrainConfig, windows: Windows) -> None:
     if config.window not in (None, windows.window):
         raise ValueError(
             f"pretrain: the windows of {config.data} must have {config.window} tokens, which the recipe's "
-            f"batch and number of steps are meant for, got {windows.window}; prepare them so, or set window to "
-            f"{windows.window} to train on these all the same"
+            f"batch and number of steps are meant for, got {windows.window}; prepare them so, or set window "
+            f"to {windows.window} to train on these all the same"
         )
 
 
