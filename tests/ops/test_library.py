@@ -1,7 +1,11 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from dscoder import ops
 from dscoder.ops import library
 from dscoder.runtime import native
 
@@ -75,3 +79,41 @@ def test_a_list_is_not_a_tensor() -> None:
 def test_all_wanted_dtypes_are_named() -> None:
     with pytest.raises(TypeError, match=r"^op: x must be int32 or int64, got float32$"):
         library.check_tensor("op", "x", torch.zeros(1), num_dims=1, dtypes=(torch.int32, torch.int64))
+
+
+@pytest.mark.parametrize("value", [2.0, True, "2", None])
+def test_what_is_no_int_is_refused_by_name(value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^op: count must be int, got {type(value).__name__}$"):
+        library.check_at_least("op", "count", value, 1)  # type: ignore[arg-type]
+
+
+X = torch.zeros(2, 4)
+IDX = torch.zeros(2, 1, dtype=torch.int32)
+INTS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "gate_topk": (lambda n: ops.moe_gate(X, num_topk=n), "moe_gate: num_topk"),
+    "gate_groups": (lambda n: ops.moe_gate(X, num_topk=1, num_groups=n), "moe_gate: num_groups"),
+    "gate_kept": (lambda n: ops.moe_gate(X, num_topk=1, num_groups_kept=n), "moe_gate: num_groups_kept"),
+    "permute": (lambda n: ops.moe_permute(X, IDX, num_experts=n), "moe_permute: num_experts"),
+    "balance_sequences": (
+        lambda n: ops.moe_balance_terms(X, IDX, num_sequences=n),
+        "moe_balance_loss: num_sequences",
+    ),
+    "balance_groups": (
+        lambda n: ops.moe_balance_terms(X, IDX, num_groups=n),
+        "moe_balance_loss: num_groups",
+    ),
+    "balance_kept": (
+        lambda n: ops.moe_balance_terms(X, IDX, num_groups_kept=n),
+        "moe_balance_loss: num_groups_kept",
+    ),
+    "decode": (
+        lambda n: ops.mla_decode(X[None, None], X[None], IDX[:1], IDX[0], value_dim=n, scale=1.0),
+        "mla_decode: value_dim",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "argument"), INTS.values(), ids=INTS)
+def test_every_int_argument_is_checked(call: Callable[[Any], object], argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument} must be int, got float$"):
+        call(1.0)

@@ -52,8 +52,9 @@ def mla_decode(
     check_shape(op, "page_table", page_table_BN, (num_sequences, page_table_BN.shape[1]))
     check_shape(op, "seq_lens", seq_lens_B, (num_sequences,))
     check_devices(op, q=q_BSHd, cache=cache_PLd, page_table=page_table_BN, seq_lens=seq_lens_B)
-    if not 1 <= value_dim <= width:
-        raise ValueError(f"{op}: value_dim must be in [1, {width}], got {value_dim}")
+    check_at_least(op, "value_dim", value_dim, 1)
+    if value_dim > width:
+        raise ValueError(f"{op}: value_dim must be <= {width}, the width of q, got {value_dim}")
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_decode.default(
