@@ -73,3 +73,15 @@ def test_norm_is_the_same_with_and_without_a_gradient():
     with torch.no_grad():
         wanted_TD = norm(x_TD)
     torch.testing.assert_close(norm(x_TD), wanted_TD)
+
+
+SECOND = {"RMSNorm": RMSNorm(4, eps=1e-6), "swiglu": swiglu}
+
+
+@pytest.mark.parametrize(("name", "run"), SECOND.items(), ids=SECOND)
+def test_a_second_derivative_is_refused(name, run):
+    # The backward passes reuse memory and saved sums: differentiated, they would be wrong without a word.
+    x_TD = torch.ones(2, 4, requires_grad=True)
+    loss = run(x_TD).sum()
+    with pytest.raises(RuntimeError, match=f"^{name}: the gradient must not be differentiated again"):
+        torch.autograd.grad(loss, x_TD, create_graph=True)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dscoder.ops.library import refuse_second_derivative
+
 
 class _SwiGlu(torch.autograd.Function):
     """Its backward writes both halves of one gradient in place; torch's own joins two copies."""
@@ -18,6 +20,7 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        refuse_second_derivative("swiglu")
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dscoder.ops.library import refuse_second_derivative
+
 
 class _CpuRmsNorm(torch.autograd.Function):
     """GPUs and the compiler have a fused norm; on CPUs torch reads and writes twice as much as this."""
@@ -21,6 +23,7 @@ class _CpuRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_second_derivative("RMSNorm")
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
         grad = grad_TD.to(scale_T1.dtype)
         product_TD = grad * x_TD

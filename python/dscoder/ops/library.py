@@ -51,6 +51,15 @@ def define_gradient(
     torch.library.register_autograd(f"dscoder::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
+def refuse_second_derivative(op: str) -> None:
+    """Called in a backward pass that is itself not differentiable: RuntimeError under create_graph=True.
+
+    torch's once_differentiable lets a gradient pass whose dependence on the inputs it has dropped.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the gradient must not be differentiated again, got create_graph=True")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are taken in: float32, or float64 for float64 input (gradient checks)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,6 +96,9 @@ def check_devices(op: str, **tensors: Tensor) -> None:
 
 
 def check_at_least(op: str, argument: str, value: int, minimum: int) -> None:
-    """ValueError unless value >= minimum."""
+    """TypeError unless `value` is an int (True is not), ValueError unless value >= minimum."""
+    # A traced size is a SymInt.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {argument} must be int, got {type(value).__name__}")
     if not value >= minimum:
         raise ValueError(f"{op}: {argument} must be >= {minimum}, got {value}")
