@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dscoder.runtime import artifact
 from dscoder.runtime.artifact import differences, hash_path, open_stage, read_manifest, write_bytes
 
 CONFIG = {"size": 1, "name": "a", "place": "here"}
@@ -135,11 +136,41 @@ def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
     assert hash_path(folders[0]) == hash_path(folders[1])
 
 
-def test_the_hash_of_a_stage_is_that_of_its_manifest(tmp_path: Path) -> None:
+def test_the_hash_of_a_stage_is_of_what_it_made_not_where_or_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    run_stage(here)
+    (here / "lock").write_text("changed")
+    monkeypatch.setattr(artifact, "code_version", lambda: {"version": "later", "sources": "0"})
+    run_stage(there, config=CONFIG | {"place": "there"})
+    run_stage(other, config=CONFIG | {"size": 2})
+    assert hash_path(here) == hash_path(there)
+    assert hash_path(here) != hash_path(other)
+
+
+def test_only_the_results_of_a_stage_are_in_its_hash(tmp_path: Path) -> None:
+    hashes = []
+    for name, speed in (("a", "fast"), ("b", "slow")):
+        with open_stage(tmp_path / name, command="test", config=CONFIG, inputs=INPUTS) as stage:
+            (stage.directory / "model").mkdir()
+            (stage.directory / "model" / "weights").write_text("1")
+            (stage.directory / "speed").write_text(speed)
+            stage.finish(counts={}, results=("model",))
+        hashes.append(hash_path(tmp_path / name))
+    assert hashes[0] == hashes[1]
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     run_stage(tmp_path)
-    before = hash_path(tmp_path)
-    (tmp_path / "lock").write_text("changed")
-    assert hash_path(tmp_path) == before
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    for read in (hash_path, lambda directory: read_manifest(directory, command="test")):
+        with pytest.raises(ValueError, match=r"manifest\.json must have format 2, got 1.* --overwrite true"):
+            read(tmp_path)
+    with pytest.raises(ValueError, match="format: 1 there, 2 here"):
+        run_stage(tmp_path)
+    assert run_stage(tmp_path, overwrite=True) == "fresh"
 
 
 def test_differences_name_nested_keys() -> None:

@@ -189,6 +189,12 @@ def test_other_data_is_refused(windows: Path, tmp_path: Path) -> None:
         pretrain.run(replace(config, data=str(other)))
 
 
+def test_the_same_data_made_again_elsewhere_is_the_same(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path / "run")
+    again = tiny_windows(tmp_path / "again")
+    pretrain.run(replace(config, data=str(again), report=ReportConfig(tensorboard="off", plot="off")))
+
+
 def test_another_model_of_the_hub_is_refused(
     finished: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """Stage directories: what one verb leaves on disk for the next.
 
 A stage directory says what made it. `started.json` (command, config, hashes of the inputs) is written first
-and `manifest.json` (the same, with counts) last, so that a directory without a manifest is half-written.
+and `manifest.json` (the same, with counts and a hash of what was made) last, so that a directory without a
+manifest is half-written.
 Opening a finished stage again does nothing, opening a killed one resumes or restarts it, and opening a
 directory made by another config is an error.
 """
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dscoder.runtime.log import get_logger
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 LOCK = "lock"
-FORMAT = 1  # of the two files
+FORMAT = 2  # of the two files
 
 _LOG = get_logger(__name__)
 
@@ -68,16 +69,37 @@ def hash_files(paths: Sequence[tuple[str, Path]]) -> str:
     return total.hexdigest()
 
 
+def _files_below(directory: Path) -> Iterator[Path]:
+    own = {directory / name for name in (MANIFEST, STARTED, LOCK)}
+    return (file for file in directory.rglob("*") if file.is_file() and file not in own)
+
+
+def _hash_below(directory: Path, files: Iterable[Path]) -> str:
+    return hash_files([(file.relative_to(directory).as_posix(), file) for file in sorted(files)])
+
+
 def hash_path(path: Path) -> str:
-    """sha256 of a file, of a stage directory (its manifest) or of every file below another directory."""
+    """sha256 of a file, of what a stage made (as its manifest has it) or of every file below a directory.
+
+    Where a stage directory lies, when it was written and by which version do not matter.
+    """
     if (path / MANIFEST).is_file():
-        return hash_files([(MANIFEST, path / MANIFEST)])
+        return str(_read_record(path / MANIFEST)["result"])
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return hash_files([(file.relative_to(path).as_posix(), file) for file in files])
+        return _hash_below(path, _files_below(path))
     if not path.is_file():
         raise ValueError(f"hash_path: path must be a file or a directory, got {str(path)!r}")
     return hash_files([("", path)])
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"{path} must have format {FORMAT}, got {record['format']}: another version of dscoder wrote it; "
+            "run its stage again with --overwrite true"
+        )
+    return record
 
 
 def code_version() -> dict[str, str]:
@@ -92,7 +114,7 @@ def read_manifest(directory: Path, *, command: str) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}: `dscoder {command}` has not finished there")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest = _read_record(path)
     if manifest["command"] != command:
         raise ValueError(
             f"{directory} must come from `dscoder {command}`, got `dscoder {manifest['command']}`"
@@ -126,13 +148,21 @@ class Stage:
         counts: Mapping[str, int | float],
         dropped: Mapping[str, int] | None = None,
         facts: Mapping[str, object] | None = None,
+        results: Sequence[str] | None = None,
     ) -> None:
-        """Write the manifest, the last act of a stage."""
+        """Write the manifest, the last act of a stage.
+
+        Args:
+            results: the folders and files of the directory whose content is the stage's result; None: all.
+        """
+        parts = [self.directory] if results is None else [self.directory / name for name in results]
+        files = [file for part in parts for file in (_files_below(part) if part.is_dir() else (part,))]
         manifest = {
             **self.record,
             "counts": dict(counts),
             "dropped": dict(sorted((dropped or {}).items())),
             "facts": dict(facts or {}),
+            "result": _hash_below(self.directory, files),
         }
         write_json(self.directory / MANIFEST, manifest)
         (self.directory / STARTED).unlink(missing_ok=True)
@@ -174,6 +204,7 @@ def _begin(
     if earlier is not None and not overwrite and not is_bare:
         fixed = [
             {
+                "format": side["format"],
                 "command": side["command"],
                 "config": {key: value for key, value in side["config"].items() if key not in free},
                 "inputs": side["inputs"],

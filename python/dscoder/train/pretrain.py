@@ -255,6 +255,7 @@ def _finish(run: _Run, stage: Stage, report: RunReport) -> None:
     stage.finish(
         counts={"steps": progress.step, "sequences": progress.num_sequences, "tokens": progress.num_tokens},
         facts={"num_threads": progress.num_threads, "final": last},
+        results=(MODEL,),
     )
 
 
