@@ -89,6 +89,24 @@ def test_absorbed_form_agrees_with_training_form(attention):
     torch.testing.assert_close(torch.cat(got, dim=1).flatten(0, 1), wanted_TD)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [replace(LITE, kv_lora_rank=21), replace(LITE, num_heads=1, nope_dim=7)],
+    ids=["odd_latent", "one_head_odd_nope"],
+)
+@pytest.mark.parametrize("num_prompt", [1, 2])
+def test_one_row_decodes_token_by_token_at_odd_widths(attention, num_prompt):
+    config, layer = build(attention)
+    x_SD = randn(4, 16)
+    cache = allocate_cache(config, num_sequences=1, max_positions=4, dtype=torch.float64)
+    got = []
+    for chunk_SD in x_SD.split([num_prompt] + [1] * (4 - num_prompt)):
+        placement = place_tokens(config, 1, len(chunk_SD), cache=cache)
+        got.append(layer(chunk_SD, placement))
+        cache.commit(placement.append)
+    torch.testing.assert_close(torch.cat(got), layer(x_SD, place_tokens(config, 1, 4)))
+
+
 def test_cache_holds_the_normed_latent_and_the_rotated_key():
     config, layer = build(LITE)
     x_SD = randn(3, 16)

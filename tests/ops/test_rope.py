@@ -108,6 +108,23 @@ def test_strides_change_nothing(interleaved: bool, rng: torch.Generator) -> None
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_the_rotary_part_may_start_at_any_column(
+    interleaved: bool, dtype: torch.dtype, num_tokens: int, rng: torch.Generator
+) -> None:
+    # One head, one token: a slice that counts as contiguous wherever it starts.
+    q, k, *tables = random_case(rng, num_tokens, dtype=dtype)
+    for start in (1, 2, 3):
+        sliced = [
+            torch.cat([x.new_full((num_tokens, 1, start), torch.nan), x[:, :1]], dim=-1) for x in (q, k)
+        ]
+        got = ops.rope(*(x[..., start:] for x in sliced), *tables, interleaved=interleaved)
+        for actual, wanted in zip(got, ops.rope(q[:, :1], k, *tables, interleaved=interleaved), strict=True):
+            assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_it_is_a_proper_op(interleaved: bool, num_tokens: int, rng: torch.Generator) -> None:
     q, k, *tables = random_case(rng, num_tokens)

@@ -59,7 +59,11 @@ def rope(
 
 def _rotate_neighbours(x: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
     # Complex numbers: one pass, where writing the two halves of the pairs apart takes six.
-    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:2], x.shape[2] // 2, 2))
+    x = x.contiguous()
+    if x.storage_offset() % 2:
+        # One head of one token counts as contiguous wherever it starts; a complex view must start evenly.
+        x = x.clone()
+    pairs = torch.view_as_complex(x.view(*x.shape[:2], x.shape[2] // 2, 2))
     return torch.view_as_real(pairs * torch.complex(cos_T1f, sin_T1f)).view(x.shape)
 
 
