@@ -1,8 +1,11 @@
 """Stage directories: finished means whole, and no directory is taken over by mistake."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,158 @@ def test_overwrite_replaces_what_another_config_made(tmp_path: Path) -> None:
     assert run_stage(tmp_path, config=CONFIG | {"size": 2}, overwrite=True) == "fresh"
     assert (tmp_path / "result").read_text() == "2"
     assert not (tmp_path / "folder").exists()
+
+
+def test_overwrite_keeps_what_the_same_config_made(tmp_path: Path) -> None:
+    with open_stage(tmp_path, command="test", config=CONFIG, inputs=INPUTS):
+        (tmp_path / "half").write_text("")
+    assert run_stage(tmp_path, overwrite=True) == "resumed"
+    assert (tmp_path / "half").exists()
+    assert run_stage(tmp_path, overwrite=True) == "finished"
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL."""
+
+
+def kill_before(operation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next `operation` calls that open, write through, rename or delete a file pass, and no more."""
+    num_passed = 0
+
+    def watched(call: Callable[..., object]) -> Callable[..., object]:
+        def watch(*arguments: object, **named: object) -> object:
+            nonlocal num_passed
+            if num_passed == operation:
+                raise KilledError
+            num_passed += 1
+            return call(*arguments, **named)
+
+        return watch
+
+    monkeypatch.setattr(io, "open", watched(io.open))
+    for name in ("open", "fsync", "replace", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+
+
+def is_killed(
+    directory: Path,
+    operation: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    config: dict[str, object] = CONFIG,
+    overwrite: bool = False,
+) -> bool:
+    """Begin a stage and die before file operation `operation`; False if it began with fewer."""
+    # Hashing the package opens a file for each of its sources: no concern of this test.
+    monkeypatch.setattr(artifact, "code_version", lambda: {"version": "0", "sources": "0"})
+    with monkeypatch.context() as patched:
+        kill_before(operation, patched)
+        try:
+            with open_stage(
+                directory,
+                command="test",
+                config=config,
+                inputs=INPUTS,
+                free=("place",),
+                overwrite=overwrite,
+                is_resumable=True,
+            ):
+                return False
+        except KilledError:
+            return True
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_stage_killed_anywhere_while_it_begins_can_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    operation = 0
+    while is_killed(tmp_path / str(operation), operation, monkeypatch):
+        assert run_stage(tmp_path / str(operation), overwrite=overwrite) == "fresh"
+        operation += 1
+    assert operation > 5
+    leftovers = {path.name for path in tmp_path.rglob("*.tmp")}
+    assert not leftovers
+
+
+def messy(directory: Path, *, is_finished: bool) -> None:
+    """A stage with several files and folders, whole or half-written."""
+    with open_stage(directory, command="test", config=CONFIG, inputs=INPUTS) as stage:
+        (directory / "deep" / "er").mkdir(parents=True)
+        for name in ("a", "b", "deep/c", "deep/er/d"):
+            (directory / name).write_text("old")
+        if is_finished:
+            stage.finish(counts={})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_directory_killed_anywhere_while_it_is_emptied_belongs_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool, overwrite: bool
+) -> None:
+    other = CONFIG | {"size": 2}
+    operation, num_marked = 0, 0
+    while True:
+        directory = tmp_path / str(operation)
+        messy(directory, is_finished=is_finished)
+        if not is_killed(directory, operation, monkeypatch, config=other, overwrite=True):
+            break
+        started = directory / "started.json"
+        is_marked = started.exists() and "clearing" in artifact.read_json(started)
+        num_marked += is_marked
+        is_whole = (directory / "deep" / "er" / "d").exists() and not is_marked
+        assert run_stage(directory, config=other, overwrite=overwrite or is_whole) == "fresh"
+        assert {path.name for path in directory.iterdir()} == {"lock", "manifest.json", "result"}
+        operation += 1
+    assert num_marked > 5
+
+
+def test_a_half_emptied_directory_is_never_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation in range(100):
+        directory = tmp_path / str(operation)
+        messy(directory, is_finished=False)
+        if not is_killed(directory, operation, monkeypatch, config=CONFIG | {"size": 2}, overwrite=True):
+            break
+        is_whole = all((directory / name).exists() for name in ("a", "b", "deep/c", "deep/er/d"))
+        assert run_stage(directory, overwrite=True) in ("fresh", "resumed" if is_whole else "fresh")
+    else:
+        pytest.fail("never began")
+
+
+def test_what_was_cut_off_while_it_was_written_is_no_result(tmp_path: Path) -> None:
+    hashes = set()
+    for name in ("clean", "cut"):
+        with open_stage(tmp_path / name, command="test", config=CONFIG, inputs=INPUTS):
+            (tmp_path / name / "half").write_text("")
+        if name == "cut":
+            (tmp_path / name / "manifest.json.tmp").write_text("{")
+        run_stage(tmp_path / name)
+        hashes.add(hash_path(tmp_path / name))
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["started.json", "manifest.json"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must hold a JSON object, got Expecting"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ("\xff", "must hold a JSON object, got"),
+        (
+            '{"name": "an extension of a browser"}',
+            "must be a record of dscoder, got one without code, command",
+        ),
+    ],
+)
+def test_records_that_are_not_ours_are_named_and_kept(
+    tmp_path: Path, name: str, text: str, message: str, overwrite: bool
+) -> None:
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    (tmp_path / "work").write_text("")
+    with pytest.raises(ValueError, match=rf"/{name} {message}"):
+        run_stage(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "work").exists()
 
 
 def test_a_directory_of_strangers_is_never_touched(tmp_path: Path) -> None:

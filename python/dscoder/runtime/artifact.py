@@ -2,7 +2,8 @@
 
 A stage directory says what made it. `started.json` (command, config, hashes of the inputs) is written first
 and `manifest.json` (the same, with counts and a hash of what was made) last, so that a directory without a
-manifest is half-written.
+manifest is half-written. While a directory is emptied, `started.json` holds a mark in place of a record:
+whoever opens it then empties it again.
 Opening a finished stage again does nothing, opening a killed one resumes or restarts it, and opening a
 directory made by another config is an error.
 """
@@ -26,6 +27,11 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 LOCK = "lock"
 FORMAT = 2  # of the two files
+_TEMPORARY = ".tmp"  # ends the name of a file that is being written
+_UNFINISHED = (STARTED + _TEMPORARY, MANIFEST + _TEMPORARY)
+_OWN = (LOCK, STARTED, MANIFEST, *_UNFINISHED)
+_CLEARING = {"format": FORMAT, "clearing": True}  # started.json of a directory that is being emptied
+_RECORD_KEYS = {"format", "command", "config", "inputs", "code"}
 
 _LOG = get_logger(__name__)
 
@@ -41,7 +47,7 @@ def fsync_directory(directory: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or, if the process dies, none of it."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + _TEMPORARY)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -53,6 +59,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError naming the file if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} must hold a JSON object, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def hash_files(paths: Sequence[tuple[str, Path]]) -> str:
@@ -70,7 +87,7 @@ def hash_files(paths: Sequence[tuple[str, Path]]) -> str:
 
 
 def _files_below(directory: Path) -> Iterator[Path]:
-    own = {directory / name for name in (MANIFEST, STARTED, LOCK)}
+    own = {directory / name for name in _OWN}
     return (file for file in directory.rglob("*") if file.is_file() and file not in own)
 
 
@@ -84,7 +101,7 @@ def hash_path(path: Path) -> str:
     Where a stage directory lies, when it was written and by which version do not matter.
     """
     if (path / MANIFEST).is_file():
-        return str(_read_record(path / MANIFEST)["result"])
+        return str(_read_manifest(path / MANIFEST)["result"])
     if path.is_dir():
         return _hash_below(path, _files_below(path))
     if not path.is_file():
@@ -93,7 +110,16 @@ def hash_path(path: Path) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_text())
+    """The record in `path`, of whatever format; ValueError if dscoder did not write it."""
+    record = read_json(path)
+    missing = sorted(_RECORD_KEYS - set(record))
+    if missing:
+        raise ValueError(f"{path} must be a record of dscoder, got one without {', '.join(missing)}")
+    return record
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    record = _read_record(path)
     if record["format"] != FORMAT:
         raise ValueError(
             f"{path} must have format {FORMAT}, got {record['format']}: another version of dscoder wrote it; "
@@ -114,7 +140,7 @@ def read_manifest(directory: Path, *, command: str) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}: `dscoder {command}` has not finished there")
-    manifest = _read_record(path)
+    manifest = _read_manifest(path)
     if manifest["command"] != command:
         raise ValueError(
             f"{directory} must come from `dscoder {command}`, got `dscoder {manifest['command']}`"
@@ -169,25 +195,28 @@ class Stage:
 
 
 def _clear(directory: Path) -> None:
-    # The manifest goes first: a directory half-deleted must not look finished.
-    (directory / MANIFEST).unlink(missing_ok=True)
-    for entry in directory.iterdir():
-        if entry.name in (LOCK, STARTED):
+    """Delete all but the lock and a mark that says so: what is half-deleted must look like nothing else."""
+    entries = {entry.name: entry for entry in directory.iterdir()}
+    if set(entries) <= {LOCK, STARTED, *_UNFINISHED}:
+        return  # nothing that a stage made
+    write_json(directory / STARTED, _CLEARING)
+    for name, entry in entries.items():
+        if name in (LOCK, STARTED):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
-            entry.unlink()
+            entry.unlink(missing_ok=True)  # started.json.tmp became started.json
 
 
 def _earlier_record(directory: Path) -> tuple[dict[str, Any] | None, bool]:
-    """What began the stage in `directory` (None: nobody), and whether it was finished."""
+    """What began the stage in `directory` (None: nothing that counts), and whether it was finished."""
+    if (directory / STARTED).is_file() and read_json(directory / STARTED) == _CLEARING:
+        return None, False
     for name in (MANIFEST, STARTED):
-        path = directory / name
-        if path.is_file():
-            record: dict[str, Any] = json.loads(path.read_text())
-            return record, name == MANIFEST
-    strangers = sorted(entry.name for entry in directory.iterdir() if entry.name != LOCK)
+        if (directory / name).is_file():
+            return _read_record(directory / name), name == MANIFEST
+    strangers = sorted(entry.name for entry in directory.iterdir() if entry.name not in _OWN)
     if strangers:
         raise ValueError(
             f"{directory} must be empty or a directory written by dscoder, got {', '.join(strangers[:5])}"
@@ -195,33 +224,32 @@ def _earlier_record(directory: Path) -> tuple[dict[str, Any] | None, bool]:
     return None, False
 
 
+def _compared(record: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """The part of a record that decides the result."""
+    config = {key: value for key, value in record["config"].items() if key not in free}
+    return {key: record[key] for key in ("format", "command", "inputs")} | {"config": config}
+
+
 def _begin(
     directory: Path, record: dict[str, Any], *, free: Collection[str], overwrite: bool, is_resumable: bool
 ) -> Stage:
     earlier, is_finished = _earlier_record(directory)
+    for name in _UNFINISHED:
+        (directory / name).unlink(missing_ok=True)
     # A stage that failed before it wrote anything binds nobody to its config.
     is_bare = {entry.name for entry in directory.iterdir()} <= {LOCK, STARTED}
-    if earlier is not None and not overwrite and not is_bare:
-        fixed = [
-            {
-                "format": side["format"],
-                "command": side["command"],
-                "config": {key: value for key, value in side["config"].items() if key not in free},
-                "inputs": side["inputs"],
-            }
-            for side in (earlier, record)
-        ]
-        lines = differences(*fixed)
-        if lines:
+    if earlier is not None and not is_bare:
+        lines = differences(_compared(earlier, free), _compared(record, free))
+        if lines and not overwrite:
             raise ValueError(
                 f"{directory} was made by another config; take another directory, or pass --overwrite true "
                 "to delete what it holds:\n  " + "\n  ".join(lines)
             )
-        if earlier["code"] != record["code"]:
+        if not lines and earlier["code"] != record["code"]:
             _LOG.warning("%s was begun by other code (version %s)", directory, earlier["code"]["version"])
-        if is_finished:
+        if not lines and is_finished:
             return Stage(directory=directory, record=record, is_finished=True, is_resumed=False)
-        if is_resumable:
+        if not lines and is_resumable:
             # What may differ is taken from this call.
             write_json(directory / STARTED, record)
             return Stage(directory=directory, record=record, is_finished=False, is_resumed=True)
@@ -247,7 +275,8 @@ def open_stage(
         config: what decides the result, as plain data.
         inputs: hash of each input, by role.
         free: keys of `config` that may differ from one start to the next (places, how often to log).
-        overwrite: delete what another config left in `directory`. Nothing but a stage is ever deleted.
+        overwrite: delete what another config left in `directory`; what the same config left is gone on with,
+            or finished, all the same. Nothing but a stage is ever deleted.
         is_resumable: leave the block what a killed process left; else it starts from an empty directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
