@@ -1,8 +1,4 @@
-"""Single-line holes: which lines are taken, how answers are compared, and HumanEval's records."""
-
-import gzip
-import json
-from pathlib import Path
+"""Single-line holes: which lines are taken, how answers are compared."""
 
 import pytest
 
@@ -12,12 +8,9 @@ from dscoder.eval.infilling import (
     InfillingScore,
     first_line,
     is_exact,
-    load_problems,
     score_infilling,
     single_line_holes,
 )
-
-HUMANEVAL = Path(__file__).resolve().parents[3] / "shared/data/eval/humaneval_single_line_infilling.jsonl.gz"
 
 MODULE = '''"""Two lines of
 
@@ -132,43 +125,3 @@ def test_a_score_counts_exact_holes() -> None:
 def test_a_score_needs_one_completion_per_hole() -> None:
     with pytest.raises(ValueError, match="completions must be 1, one a hole, got 0"):
         score_infilling([], [Hole(name="", prefix="", suffix="", answer="")])
-
-
-# ---- HumanEval ----
-
-
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs HumanEval's single-line infilling file")
-def test_humaneval_records_become_holes() -> None:
-    holes = load_problems(HUMANEVAL)
-    assert len(holes) == 1033
-    assert holes[0].name == "SingleLineInfilling/HumanEval/0/L0"
-    assert all(hole.answer.count("\n") <= 1 for hole in holes)
-    # The published solutions are their own exact match, and a neighbour's is not.
-    assert score_infilling([hole.answer for hole in holes], holes).exact_match == 1.0
-    assert score_infilling([hole.answer for hole in holes[1:]], holes[:-1]).exact_match < 0.1
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_records_are_read_plain_and_compressed(tmp_path: Path, suffix: str) -> None:
-    record = {
-        "task_id": "t",
-        "prompt": "a\n",
-        "suffix": "c\n",
-        "canonical_solution": "b \u2028\n",
-        "test": "",
-    }
-    content = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    path = tmp_path / f"problems{suffix}"
-    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    assert load_problems(path) == [Hole(name="t", prefix="a\n", suffix="c\n", answer="b \u2028\n")]
-
-
-def test_a_record_without_a_field_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "problems.jsonl"
-    path.write_text(
-        '{"task_id": "t", "prompt": "a", "suffix": "c", "canonical_solution": "b"}\n{"prompt": "a"}\n'
-    )
-    with pytest.raises(
-        ValueError, match=r"line 2 of .*problems.jsonl must have .* got no \['task_id', 'suffix'"
-    ):
-        load_problems(path)

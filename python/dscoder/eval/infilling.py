@@ -5,14 +5,11 @@ it is exact if it equals the line taken out, both stripped of surrounding white 
 """
 
 import contextlib
-import gzip
 import hashlib
 import io
-import json
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 _COMMENT_STARTS = ("#", "//", "/*", "*", "--", '"""', "'''")
 
@@ -75,16 +72,6 @@ def single_line_holes(
     return [hole for _, hole in ranked[:num_holes]]
 
 
-def load_problems(path: str | Path) -> list[Hole]:
-    """The records of HumanEval single-line infilling (JSONL, perhaps gzipped) as holes."""
-    path = Path(path)
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    return [
-        _hole_of_record(path, number, json.loads(line)) for number, line in enumerate(io.StringIO(text), 1)
-    ]
-
-
 def first_line(completion: str) -> str:
     """What counts of a completion: everything before its first line break."""
     return completion.split("\n", 1)[0]
@@ -103,15 +90,6 @@ def score_infilling(completions: Sequence[str], holes: Sequence[Hole]) -> Infill
         )
     exact = [is_exact(text, hole.answer) for text, hole in zip(completions, holes, strict=True)]
     return InfillingScore(num_exact=sum(exact), num_holes=len(exact))
-
-
-def _hole_of_record(path: Path, number: int, record: dict[str, str]) -> Hole:
-    fields = ("task_id", "prompt", "suffix", "canonical_solution")
-    missing = [field for field in fields if field not in record]
-    if missing:
-        raise ValueError(f"load_problems: line {number} of {path} must have {fields}, got no {missing}")
-    name, prefix, suffix, answer = (record[field] for field in fields)
-    return Hole(name=name, prefix=prefix, suffix=suffix, answer=answer)
 
 
 def _take_out(name: str, lines: Sequence[str], line_idx: int) -> Hole:
