@@ -148,35 +148,21 @@ def test_a_batch_gives_what_each_request_gives_alone(
         )
         for i, prompt in enumerate(PROMPTS)
     ]
-    requests = [replace(request, keep_log_probs=True) for request in requests]
     together = Engine(model, tokenizer, prefill_chunk=7).generate(requests)
     for request, completion in zip(requests, together, strict=True):
         [alone] = Engine(model, tokenizer).generate([request])
         assert alone.tokens == completion.tokens
         assert alone.text == completion.text
-        assert completion.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
     assert len({completion.tokens[:8] for completion in together}) == len(PROMPTS)
 
 
 def test_greedy_tokens_are_those_of_forwards_without_a_cache(model: Transformer, tokenizer) -> None:
-    completions = Engine(model, tokenizer).generate(
-        [ask(p, max_new_tokens=12, keep_log_probs=True) for p in PROMPTS]
-    )
+    completions = Engine(model, tokenizer).generate([ask(p, max_new_tokens=12) for p in PROMPTS])
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         with torch.inference_mode():
             logits_SV = model.eval()(torch.tensor([[*prompt, *completion.tokens]]))[0]
-        scores_SV = logits_SV[len(prompt) - 1 : -1, : tokenizer.vocab_size].log_softmax(-1)
-        assert scores_SV.argmax(-1).tolist() == list(completion.tokens)
-        assert completion.log_probs == pytest.approx(scores_SV.amax(-1).tolist(), abs=1e-4)
-
-
-def test_log_probs_are_kept_only_for_who_asked(model: Transformer, tokenizer) -> None:
-    with_them, without = Engine(model, tokenizer).generate(
-        [ask("a", max_new_tokens=3, keep_log_probs=True), ask("a", max_new_tokens=3)]
-    )
-    assert with_them.log_probs is not None
-    assert len(with_them.log_probs) == 3
-    assert without.log_probs is None
+        drawn_from_SV = logits_SV[len(prompt) - 1 : -1, : tokenizer.vocab_size]
+        assert drawn_from_SV.argmax(-1).tolist() == list(completion.tokens)
 
 
 def test_padding_rows_of_the_embedding_are_never_drawn(tokenizer) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dscoder.config.generate import SamplingConfig
-from dscoder.infer.sampler import Draw, log_probabilities, sample, uniform
+from dscoder.infer.sampler import Draw, sample, uniform
 
 
 def draw(step: int = 0, *, request_idx: int = 0, **sampling: float) -> Draw:
@@ -101,11 +101,6 @@ def test_a_row_with_every_token_forbidden_is_an_error() -> None:
 def test_logits_need_one_row_per_draw() -> None:
     with pytest.raises(ValueError, match=r"must be \[2, V\], one row per draw, got \(3, 4\)"):
         sample(torch.zeros(3, 4), [draw(), draw()])
-
-
-def test_log_probabilities_are_those_of_the_model_without_temperature() -> None:
-    logits_BV = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    assert log_probabilities(logits_BV, [1, 0]) == pytest.approx([math.log(0.75), math.log(0.5)])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dscoder.checkpoint import load_pretrained
 from dscoder.config.generate import EngineConfig
 from dscoder.infer.request import Completion, Event, FinishReason, Request
-from dscoder.infer.sampler import Draw, log_probabilities, sample
+from dscoder.infer.sampler import Draw, sample
 from dscoder.infer.stream import TextStream
 from dscoder.models.cache import Cache, allocate_cache
 from dscoder.models.transformer import Transformer
@@ -34,17 +34,14 @@ class _Row:
         self.budget = min(request.max_new_tokens, room)
         self._budget_reason: FinishReason = "length" if request.max_new_tokens <= room else "context"
         self._eos_id = tokenizer.eos_id
-        self._log_probs: list[float] = []
         self._stream = TextStream(partial(tokenizer.decode, skip_special=True), stop=request.stop)
 
     def draw(self) -> Draw:
         return Draw(request_idx=self.request_idx, step=len(self.tokens), sampling=self.request.sampling)
 
-    def accept(self, token: int, log_prob: float | None) -> Event:
+    def accept(self, token: int) -> Event:
         """Take one token; the event carries the completion if it is the last."""
         self.tokens.append(token)
-        if log_prob is not None:
-            self._log_probs.append(log_prob)
         if token == self._eos_id:
             return self.finish("eos")
         if token in self.request.stop_ids:
@@ -64,7 +61,6 @@ class _Row:
             text=self._stream.text,
             # What was held back may turn out to be a stop string only once the text is complete.
             finish_reason="stop" if self._stream.is_stopped else reason or self._budget_reason,
-            log_probs=tuple(self._log_probs) if self.request.keep_log_probs else None,
         )
         return Event(request_idx=self.request_idx, text=text, completion=completion)
 
@@ -202,8 +198,4 @@ class Engine:
         """Draw one token a row."""
         logits_BV = self.model.head(hidden_BD)[:, : self._num_ids]
         tokens = sample(logits_BV, [row.draw() for row in rows])
-        log_probs: Sequence[float | None] = [None] * len(rows)
-        if any(row.request.keep_log_probs for row in rows):
-            log_probs = log_probabilities(logits_BV, tokens)
-        drawn = zip(rows, tokens, log_probs, strict=True)
-        return [row.accept(token, log_prob) for row, token, log_prob in drawn]
+        return [row.accept(token) for row, token in zip(rows, tokens, strict=True)]

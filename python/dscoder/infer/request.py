@@ -19,7 +19,6 @@ class Request:
     sampling: SamplingConfig = GREEDY
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     stop_ids: tuple[int, ...] = ()  # end the text as the end-of-text token does, but with reason "stop"
-    keep_log_probs: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -41,7 +40,6 @@ class Completion:
     tokens: tuple[int, ...]
     text: str
     finish_reason: FinishReason
-    log_probs: tuple[float, ...] | None = None  # one per token, if asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,12 +89,3 @@ def _draw_tokens(logits_BV: Tensor, peak_B1: Tensor, draws: Sequence[Draw]) -> T
     # Rows of NaN point past the end; they are reported by the caller.
     choice_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=vocab_size - 1)
     return order_BV.gather(-1, choice_B1)[:, 0]
-
-
-def log_probabilities(logits_BV: Tensor, tokens: Sequence[int]) -> list[float]:
-    """log p(token) of each row under the model itself: temperature 1, nothing filtered."""
-    token_B1 = torch.tensor(tokens, dtype=torch.long, device=logits_BV.device)[:, None]
-    scores_BV = logits_BV.float()
-    chosen_B = scores_BV.gather(-1, token_B1)[:, 0]
-    result: list[float] = (chosen_B - scores_BV.logsumexp(-1)).tolist()
-    return result
