@@ -1,6 +1,5 @@
 """`dscoder info`: this build, this machine, and what would run where."""
 
-import argparse
 import importlib.metadata
 import json
 import pkgutil
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
@@ -105,9 +105,9 @@ def _table(title: str, rows: Mapping[str, str | Mapping[str, str]]) -> Table:
 
 def main(argv: Sequence[str]) -> None:
     """Show this build, the GPUs, what each op runs on here, and which optional parts are missing."""
-    parser = argparse.ArgumentParser(prog="dscoder info", description=main.__doc__)
+    parser = ArgumentParser(prog="dscoder info", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(list(argv))
     found = describe()
     if arguments.json:
         print(json.dumps(found, indent=2))
