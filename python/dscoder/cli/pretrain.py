@@ -3,10 +3,11 @@
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dscoder.cli.arguments import parse, shortcut
-from dscoder.config import preset
+from dscoder.config import ModelConfig, preset
 from dscoder.config.train import PretrainConfig
 from dscoder.data.prepare import HELD_OUT
 from dscoder.eval.perplexity import held_out_report
@@ -27,6 +28,11 @@ def parse_config(argv: Sequence[str]) -> PretrainConfig:
         start |= recipe(recipe_name).fields()
     if (preset_name := shortcut(argv, "model.preset")) is not None:
         start["model"] = preset(preset_name)
+    model = start.get("model")
+    if isinstance(model, ModelConfig) and shortcut(argv, "model.vocab_size") is not None:
+        # The special ids are those of the published tokenizer and may lie outside another vocabulary; the run
+        # takes its data's.
+        start["model"] = replace(model, bos_id=0, eos_id=1)
     return parse(
         argv, PretrainConfig, verb="pretrain", description=main.__doc__, start=start, shortcuts=_SHORTCUTS
     )
