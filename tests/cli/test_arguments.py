@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dscoder.cli.arguments import parse, spelled
 from dscoder.cli.pretrain import parse_config
 from dscoder.config import GqaConfig, MlaConfig, YarnConfig, preset
+from dscoder.config.data import SourcesConfig, TokenizerConfig
 from dscoder.config.train import PretrainConfig
 from dscoder.train.recipes import recipe
 
@@ -83,6 +85,57 @@ def test_a_mixture_of_two_kinds_is_refused(tmp_path: Path) -> None:
         parse_config([*PLACES, "--config", path])
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": 3}, r"PretrainConfig: model must hold the fields of ModelConfig, got 3"),
+        ({"model": ["tiny_moe"]}, r"PretrainConfig: model must hold the fields of ModelConfig, got \["),
+        (
+            {"model": {"preset": "tiny_moe", "attention": 3}},
+            "ModelConfig: attention must hold the fields of GqaConfig or MlaConfig, got 3",
+        ),
+        (
+            {"model": {"preset": "tiny_moe", "rope": [1]}},
+            r"rope must hold the fields of RopeConfig, got \[1\]",
+        ),
+    ],
+)
+def test_a_value_where_fields_belong_is_refused(
+    tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    path = written(tmp_path / "a.yaml", config)
+    with pytest.raises(ValueError, match=message):
+        parse_config([*PLACES, "--config", path])
+
+
+def test_one_item_stands_for_a_list_of_one(tmp_path: Path) -> None:
+    words = ["--model.preset", "tiny_moe", "--schedule.milestones", "0.5"]
+    assert parse_config([*PLACES, *words]).schedule.milestones == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("given", "paths"),
+    [("src", ("src",)), ("[src, b.jsonl]", ("src", "b.jsonl")), ("123", ("123",)), ("a b", ("a b",))],
+)
+def test_sources_are_one_path_or_a_list(tmp_path: Path, given: str, paths: tuple[str, ...]) -> None:
+    def read(*words: str) -> SourcesConfig:
+        return parse(words, TokenizerConfig, verb="tokenizer", description=None).sources
+
+    assert read("--out", "o", "--sources.paths", given).paths == paths
+    (tmp_path / "a.yaml").write_text(f"out: o\nsources: {{paths: {given!r}, extensions: .rs}}\n")
+    if not given.startswith("["):
+        found = read("--config", str(tmp_path / "a.yaml"))
+        assert (found.paths, found.extensions) == (paths, (".rs",))
+
+
+def test_another_vocabulary_drops_the_special_ids_of_a_preset(tmp_path: Path) -> None:
+    small = parse_config([*PLACES, "--model.preset", "coder_33b", "--model.vocab_size", "1024"]).model
+    assert small == replace(preset("coder_33b"), vocab_size=1024, bos_id=0, eos_id=1)
+    path = written(tmp_path / "a.yaml", {"model": {"preset": "v2", "vocab_size": 1024, "eos_id": 7}})
+    model = parse_config([*PLACES, "--config", path]).model
+    assert model == replace(preset("v2"), vocab_size=1024, bos_id=0, eos_id=7)
+
+
 def test_a_model_written_out_must_be_whole(tmp_path: Path) -> None:
     path = written(tmp_path / "a.yaml", {"model": {"vocab_size": 64}})
     with pytest.raises(ValueError, match="ModelConfig: width must be given, got nothing"):
@@ -121,6 +174,12 @@ def test_wrong_words_end_with_a_usage_message(
         parse_config(words)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_may_be_spelled_with_dashes_and_values_stay_as_they_are() -> None:
+    words = ["--num-steps", "a-b", "--model.num-layers=x-y", "--stop=--a-b", "-a-b", "--", "--a-b"]
+    expected = ["--num_steps", "a-b", "--model.num_layers=x-y", "--stop=--a-b", "-a-b", "--", "--a-b"]
+    assert spelled(words) == expected
 
 
 def test_the_help_tells_what_the_comments_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,6 +78,14 @@ def _leaves(kind: Any, start: Any, prefix: str = "") -> Iterator[_Leaf]:
                 yield dataclasses.replace(leaf, hint=leaf.hint | None, default=None)
 
 
+def _item(hint: Any) -> Any:
+    """The type of the items of a tuple of any length; None for other hints."""
+    match typing.get_origin(hint), typing.get_args(hint):
+        case origin, (item, end) if origin is tuple and end is ...:
+            return item
+    return None
+
+
 def _is_set(value: Any) -> bool:
     return any(_is_set(item) for item in value.values()) if isinstance(value, Mapping) else value is not None
 
@@ -87,10 +95,15 @@ def _build(kind: Any, start: Any, given: Mapping[str, Any], *, is_new: bool) -> 
     values = {}
     for name, hint, value in _fields(kind, start):
         kinds, found = _kinds(hint), given.get(name)
+        if kinds and found is not None and not isinstance(found, Mapping):
+            wanted = " or ".join(option.__name__ for option in kinds)
+            raise ValueError(f"{kind.__name__}: {name} must hold the fields of {wanted}, got {found!r}")
         if dataclasses.is_dataclass(value) and found is not None:
             found = _build(type(value), value, found, is_new=is_new)
         elif kinds:
             found = _build_new(name, kinds, found) if found is not None and _is_set(found) else None
+        elif found is not None and _item(hint) is not None and not isinstance(found, list | tuple):
+            found = (found,)
         elif is_new and found is None and value is not dataclasses.MISSING:
             found = value
         if found is None and value is dataclasses.MISSING and types.NoneType not in typing.get_args(hint):
@@ -134,28 +147,63 @@ def parse(
     for leaf in {leaf.key: leaf for leaf in _leaves(record, start)}.values():
         is_required = leaf.default is dataclasses.MISSING
         default = None if is_required else leaf.default
-        parser.add_argument(
-            f"--{leaf.key}", type=leaf.hint, required=is_required, default=default, help=leaf.help
-        )
+        # One item may stand for a list of one.
+        hint = leaf.hint if _item(leaf.hint) is None else leaf.hint | _item(leaf.hint)
+        parser.add_argument(f"--{leaf.key}", type=hint, required=is_required, default=default, help=leaf.help)
     built: Record = _build(record, start, parser.parse_args(list(argv)).as_dict(), is_new=False)
     return built
+
+
+def spelled(argv: Sequence[str]) -> list[str]:
+    """The words with options as the parsers know them: `--num-steps` is `--num_steps`, as in a YAML file."""
+    num_options = argv.index("--") if "--" in argv else len(argv)
+    option = re.compile(r"^--[A-Za-z][\w.-]*(?==|$)")
+    return [*(option.sub(_with_underscores, word) for word in argv[:num_options]), *argv[num_options:]]
+
+
+def _with_underscores(option: re.Match[str]) -> str:
+    return "--" + option[0].removeprefix("--").replace("-", "_")
+
+
+def _given(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(option, value) of each option among the words; the value may be the next word."""
+    for word, following in pairwise([*argv, ""]):
+        name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            yield name.removeprefix("--"), value if has_value else following
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """What a YAML file says; ValueError, on one line and with the file's name, if it is not a mapping."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"--config: {path} must be a YAML file, got: {said}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--config: {path} must map options to values, got {found!r}")
+    return found
+
+
+def check_files(argv: Sequence[str]) -> None:
+    """ValueError if a YAML file that the words name cannot be read as one."""
+    for name, value in _given(argv):
+        if name == "config" and Path(value).is_file():
+            _read_file(Path(value))
 
 
 def shortcut(argv: Sequence[str], key: str) -> str | None:
     """The last value of `--key` among the words or in the YAML files they name, before anything is parsed."""
     found = None
-    for number, word in enumerate(argv):
-        name, has_value, value = word.partition("=")
-        if not has_value:
-            value = argv[number + 1] if number + 1 < len(argv) else ""
-        if name == f"--{key}":
+    for name, value in _given(argv):
+        if name == key:
             found = value
-        elif name == "--config" and Path(value).is_file():
-            found = _looked_up(yaml.safe_load(Path(value).read_text()), key.split(".")) or found
+        elif name == "config" and Path(value).is_file():
+            found = _looked_up(_read_file(Path(value)), key.split(".")) or found
     return found
 
 
 def _looked_up(value: Any, path: Sequence[str]) -> str | None:
     for step in path:
         value = value.get(step) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
+    return None if value is None else str(value)

@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--column", type=int, help="column of the hole, from 1; the end of the line if not given"
     )
-    parser.add_argument("--in-place", action="store_true", help="write the completion into the file")
+    parser.add_argument("--in_place", action="store_true", help="write the completion into the file")
     parser.add_argument("--output", type=str, help="write the filled file there (-: the standard output)")
     parser.add_argument("--context", type=int, default=5, help="lines shown before and after the completion")
     add_generation_options(parser)

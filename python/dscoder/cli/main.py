@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from dscoder import __version__
 from dscoder.cli import demo, generate, infill, info, prepare, pretrain, tokenizer
+from dscoder.cli.arguments import check_files, spelled
 
 Verb = Callable[[Sequence[str]], None]
 
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         print(f"dscoder: no verb {name!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    rest = spelled(rest)
     try:
+        check_files(rest)
         VERBS[name](rest)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"dscoder {name}: {error}", file=sys.stderr)

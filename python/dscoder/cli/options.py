@@ -17,6 +17,7 @@ _HELP = {
     "top_k": "draw from so many of the likeliest tokens; 0: all",
     "seed": "of the draws",
     "max_new_tokens": "length of a completion, at most",
+    "fim_order": "how the model learnt to fill holes: psm (the published models) or spm",
     "prefix_share": "share of the context for the text before a hole, when both sides are too long",
 }
 _SINGLE_VALUES = (float, int, str)
@@ -29,12 +30,14 @@ def add_generation_options(parser: ArgumentParser) -> None:
         for field in fields(record):
             if field.type not in _SINGLE_VALUES:
                 continue
-            # Both spellings, as the other verbs write their keys with an underscore.
-            names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
             is_required = field.name == "model"
             default = None if is_required else field.default
             parser.add_argument(
-                *names, type=field.type, required=is_required, default=default, help=_HELP[field.name]
+                f"--{field.name}",
+                type=field.type,
+                required=is_required,
+                default=default,
+                help=_HELP[field.name],
             )
     parser.add_argument(
         "--stop",
@@ -42,7 +45,7 @@ def add_generation_options(parser: ArgumentParser) -> None:
         default=[],
         help=r"text that ends a completion and is not part of it; may be repeated (a line break: $'\n')",
     )
-    parser.add_argument("--single-line", action="store_true", help="stop at the end of the line")
+    parser.add_argument("--single_line", action="store_true", help="stop at the end of the line")
 
 
 def engine_config(options: Namespace) -> EngineConfig:
@@ -56,6 +59,7 @@ def generate_config(options: Namespace) -> GenerateConfig:
         max_new_tokens=options.max_new_tokens,
         stop=tuple(options.stop),
         single_line=options.single_line,
+        fim_order=options.fim_order,
         prefix_share=options.prefix_share,
         sampling=SamplingConfig(**{field.name: options[field.name] for field in fields(SamplingConfig)}),
     )
