@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from dscoder.config import MoeConfig, preset
 from dscoder.models import Transformer, allocate_cache, init_weights
@@ -154,7 +155,7 @@ def test_a_group_of_layers_may_be_dense():
 
 
 REFUSED = [
-    ({"tokens": torch.zeros(3, dtype=torch.int64)}, "tokens_BS must have 2 dimensions, got 1"),
+    ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens_BS must have 2 dimensions, got shape \(3,\)"),
     ({"cu_seqlens": True, "cache": True}, "cu_seqlens must be None with a cache"),
     ({"num_new_B": True}, "num_new_B must be None without a cache"),
 ]
@@ -171,3 +172,88 @@ def test_arguments_that_do_not_go_together_are_refused(given, message):
             cache=cache,
             num_new_B=torch.tensor([3]) if "num_new_B" in given else None,
         )
+
+
+def test_tokens_that_are_no_ids_are_refused():
+    with pytest.raises(TypeError, match=r"^Transformer: tokens_BS must be int32 or int64, got float32$"):
+        Transformer(small("tiny_moe"))(torch.zeros(1, 3))
+
+
+# For two rows of four tokens.
+WRONG_ENDS = [
+    ([], "must have at least one element, got 0"),
+    ([0], "must go from 0 to the 8 tokens, got 0 to 0"),
+    ([0, 4], "must go from 0 to the 8 tokens, got 0 to 4"),
+    ([1, 4, 8], "must go from 0 to the 8 tokens, got 1 to 8"),
+    ([0, 4, 20], "must go from 0 to the 8 tokens, got 0 to 20"),
+    ([0, 5, 3, 8], "must not descend, got 5 before 3"),
+    ([0, 3, 8], "must hold the end of every row of 4 tokens, got none at 4"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("ends", "message"), WRONG_ENDS, ids=[str(ends) for ends, _ in WRONG_ENDS])
+def test_ends_that_are_not_those_of_documents_are_refused(name, ends, message):
+    with pytest.raises(ValueError, match=f"^Transformer: cu_seqlens {message}$"):
+        Transformer(small(name))(tokens(2, 4), cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ends_of_the_wrong_kind_are_refused(name):
+    model = Transformer(small(name))
+    with pytest.raises(TypeError, match=r"^Transformer: cu_seqlens must be int32, got int64$"):
+        model(tokens(2, 4), cu_seqlens=torch.tensor([0, 4, 8]))
+    with pytest.raises(
+        ValueError, match=r"^Transformer: cu_seqlens must have 1 dimensions, got shape \(1, 3\)$"
+    ):
+        model(tokens(2, 4), cu_seqlens=torch.tensor([[0, 4, 8]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_of_no_tokens_change_nothing(name):
+    model = Transformer(small(name)).eval().requires_grad_(False)
+    ends, with_empty = ([0, 3, 4, 8], [0, 0, 3, 3, 4, 8, 8])
+    wanted, got = (
+        model(tokens(2, 4), cu_seqlens=torch.tensor(e, dtype=torch.int32)) for e in (ends, with_empty)
+    )
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_forward_runs_on_fake_tensors(name):
+    with FakeTensorMode():
+        model = Transformer(small(name))
+        logits = model(torch.zeros(2, 4, dtype=torch.int64), cu_seqlens=torch.zeros(4, dtype=torch.int32))
+    assert logits.shape == (2, 4, 64)
+
+
+EMPTY = [(0, 5), (2, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_batch_without_tokens_trains(name, shape, is_packed):
+    config = small(name)
+    if config.moe is not None:
+        moe = replace(config.moe, num_groups=4, num_groups_kept=2, capacity_factor=1.0)
+        config = replace(config, moe=moe)
+    model = Transformer(config).train()
+    ends = torch.zeros(3, dtype=torch.int32) if is_packed else None
+    features = model.features(torch.zeros(shape, dtype=torch.int64), cu_seqlens=ends)
+    assert features.hidden_BSD.shape == (*shape, config.width)
+    assert features.balance == 0
+    (model.head(features.hidden_BSD).sum() + features.balance).backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_a_batch_without_tokens_leaves_the_cache_as_it_is(name, shape):
+    model = Transformer(small(name)).eval().requires_grad_(False)
+    num_rows, _ = shape
+    cache = allocate_cache(model.config, num_sequences=num_rows, max_positions=8)
+    for length in (shape[1], 3, shape[1]):
+        logits = model(tokens(num_rows, length), cache=cache)
+        assert logits.shape == (num_rows, length, 64)
+    assert cache.seq_lens_B.tolist() == [shape[1] * 2 + 3] * num_rows

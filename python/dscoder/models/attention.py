@@ -37,9 +37,10 @@ class GqaAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
         """x_TD -> [T, D]; with a cache its keys and values are stored, and the stored ones are attended."""
-        query_THd = self.query(x_TD).view(-1, self.num_heads, self.head_dim)
-        key_TGd = self.key(x_TD).view(-1, self.num_kv_heads, self.head_dim)
-        value_TGd = self.value(x_TD).view(-1, self.num_kv_heads, self.head_dim)
+        num_tokens = len(x_TD)
+        query_THd = self.query(x_TD).view(num_tokens, self.num_heads, self.head_dim)
+        key_TGd = self.key(x_TD).view(num_tokens, self.num_kv_heads, self.head_dim)
+        value_TGd = self.value(x_TD).view(num_tokens, self.num_kv_heads, self.head_dim)
         query_THd, key_TGd = ops.rope(
             query_THd, key_TGd, placement.cos_Tf, placement.sin_Tf, placement.rows_T, interleaved=False
         )
@@ -60,7 +61,7 @@ class GqaAttention(nn.Module):
     ) -> Tensor:
         # Every row is one document, so one causal call serves; right padding is never seen from the left.
         query, key, value = (
-            x.view(placement.num_sequences, placement.length, -1, self.head_dim).transpose(1, 2)
+            x.view(placement.num_sequences, placement.length, *x.shape[1:]).transpose(1, 2)
             for x in (query_THd, key_TGd, value_TGd)
         )
         out_BHSd = F.scaled_dot_product_attention(
@@ -72,11 +73,11 @@ class GqaAttention(nn.Module):
         self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, placement: Placement
     ) -> Tensor:
         # The variable-length op works document by document; a mask would cost the square of the window.
-        num_groups = self.num_heads // self.num_kv_heads
+        num_sharing = self.num_heads // self.num_kv_heads
         out_THd, _ = ops.mla_prefill(
             query_THd,
-            key_TGd.repeat_interleave(num_groups, dim=1),
-            value_TGd.repeat_interleave(num_groups, dim=1),
+            key_TGd.repeat_interleave(num_sharing, dim=1),
+            value_TGd.repeat_interleave(num_sharing, dim=1),
             placement.cu_seqlens,
             placement.cu_seqlens,
             causal=True,
@@ -88,21 +89,19 @@ class GqaAttention(nn.Module):
         cache, append = placement.cache, placement.append
         assert isinstance(cache, KeyValueCache)
         assert append is not None
+        num_rows, length = placement.num_sequences, placement.length
         key_BLGd, value_BLGd = cache.read(self.layer_idx, append)
-        num_groups = self.num_heads // self.num_kv_heads
+        num_sharing = self.num_heads // self.num_kv_heads
         # The heads that share a key stand as extra positions: keys and values are not repeated.
-        query = query_THd.view(
-            placement.num_sequences, placement.length, self.num_kv_heads, num_groups, self.head_dim
-        )
+        query = query_THd.view(num_rows, length, self.num_kv_heads, num_sharing, self.head_dim)
         query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         seen_BSL = torch.arange(key_BLGd.shape[1], device=query.device) <= append.positions_BS[:, :, None]
         out = F.scaled_dot_product_attention(
             query,
             key_BLGd.transpose(1, 2).to(query.dtype),
             value_BLGd.transpose(1, 2).to(query.dtype),
-            attn_mask=seen_BSL[:, None].repeat(1, 1, num_groups, 1),
+            attn_mask=seen_BSL[:, None].repeat(1, 1, num_sharing, 1),
         )
-        out = out.view(placement.num_sequences, self.num_kv_heads, num_groups, placement.length, -1)
-        out = out.permute(0, 3, 1, 2, 4)
-        out_TD: Tensor = self.out(out.reshape(len(query_THd), -1))
+        out = out.view(num_rows, self.num_kv_heads, num_sharing, length, self.head_dim)
+        out_TD: Tensor = self.out(out.permute(0, 3, 1, 2, 4).reshape(query_THd.shape).flatten(1))
         return out_TD

@@ -130,10 +130,10 @@ class LatentCache(Cache):
             return self.page_table_BN[:, :num_columns]
         return F.pad(self.page_table_BN, (0, num_missing), value=self.pages[0].shape[0] - 1)
 
-    def write(self, layer_idx: int, latent_TX: Tensor, append: Append) -> None:
+    def write(self, layer_idx: int, entry_Td: Tensor, append: Append) -> None:
         """Store the entries [B * S, C + r] of one layer."""
         pool = self.pages[layer_idx]
-        pool.view(-1, pool.shape[-1])[append.slots_T] = latent_TX.detach().to(pool.dtype)
+        pool.view(-1, pool.shape[-1])[append.slots_T] = entry_Td.detach().to(pool.dtype)
 
     def _slots(self, positions_BS: Tensor, max_len: int) -> Tensor:
         pages_BS = self.table(max_len).gather(1, positions_BS // PAGE_SIZE)

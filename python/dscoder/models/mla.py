@@ -58,12 +58,12 @@ class LatentAttention(nn.Module):
     def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
         """x_TD -> [T, D]; with a cache its latents are stored, and the stored ones are attended."""
         shape = self.shape
-        query_TX = (
+        query = (
             self.query_up(self.query_norm(self.query_down(x_TD)))
             if self.has_query_latent
             else self.query(x_TD)
         )
-        nope_THn, rope_THr = query_TX.view(-1, shape.num_heads, shape.qk_dim).split(
+        nope_THn, rope_THr = query.view(len(x_TD), shape.num_heads, shape.qk_dim).split(
             [shape.nope_dim, shape.rope_dim], dim=-1
         )
         latent_TC, key_Tr = self.latent_down(x_TD).split([shape.kv_lora_rank, shape.rope_dim], dim=-1)
@@ -82,8 +82,10 @@ class LatentAttention(nn.Module):
         self, nope_THn: Tensor, rope_THr: Tensor, latent_TC: Tensor, key_T1r: Tensor, placement: Placement
     ) -> Tensor:
         shape = self.shape
-        key_value_THx = self.latent_up(latent_TC).view(-1, shape.num_heads, shape.nope_dim + shape.value_dim)
-        key_THn, value_THv = key_value_THx.split([shape.nope_dim, shape.value_dim], dim=-1)
+        expanded = self.latent_up(latent_TC).view(
+            len(latent_TC), shape.num_heads, shape.nope_dim + shape.value_dim
+        )
+        key_THn, value_THv = expanded.split([shape.nope_dim, shape.value_dim], dim=-1)
         out_THv, _ = ops.mla_prefill(
             torch.cat([nope_THn, rope_THr], dim=-1),
             torch.cat([key_THn, key_T1r.expand(-1, shape.num_heads, -1)], dim=-1),
@@ -100,8 +102,8 @@ class LatentAttention(nn.Module):
         shape, cache, append = self.shape, placement.cache, placement.append
         assert isinstance(cache, LatentCache)
         assert append is not None
-        up_HxC = self.latent_up.weight.view(shape.num_heads, -1, shape.kv_lora_rank)
-        key_up_HnC, value_up_HvC = up_HxC[:, : shape.nope_dim], up_HxC[:, shape.nope_dim :]
+        up = self.latent_up.weight.view(shape.num_heads, -1, shape.kv_lora_rank)
+        key_up_HnC, value_up_HvC = up[:, : shape.nope_dim], up[:, shape.nope_dim :]
         absorbed_THC = torch.bmm(nope_THn.transpose(0, 1), key_up_HnC).transpose(0, 1)
         query_THd = torch.cat([absorbed_THC, rope_THr], dim=-1)
         # Columns, padding included, count as present: a token is causally left of its row's padding.

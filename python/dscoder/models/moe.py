@@ -26,21 +26,21 @@ def drop_over_capacity(
     Of those sent to it, the ones with the lowest affinity go, the later ones among equals. Choices of
     `never_dropped_T` tokens stay, and take up capacity before all others.
     """
-    num_choices = idx_TK.numel()
+    num_choices = idx_TK.numel()  # T * K, the length of what follows
     capacity = int(capacity_factor * num_choices / config.num_groups)
-    protected_J = never_dropped_T.repeat_interleave(config.num_topk)
+    is_protected = never_dropped_T.repeat_interleave(config.num_topk)
     # Affinities are at most 1, so 2 sorts before every choice that may be dropped.
-    rank_key_J = affinity_TK.detach().flatten().masked_fill(protected_J, 2.0)
-    device_J = idx_TK.flatten() // (config.num_experts // config.num_groups)
-    by_affinity_J = rank_key_J.argsort(descending=True, stable=True)
-    by_device = device_J[by_affinity_J].sort(stable=True)
-    order_J = by_affinity_J[by_device.indices]
+    sort_key = affinity_TK.detach().flatten().masked_fill(is_protected, 2.0)
+    device = idx_TK.flatten() // (config.num_experts // config.num_groups)
+    by_affinity = sort_key.argsort(descending=True, stable=True)
+    by_device = device[by_affinity].sort(stable=True)
+    order = by_affinity[by_device.indices]
     starts_G = torch.searchsorted(
         by_device.values, torch.arange(config.num_groups, dtype=by_device.values.dtype, device=idx_TK.device)
     )
-    rank_J = torch.arange(num_choices, device=idx_TK.device) - starts_G[by_device.values]
-    is_dropped_J = torch.zeros_like(protected_J).index_copy(0, order_J, rank_J >= capacity) & ~protected_J
-    return idx_TK.masked_fill(is_dropped_J.view_as(idx_TK), DROPPED)
+    rank = torch.arange(num_choices, device=idx_TK.device) - starts_G[by_device.values]
+    is_dropped = torch.zeros_like(is_protected).index_copy(0, order, rank >= capacity) & ~is_protected
+    return idx_TK.masked_fill(is_dropped.view_as(idx_TK), DROPPED)
 
 
 class Experts(nn.Module):
@@ -126,7 +126,7 @@ class Moe(nn.Module):
         return ops.moe_balance_terms(
             logits_TE.softmax(dim=-1),
             idx_TK,
-            num_sequences=placement.num_sequences,
+            num_sequences=max(placement.num_sequences, 1),  # no rows are as balanced as an empty one
             num_groups=self.config.num_groups,
             num_groups_kept=self.config.num_groups_kept,
         )

@@ -5,6 +5,7 @@ cu_seqlens says where documents begin: attention stays inside them and positions
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from dscoder.config import MlaConfig, ModelConfig
 from dscoder.models.cache import Append, Cache
 from dscoder.models.yarn import rotations
+from dscoder.ops.library import check_devices, check_tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,35 @@ class Placement:
     cache: Cache | None
     append: Append | None
     never_dropped_T: Tensor | None  # bool: tokens whose experts may not drop them; None: nothing is dropped
+
+
+def check_documents(tokens_BS: Tensor, cu_seqlens: Tensor) -> None:
+    """Refuse `cu_seqlens` that are not the ends of documents in the rows of `tokens_BS`.
+
+    The values are read where that is free: not on a GPU, and not where there are none, while tracing.
+    """
+    op = "Transformer"
+    check_tensor(op, "cu_seqlens", cu_seqlens, num_dims=1, dtypes=(torch.int32,))
+    check_devices(op, tokens_BS=tokens_BS, cu_seqlens=cu_seqlens)
+    if not len(cu_seqlens):
+        raise ValueError(f"{op}: cu_seqlens must have at least one element, got {len(cu_seqlens)}")
+    is_traced = torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor  # a fake tensor
+    if is_traced or cu_seqlens.device.type != "cpu":
+        return
+    ends = cu_seqlens.tolist()
+    num_tokens, length = tokens_BS.numel(), tokens_BS.shape[1]
+    if (ends[0], ends[-1]) != (0, num_tokens):
+        raise ValueError(
+            f"{op}: cu_seqlens must go from 0 to the {num_tokens} tokens, got {ends[0]} to {ends[-1]}"
+        )
+    for start, end in pairwise(ends):
+        if end < start:
+            raise ValueError(f"{op}: cu_seqlens must not descend, got {start} before {end}")
+    missing = set(range(0, num_tokens, max(length, 1))).difference(ends)
+    if missing:
+        raise ValueError(
+            f"{op}: cu_seqlens must hold the end of every row of {length} tokens, got none at {min(missing)}"
+        )
 
 
 def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -58,12 +89,13 @@ def place(
     drops_tokens: bool,
 ) -> Placement:
     """The placement of `tokens_BS`; ValueError for arguments that do not go together."""
-    if tokens_BS.dim() != 2:
-        raise ValueError(f"Transformer: tokens_BS must have 2 dimensions, got {tokens_BS.dim()}")
+    check_tensor("Transformer", "tokens_BS", tokens_BS, num_dims=2, dtypes=(torch.int32, torch.int64))
     if cache is not None and cu_seqlens is not None:
         raise ValueError("Transformer: cu_seqlens must be None with a cache, got both")
     if cache is None and num_new_B is not None:
         raise ValueError("Transformer: num_new_B must be None without a cache")
+    if cu_seqlens is not None:
+        check_documents(tokens_BS, cu_seqlens)
     num_sequences, length = tokens_BS.shape
     num_tokens, device = num_sequences * length, tokens_BS.device
     append = None if cache is None else cache.begin(tokens_BS, num_new_B)
@@ -73,7 +105,7 @@ def place(
     elif cu_seqlens is not None:
         positions_T = document_positions(cu_seqlens, num_tokens)
     else:
-        positions_T = rows_T % length
+        positions_T = torch.arange(length, device=device).repeat(num_sequences)
     attention = config.attention
     rotated_dim = attention.rope_dim if isinstance(attention, MlaConfig) else attention.head_dim
     cos_Tf, sin_Tf = rotations(config.rope, rotated_dim, positions_T)

@@ -120,8 +120,9 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: token ids, int32 or int64.
-            cu_seqlens: int32 [documents + 1] over the B * S tokens of a packed batch, window edges among
-                them. Attention and positions stay inside a document. None: every row is one document.
+            cu_seqlens: int32 [documents + 1], ascending from 0 to the B * S tokens of a packed batch, the
+                end of every row among them. Attention and positions stay inside a document. The values are
+                checked on CPUs alone: a GPU would have to be waited for. None: every row is one document.
             cache: from `allocate_cache`; the tokens are appended to its rows and attend what is there.
             num_new_B: with a cache, how many of each row's tokens count; the rest is right padding, whose
                 output means nothing. None: all.
@@ -143,17 +144,17 @@ class Transformer(nn.Module):
                 layer_terms.append(terms_3)
         if cache is not None and placement.append is not None:
             cache.commit(placement.append)
-        hidden_BSD = self.norm(x_TD).view(*tokens_BS.shape, -1)
+        hidden_BSD = self.norm(x_TD).view(*tokens_BS.shape, self.config.width)
         if moe is None or not layer_terms:
             zero = torch.zeros((), device=x_TD.device)
             return Features(hidden_BSD=hidden_BSD, balance=zero, balance_terms_3=None)
-        terms_L3 = torch.stack(layer_terms)
-        total_3 = terms_L3.sum(dim=0)
+        by_layer = torch.stack(layer_terms)
+        total_3 = by_layer.sum(dim=0)
         weights = moe.balance
         return Features(
             hidden_BSD=hidden_BSD,
             balance=total_3[0] * weights.expert
             + total_3[1] * weights.device
             + total_3[2] * weights.communication,
-            balance_terms_3=terms_L3.detach().mean(dim=0),
+            balance_terms_3=by_layer.detach().mean(dim=0),
         )
