@@ -152,6 +152,29 @@ def undocumented(tree: ast.Module) -> list[str]:
     return found
 
 
+def shape_letters(names: str) -> set[str]:
+    """The letters that docs/names.md explains under "Shape letters"."""
+    section = names.partition("## Shape letters")[2].partition("\n## ")[0]
+    return set(re.findall(r"`([A-Za-z])`", section))
+
+
+def unexplained_shapes(tree: ast.Module, letters: set[str]) -> list[str]:
+    """Variables, arguments and fields with a shape (logits_TE) of which a letter is not in `letters`."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    suffixes = {
+        name: re.search(r"[a-z0-9]_([0-9]*[A-Z][A-Za-z0-9]{0,4})$", name)
+        for name in names
+        if not name.isupper()
+    }
+    return sorted(
+        name
+        for name, found in suffixes.items()
+        if found is not None and set(re.sub(r"\d", "", found[1])) - letters
+    )
+
+
 def environment_reads(tree: ast.Module) -> list[str]:
     return [
         f"line {node.lineno}"
@@ -249,6 +272,13 @@ def test_public_names_are_documented_and_typed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
+def test_every_shape_letter_is_in_the_legend(path: Path) -> None:
+    letters = shape_letters((ROOT / "docs" / "names.md").read_text(encoding="utf-8"))
+    assert {"T", "E", "d"} <= letters
+    assert unexplained_shapes(parse(path), letters) == []
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
 def test_the_environment_is_read_in_runtime_only(path: Path) -> None:
     if path.parent.name != "runtime":
         assert environment_reads(parse(path)) == []
@@ -323,6 +353,11 @@ def test_deep_nesting_is_found() -> None:
 def test_a_missing_docstring_is_found() -> None:
     assert undocumented(ast.parse("def f() -> None: ...")) == ["f: no docstring"]
     assert undocumented(ast.parse("class A:\n 'a'\n def f(self) -> None: ...")) == ["f: no docstring"]
+
+
+def test_an_unexplained_shape_letter_is_found() -> None:
+    source = "def f(idx_BJ, ok_TE): x_T1 = self.key_THq; MAX_LR = V2_LR = begin_W1"
+    assert unexplained_shapes(ast.parse(source), set("TEBH")) == ["begin_W1", "idx_BJ", "key_THq"]
 
 
 def test_a_mutable_config_is_found() -> None:

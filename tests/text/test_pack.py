@@ -131,7 +131,7 @@ def test_many_documents_reach_every_level_of_the_bitmap() -> None:
     window = 300_000
     lengths = np.random.default_rng(0).integers(0, window, size=2000)
     plan = pack(lengths, window=window)
-    sums = np.add.reduceat(plan.length_P, plan.begin_W1[:-1])
+    sums = np.add.reduceat(plan.length_P, plan.begin[:-1])
     assert sums.max() <= window
     assert sums.sum() == lengths.sum()
     assert contents(plan) == best_fit_decreasing(lengths.tolist(), window)
@@ -140,7 +140,7 @@ def test_many_documents_reach_every_level_of_the_bitmap() -> None:
 def test_the_same_lengths_give_the_same_plan() -> None:
     lengths = np.random.default_rng(1).integers(0, 5000, size=5000)
     first, second = pack(lengths, window=4096), pack(lengths.astype(np.int32).tolist(), window=4096)
-    for name in ("document_P", "start_P", "length_P", "begin_W1"):
+    for name in ("document_P", "start_P", "length_P", "begin"):
         assert np.array_equal(getattr(first, name), getattr(second, name))
 
 

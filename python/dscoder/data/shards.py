@@ -37,7 +37,7 @@ def write_shard(
     """Write the windows that `plan` makes of `documents` (token ids, all of one type); `fill` pads them."""
     dtype = documents[0].dtype if documents else np.dtype(np.uint16)
     tokens_NS = np.full((plan.num_windows, plan.window), fill, dtype=dtype)
-    window_P = np.repeat(np.arange(plan.num_windows), np.diff(plan.begin_W1))
+    window_P = np.repeat(np.arange(plan.num_windows), np.diff(plan.begin))
     offset_P, length_P = plan.offsets(), plan.length_P
     columns = (window_P, offset_P, plan.document_P, plan.start_P, length_P)
     for window, offset, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
@@ -45,7 +45,7 @@ def write_shard(
     directory.mkdir(parents=True, exist_ok=True)
     _save(directory / f"tokens-{shard_idx:05d}.npy", tokens_NS)
     _save(directory / f"ends-{shard_idx:05d}.npy", (offset_P + length_P).astype(np.int32))
-    _save(directory / f"first-{shard_idx:05d}.npy", plan.begin_W1)
+    _save(directory / f"first-{shard_idx:05d}.npy", plan.begin)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

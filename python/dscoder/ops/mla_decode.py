@@ -105,16 +105,16 @@ def _forward(
     return out_BSHC, lse_BSH
 
 
-def _attend(q_BSHd: Tensor, rows_BRd: Tensor, num_seen_BS: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries over the first num_seen rows each."""
-    shape = (*q_BSHd.shape[:3], rows_BRd.shape[1])
+def _attend(q_BSHd: Tensor, rows: Tensor, num_seen_BS: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries over the first num_seen of the rows [B, rows, d] each."""
+    shape = (*q_BSHd.shape[:3], rows.shape[1])
     position = torch.arange(shape[-1], device=q_BSHd.device)
     is_hidden = position >= num_seen_BS.unsqueeze(-1)
-    scores = torch.bmm(q_BSHd.flatten(1, 2), rows_BRd.transpose(1, 2)).view(shape)
+    scores = torch.bmm(q_BSHd.flatten(1, 2), rows.transpose(1, 2)).view(shape)
     scores.masked_fill_(is_hidden.unsqueeze(2), -torch.inf)
     lse_BSH = scores.logsumexp(dim=-1)
     probs = scores.sub_(lse_BSH.unsqueeze(-1)).exp_().flatten(1, 2)
-    out = torch.bmm(probs, rows_BRd[..., :value_dim]).view(*shape[:3], value_dim)
+    out = torch.bmm(probs, rows[..., :value_dim]).view(*shape[:3], value_dim)
     # A token that sees nothing has NaN probabilities, -inf - -inf.
     return out.masked_fill_((num_seen_BS <= 0)[..., None, None], 0), lse_BSH
 

@@ -94,13 +94,13 @@ def moe_balance_terms(
     return terms
 
 
-def _loads(idx_BJ: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int) -> Tensor:
-    """The factor of P_i in each term, [3, B, E]: f_i, f' of i's group, f'' of i's group."""
-    num_sequences, num_choices = idx_BJ.shape
+def _loads(idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int) -> Tensor:
+    """idx [B, S * K] -> the factor of P_i in each term, [3, B, E]: f_i, f' of i's group, f'' of i's group."""
+    num_sequences, num_choices = idx.shape
     length = max(num_choices // num_topk, 1)
     group_width = num_experts // num_groups
     # Column E (group G) takes the choices that count for nobody.
-    idx = torch.where((idx_BJ < 0) | (idx_BJ >= num_experts), num_experts, idx_BJ).long()
+    idx = torch.where((idx < 0) | (idx >= num_experts), num_experts, idx).long()
     count_BE = torch.zeros(num_sequences, num_experts + 1, device=idx.device)
     count_BE.scatter_add_(1, idx, torch.ones_like(idx, dtype=count_BE.dtype))
     f_expert = count_BE[:, :num_experts] * (num_experts / (num_topk * length))
@@ -119,8 +119,8 @@ def _forward(
     num_tokens, num_experts = probs_TE.shape
     length = num_tokens // num_sequences
     dtype = accumulate_dtype(probs_TE.dtype)
-    idx_BJ = idx_TK.reshape(num_sequences, length * idx_TK.shape[1])
-    load_3BE = _loads(idx_BJ, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
+    idx = idx_TK.reshape(num_sequences, length * idx_TK.shape[1])
+    load_3BE = _loads(idx, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
     # Every term is linear in the probabilities: load / (S * B) is its gradient in every token's row.
     load_3BE /= max(num_tokens, 1)
     total_BE = probs_TE.reshape(num_sequences, length, num_experts).sum(dim=1, dtype=dtype)

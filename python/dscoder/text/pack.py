@@ -14,7 +14,7 @@ from dscoder.runtime.native import _C
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """P pieces in W windows: window w holds pieces begin_W1[w] up to begin_W1[w + 1], in order, then padding.
+    """P pieces in W windows: window w holds pieces begin[w] up to begin[w + 1], in order, then padding.
 
     Whole windows of long documents come first and windows of the longest pieces next: shuffle the windows
     before training on them.
@@ -24,12 +24,12 @@ class PackPlan:
     document_P: NDArray[np.int64]
     start_P: NDArray[np.int64]  # the piece is tokens [start, start + length) of its document
     length_P: NDArray[np.int64]
-    begin_W1: NDArray[np.int64]
+    begin: NDArray[np.int64]  # [W + 1]
 
     @property
     def num_windows(self) -> int:
         """W."""
-        return len(self.begin_W1) - 1
+        return len(self.begin) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +45,7 @@ class PackPlan:
     def offsets(self) -> NDArray[np.int64]:
         """Where in its window each of the P pieces begins."""
         end_P = np.cumsum(self.length_P)
-        first_P = np.repeat(self.begin_W1[:-1], np.diff(self.begin_W1))
+        first_P = np.repeat(self.begin[:-1], np.diff(self.begin))
         begin_P = end_P - self.length_P
         return begin_P - begin_P[first_P]
 
@@ -53,7 +53,7 @@ class PackPlan:
         """The pieces of one window, as a slice of the P arrays."""
         if not 0 <= window_idx < self.num_windows:
             raise IndexError(f"PackPlan: window_idx must be in [0, {self.num_windows}), got {window_idx}")
-        return slice(int(self.begin_W1[window_idx]), int(self.begin_W1[window_idx + 1]))
+        return slice(int(self.begin[window_idx]), int(self.begin[window_idx + 1]))
 
     def cu_seqlens(self, window_idx: int) -> NDArray[np.int32]:
         """Where the documents of one window begin and end; its padding counts as one more document."""
@@ -73,7 +73,5 @@ def pack(lengths: ArrayLike, *, window: int) -> PackPlan:
         raise ValueError(
             f"pack: lengths must be integers in one dimension, got {length_N.dtype} in {length_N.ndim}"
         )
-    document_P, start_P, length_P, begin_W1 = _C.pack_plan(length_N.astype(np.int64, copy=False), window)
-    return PackPlan(
-        window=window, document_P=document_P, start_P=start_P, length_P=length_P, begin_W1=begin_W1
-    )
+    document_P, start_P, length_P, begin = _C.pack_plan(length_N.astype(np.int64, copy=False), window)
+    return PackPlan(window=window, document_P=document_P, start_P=start_P, length_P=length_P, begin=begin)
