@@ -50,11 +50,11 @@ def test_the_demo_trains_measures_and_shows(words: list[str], capsys: pytest.Cap
     results = json.loads((Path(words[1]) / "held_out" / "results.json").read_text())
     for name in ("trained", "untrained"):
         score = results[name]["score"]
-        assert score["num_holes"] == 5
+        assert [score[kind]["num_holes"] for kind in ("whole_lines", "line_ends")] == [5, 5]
         assert f"{score['bits_per_byte']:.3f}" in shown
     # Three steps are enough to be better than no step, and the untrained model knows nothing.
     assert results["trained"]["score"]["bits_per_byte"] < results["untrained"]["score"]["bits_per_byte"]
-    assert results["untrained"]["score"]["num_exact"] == 0
+    assert results["untrained"]["score"]["whole_lines"]["num_exact"] == 0
     assert shown.count("\n> ") == 2  # two holes in context
     assert f"--model {Path(words[1]) / 'pretrain' / 'model'}" in shown.replace("\n", "")
 

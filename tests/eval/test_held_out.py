@@ -60,23 +60,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> HeldOutConfig:
 
 def test_holes_come_from_held_out_files_only(config: HeldOutConfig) -> None:
     holes = held_out.held_out_holes(config)
-    assert len(holes) == 12
+    assert [len(holes[kind]) for kind in (held_out.WHOLE_LINES, held_out.LINE_ENDS)] == [12, 12]
     manifest = json.loads((Path(config.data) / "manifest.json").read_text())
     assert 0 < manifest["counts"]["held_out_documents"] < 40
     # With the other files held out, every hole is another.
     others = held_out.held_out_holes(replace(config, sources=replace(config.sources, held_out_share=0.0)))
-    assert others == []
+    assert others == {held_out.WHOLE_LINES: [], held_out.LINE_ENDS: []}
 
 
 def test_results_hold_the_figures_and_every_completion(config: HeldOutConfig) -> None:
     results = json.loads((held_out.run(config) / held_out.RESULTS).read_text())
     holes = held_out.held_out_holes(config)
     for name in (held_out.TRAINED, held_out.UNTRAINED):
-        score, completions = results[name]["score"], results[name]["completions"]
-        assert [entry["hole"] for entry in completions] == [hole.name for hole in holes]
-        assert score["num_exact"] == sum(entry["exact"] for entry in completions)
-        assert score["exact_match"] == score["num_exact"] / 12
-        assert all("\n" not in entry["completion"] for entry in completions)
+        for kind, chosen in holes.items():
+            score, completions = results[name]["score"][kind], results[name]["completions"][kind]
+            assert [entry["answer"] for entry in completions] == [hole.answer for hole in chosen]
+            assert score["num_exact"] == sum(entry["exact"] for entry in completions)
+            assert score["exact_match"] == score["num_exact"] / 12
+            assert all("\n" not in entry["completion"] for entry in completions)
     # An untrained model guesses evenly among 512 tokens.
     untrained = results[held_out.UNTRAINED]["score"]
     assert untrained["loss"] == pytest.approx(math.log(512), rel=0.02)

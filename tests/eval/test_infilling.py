@@ -1,5 +1,7 @@
 """Single-line holes: which lines are taken, how answers are compared."""
 
+from collections import Counter
+
 import pytest
 
 from dscoder.eval.infilling import (
@@ -8,6 +10,7 @@ from dscoder.eval.infilling import (
     InfillingScore,
     first_line,
     is_exact,
+    line_end_holes,
     score_infilling,
     single_line_holes,
 )
@@ -90,6 +93,24 @@ def test_another_seed_chooses_other_lines() -> None:
 def test_no_document_has_more_than_its_share() -> None:
     holes = single_line_holes(documents(5), num_holes=99, max_per_document=3)
     assert sorted(hole.name.split(":")[0] for hole in holes) == [f"d{i}" for i in range(5) for _ in range(3)]
+
+
+def test_a_line_end_is_taken_out_from_inside_the_code_on() -> None:
+    lines = single_line_holes([("m", MODULE)], num_holes=99, max_per_document=99)
+    ends = line_end_holes(lines)
+    for line, end in zip(lines, ends, strict=True):
+        assert end.prefix + end.answer + end.suffix == MODULE
+        taken, code = end.answer.strip(), line.answer.strip()
+        assert 1 <= len(taken) < len(code)
+        assert end.prefix.removeprefix(line.prefix).strip()
+    assert line_end_holes(lines, seed=1) != ends
+
+
+def test_line_ends_begin_anywhere_in_the_code() -> None:
+    lines = [Hole(name=str(i), prefix="", suffix="", answer="    abcd\n") for i in range(300)]
+    counts = Counter(hole.answer for hole in line_end_holes(lines))
+    assert counts.keys() == {"bcd\n", "cd\n", "d\n"}
+    assert min(counts.values()) > 60  # 100 each on average, 5 sigma is 41
 
 
 # ---- comparing ----

@@ -109,6 +109,12 @@ def test_the_prompt_is_prefix_suffix_middle(tokenizer) -> None:
     assert set(request.stop_ids) == {258, 259, 260}
 
 
+def test_a_model_of_the_other_order_reads_the_suffix_first(tokenizer) -> None:
+    assert build(tokenizer, "ab", "cd", fim_order="spm").prompt[-6:] == (259, *b"cd", 260, *b"ab")
+    with pytest.raises(ValueError, match="fim_order must be psm or spm, got 'msp'"):
+        build(tokenizer, "ab", "cd", fim_order="msp")
+
+
 def test_prompt_and_completion_fill_the_context_and_no_more(tokenizer) -> None:
     request = build(tokenizer, "a" * 100, "b" * 100, max_positions=52)
     assert len(request.prompt) + request.max_new_tokens == 52

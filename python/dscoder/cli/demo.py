@@ -89,20 +89,25 @@ def sparkline(values: Sequence[float], *, width: int) -> str:
 def _show_figures(screen: Console, results: dict[str, Any], config: DemoConfig) -> None:
     size = count_parameters(config.model)
     table = Table(title="held-out files, never seen in training", title_justify="left")
-    for heading in ("model", "bits per byte", "single lines filled exactly"):
+    for heading in ("model", "bits per byte", "whole lines filled exactly", "line ends"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name in (held_out.UNTRAINED, held_out.TRAINED):
         score = results[name]["score"]
-        exact = f"{score['num_exact']} of {score['num_holes']} = {100 * score['exact_match']:.1f} %"
-        table.add_row(name, f"{score['bits_per_byte']:.3f}", exact)
+        exact = [
+            f"{found['num_exact']} of {found['num_holes']} = {100 * found['exact_match']:.1f} %"
+            for found in (score[held_out.WHOLE_LINES], score[held_out.LINE_ENDS])
+        ]
+        table.add_row(name, f"{score['bits_per_byte']:.3f}", *exact)
     screen.print(f"{size.total / 1e6:.2f} M parameters, {size.active / 1e6:.2f} M active per token")
     screen.print(table)
 
 
 def _show_completions(screen: Console, results: dict[str, Any], config: DemoConfig) -> None:
-    holes = held_out.held_out_holes(config.held_out())[: config.num_shown]
-    answers = results[held_out.TRAINED]["completions"]
-    screen.print(f"the first {len(holes)} of these holes (a hash chooses them), filled by the trained model")
+    holes = held_out.held_out_holes(config.held_out())[held_out.LINE_ENDS][: config.num_shown]
+    answers = results[held_out.TRAINED]["completions"][held_out.LINE_ENDS]
+    screen.print(
+        f"the first {len(holes)} of these holes (a hash chooses them), line ends filled by the trained model"
+    )
     for hole, answer in zip(holes, answers, strict=False):
         screen.print(f"\n{hole.name}  ", style="bold", end="")
         screen.print(

@@ -19,6 +19,7 @@ class HeldOutConfig:
     max_per_document: int = 12  # holes of one file
     hole_seed: int = 0
     max_new_tokens: int = 48
+    fim_order: str = "psm"  # of a hole's prompt: psm or spm, as the model learnt it
     prefix_share: float = 0.75  # of the context, where the text around a hole is too long
     max_batch: int = 32
     overwrite: bool = False

@@ -56,12 +56,15 @@ class GenerateConfig:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     single_line: bool = False  # stop at the first line break too
+    fim_order: str = "psm"  # of a hole's prompt: psm (prefix, suffix, middle) or spm, as the model learnt it
     prefix_share: float = 0.75  # of a hole's prompt, when both sides are too long for the context
     sampling: SamplingConfig = GREEDY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"GenerateConfig: max_new_tokens must be >= 0, got {self.max_new_tokens}")
+        if self.fim_order not in ("psm", "spm"):
+            raise ValueError(f"GenerateConfig: fim_order must be psm or spm, got {self.fim_order!r}")
         if "" in self.stop:
             raise ValueError(f"GenerateConfig: stop strings must not be empty, got {self.stop!r}")
         if not 0 <= self.prefix_share <= 1:

@@ -13,7 +13,7 @@ from dscoder.checkpoint import load_pretrained
 from dscoder.config.evaluate import HeldOutConfig
 from dscoder.config.generate import GenerateConfig
 from dscoder.data.sources import hash_sources, is_held_out, read_documents
-from dscoder.eval.infilling import Hole, is_exact, score_infilling, single_line_holes
+from dscoder.eval.infilling import Hole, is_exact, line_end_holes, score_infilling, single_line_holes
 from dscoder.eval.perplexity import bits_per_byte
 from dscoder.infer.engine import Engine
 from dscoder.infer.infill import infill_request
@@ -25,19 +25,22 @@ from dscoder.text.tokenizer import Tokenizer
 RESULTS = "results.json"
 TRAINED = "trained"
 UNTRAINED = "untrained"
+WHOLE_LINES = "whole_lines"
+LINE_ENDS = "line_ends"
 _LOG = get_logger(__name__)
 
 
-def held_out_holes(config: HeldOutConfig) -> list[Hole]:
-    """The holes of the held-out files, the same each time."""
+def held_out_holes(config: HeldOutConfig) -> dict[str, list[Hole]]:
+    """The holes of the held-out files, the same each time: WHOLE_LINES, and LINE_ENDS of the same lines."""
     share = config.sources.held_out_share
     documents = read_documents(config.sources, dropped=Counter())
-    return single_line_holes(
+    lines = single_line_holes(
         ((document.name, document.text) for document in documents if is_held_out(document, share=share)),
         num_holes=config.num_holes,
         seed=config.hole_seed,
         max_per_document=config.max_per_document,
     )
+    return {WHOLE_LINES: lines, LINE_ENDS: line_end_holes(lines, seed=config.hole_seed)}
 
 
 def fill_holes(model: Transformer, holes: Sequence[Hole], *, config: HeldOutConfig) -> list[str]:
@@ -45,7 +48,10 @@ def fill_holes(model: Transformer, holes: Sequence[Hole], *, config: HeldOutConf
     tokenizer = Tokenizer.load(config.model)
     engine = Engine(model, tokenizer, max_batch=config.max_batch)
     how = GenerateConfig(
-        max_new_tokens=config.max_new_tokens, single_line=True, prefix_share=config.prefix_share
+        max_new_tokens=config.max_new_tokens,
+        single_line=True,
+        fim_order=config.fim_order,
+        prefix_share=config.prefix_share,
     )
     requests = [
         infill_request(tokenizer, hole.prefix, hole.suffix, max_positions=engine.max_positions, config=how)
@@ -72,7 +78,7 @@ def run(config: HeldOutConfig) -> Path:
             _LOG.info("%s is finished already", stage.directory)
             return stage.directory
         holes = held_out_holes(config)
-        if not holes:
+        if not holes[WHOLE_LINES]:
             raise ValueError("held_out: the held-out files must hold a line to take out, got none")
         model = load_pretrained(config.model)
         figures = {TRAINED: _measure(model, holes, name=TRAINED, config=config)}
@@ -81,35 +87,38 @@ def run(config: HeldOutConfig) -> Path:
             figures[UNTRAINED] = _measure(model, holes, name=UNTRAINED, config=config)
         write_json(stage.directory / RESULTS, figures)
         stage.finish(
-            counts={"holes": len(holes)}, facts={name: found["score"] for name, found in figures.items()}
+            counts={"holes": len(holes[WHOLE_LINES])},
+            facts={name: found["score"] for name, found in figures.items()},
         )
         return stage.directory
 
 
 def _measure(
-    model: Transformer, holes: Sequence[Hole], *, name: str, config: HeldOutConfig
+    model: Transformer, holes: dict[str, list[Hole]], *, name: str, config: HeldOutConfig
 ) -> dict[str, Any]:
     spent = bits_per_byte(model, Path(config.data), max_windows=config.num_windows)
-    completions = fill_holes(model, holes, config=config)
-    score = score_infilling(completions, holes)
+    score: dict[str, Any] = {"bits_per_byte": spent.bits_per_byte, "loss": spent.loss}
+    completions = {}
+    for kind, chosen in holes.items():
+        texts = fill_holes(model, chosen, config=config)
+        exact = score_infilling(texts, chosen)
+        score[kind] = {"exact_match": exact.exact_match, **asdict(exact)}
+        completions[kind] = [_record(hole, text) for hole, text in zip(chosen, texts, strict=True)]
     _LOG.info(
-        "%s: %.3f bits per byte, %d of %d lines exact",
-        *(name, spent.bits_per_byte, score.num_exact, score.num_holes),
+        "%s: %.3f bits per byte; of %d lines %d exact whole and %d from inside",
+        name,
+        spent.bits_per_byte,
+        len(holes[WHOLE_LINES]),
+        score[WHOLE_LINES]["num_exact"],
+        score[LINE_ENDS]["num_exact"],
     )
+    return {"score": score, "completions": completions}
+
+
+def _record(hole: Hole, text: str) -> dict[str, Any]:
     return {
-        "score": {
-            "bits_per_byte": spent.bits_per_byte,
-            "loss": spent.loss,
-            "exact_match": score.exact_match,
-            **asdict(score),
-        },
-        "completions": [
-            {
-                "hole": hole.name,
-                "completion": text,
-                "answer": hole.answer,
-                "exact": is_exact(text, hole.answer),
-            }
-            for hole, text in zip(holes, completions, strict=True)
-        ],
+        "hole": hole.name,
+        "completion": text,
+        "answer": hole.answer,
+        "exact": is_exact(text, hole.answer),
     }

@@ -1,4 +1,4 @@
-"""Single-line infilling: take one line out of a file, let the model write it, compare.
+"""Single-line infilling: take one line, or its end, out of a file, let the model write it, compare.
 
 The rule is Coder-V2's (Table 6, footnote 5; the SantaCoder task): only the first generated line counts, and
 it is exact if it equals the line taken out, both stripped of surrounding white space.
@@ -9,19 +9,19 @@ import hashlib
 import io
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _COMMENT_STARTS = ("#", "//", "/*", "*", "--", '"""', "'''")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hole:
-    """One line taken out of a document: prefix + answer + suffix is the document."""
+    """One line, or its end, taken out of a document: prefix + answer + suffix is the document."""
 
     name: str
     prefix: str
     suffix: str
-    answer: str  # the line with its indentation and its line break
+    answer: str  # with its indentation and its line break
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,15 @@ def single_line_holes(
     return [hole for _, hole in ranked[:num_holes]]
 
 
+def line_end_holes(holes: Sequence[Hole], *, seed: int = 0) -> list[Hole]:
+    """The same lines, each taken out only from a position inside its code on, as a cursor stands in it.
+
+    The position is a hash of seed, name and line, uniform over those that leave at least one character on
+    either side.
+    """
+    return [_from_inside(hole, seed) for hole in holes]
+
+
 def first_line(completion: str) -> str:
     """What counts of a completion: everything before its first line break."""
     return completion.split("\n", 1)[0]
@@ -90,6 +99,14 @@ def score_infilling(completions: Sequence[str], holes: Sequence[Hole]) -> Infill
         )
     exact = [is_exact(text, hole.answer) for text, hole in zip(completions, holes, strict=True)]
     return InfillingScore(num_exact=sum(exact), num_holes=len(exact))
+
+
+def _from_inside(hole: Hole, seed: int) -> Hole:
+    code = hole.answer.strip()
+    key = f"{seed} {hole.name} {code}".encode()
+    draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    position = hole.answer.index(code) + 1 + draw % max(1, len(code) - 1)
+    return replace(hole, prefix=hole.prefix + hole.answer[:position], answer=hole.answer[position:])
 
 
 def _take_out(name: str, lines: Sequence[str], line_idx: int) -> Hole:

@@ -2,6 +2,7 @@
 
 The prompt of a hole is prefix-suffix-middle, as both papers train it (DeepSeek-Coder section 3.1.2):
 begin-of-text, fim-begin, prefix, fim-hole, suffix, fim-end; the model writes the middle and ends the text.
+A model trained in the other order is asked in that (`GenerateConfig.fim_order`).
 Only the base models of DeepSeek-Coder and Coder-V2-Lite were trained to; instruct models and the large V2
 were not.
 """
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from dscoder.config.generate import GenerateConfig
 from dscoder.infer.request import Request
+from dscoder.text.fim import FimOrder, arrange
 from dscoder.text.tokenizer import Tokenizer
 
 
@@ -80,25 +82,27 @@ def infill_request(
     Raises:
         ValueError: the tokenizer has no FIM tokens, or the completion leaves no room for a prompt.
     """
-    frame = (tokenizer.bos_id, tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id)
-    bos_id, begin_id, hole_id, end_id = frame
+    begin_id, hole_id, end_id = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
     if begin_id is None or hole_id is None or end_id is None:
         raise ValueError(
             f"infill: the tokenizer must have the fill-in-the-middle tokens, got ids {begin_id}, {hole_id} "
             f"and {end_id}; the model was not trained to fill holes"
         )
-    room = max_positions - config.max_new_tokens - len(frame)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    sentinels = (begin_id, hole_id, end_id)
+    frame_length = len(start) + len(sentinels)
+    room = max_positions - config.max_new_tokens - frame_length
     if room < 1:
         raise ValueError(
-            f"infill: max_new_tokens must be < {max_positions - len(frame)} (the model's context less the "
+            f"infill: max_new_tokens must be < {max_positions - frame_length} (the model's context less the "
             f"prompt's frame), got {config.max_new_tokens}"
         )
     before, after = trim_around_hole(
         tokenizer.encode(prefix), tokenizer.encode(suffix), room=room, prefix_share=config.prefix_share
     )
-    start = () if bos_id is None else (bos_id,)
+    order = FimOrder[config.fim_order.upper()]
     return Request(
-        prompt=(*start, begin_id, *before, hole_id, *after, end_id),
+        prompt=(*start, *arrange(order, before, after, sentinels)),
         max_new_tokens=config.max_new_tokens,
         sampling=config.sampling,
         stop=config.stop_strings,

@@ -115,7 +115,7 @@ def encode_fim(documents: Sequence[FimDocument], tokenizer: Tokenizer) -> list[l
     for document, split in zip(documents, is_split, strict=True):
         if split:
             prefix, suffix, middle = islice(encoded, 3)
-            rows.append(_arranged(document.order, prefix, suffix, sentinels) + middle)
+            rows.append(arrange(document.order, prefix, suffix, sentinels) + middle)
         else:
             rows.append(next(encoded))
     return rows
@@ -134,13 +134,13 @@ def fim_prompt(
         raise ValueError(f"fim_prompt: order must be PSM or SPM, got {FimOrder(order).name}")
     bos = [tokenizer.require_id("bos")] if add_bos else []
     parts = tokenizer.encode_batch([prefix, suffix])
-    return bos + _arranged(order, parts[0], parts[1], _sentinel_ids(tokenizer))
+    return bos + arrange(order, parts[0], parts[1], _sentinel_ids(tokenizer))
 
 
-def _arranged(
-    order: FimOrder, prefix: list[int], suffix: list[int], sentinels: tuple[int, int, int]
+def arrange(
+    order: FimOrder, prefix: Sequence[int], suffix: Sequence[int], sentinels: tuple[int, int, int]
 ) -> list[int]:
-    """All that stands before the middle."""
+    """All that stands before the middle; `sentinels` are the ids of fim-begin, fim-hole and fim-end."""
     begin, hole, end = sentinels
     if order is FimOrder.PSM:
         return [begin, *prefix, hole, *suffix, end]
