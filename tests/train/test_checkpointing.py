@@ -2,9 +2,11 @@
 
 import errno
 import os
+import random
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_half_written_checkpoints_are_never_read_and_go_away(tmp_path: Path) -> None:
     for name in ("step-000000003.tmp", "step-3", "step-000000004.old"):
         (tmp_path / name).mkdir()
+    (tmp_path / "step-000000009.tmp").write_text("a file")
     assert completed(tmp_path) == []
     CheckpointWriter(tmp_path, keep=1).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000004.old", "step-3"]
@@ -114,14 +117,13 @@ def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(
     assert [step for step, _ in completed(tmp_path)] == [2]
 
 
-def test_a_failure_on_a_disk_too_small_is_told_as_a_full_disk(
+def test_a_wrong_position_in_a_file_is_told_as_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong_position(*arguments: object, **more: object) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
     monkeypatch.setattr(checkpointing, "save", wrong_position)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(progress(1), state(1.0))
     with pytest.raises(OSError, match=r"No space left on device.*there is none yet"):
@@ -129,20 +131,91 @@ def test_a_failure_on_a_disk_too_small_is_told_as_a_full_disk(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, name: str) -> None:
-    writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(progress(1), state(1.0))
+def saved(directory: Path) -> Path:
+    """A checkpoint of `state(1.0)` after step 1."""
+    writer = CheckpointWriter(directory, keep=1)
+    writer.save(replace(progress(1), waiting={"steps": 1, "loss": 0.1}), state(1.0))
     writer.close()
-    path = completed(tmp_path)[-1][1]
-    (path / name).write_bytes((path / name).read_bytes()[:50])
-    with pytest.raises(RuntimeError, match=r"step-000000001 cannot be read \(.*the one before"):
-        load_state(path, state(0.0))
+    return completed(directory)[-1][1]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"must have \d+ bytes, got 50"),
+        (flip, "does not add up to its sha256"),
+        (Path.unlink, "is not there"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    path = saved(tmp_path)
+    damage(path / name)
+    loaded = state(0.0)
+    with pytest.raises(RuntimeError, match=rf"1 cannot be read \({name} {message}\); .*the one before"):
+        load_state(path, loaded)
+    assert not loaded["weight"].any()
+    assert capfd.readouterr().err == ""
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    chance = random.Random(1)
+    for _ in range(60):
+        file = path / chance.choice([".metadata", "__0_0.distcp", "progress.json"])
+        whole = file.read_bytes()
+        bit = chance.randrange(8 * len(whole))
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        with pytest.raises(RuntimeError, match="cannot be read"):
+            load_state(path, state(0.0))
+        file.write_bytes(whole)
+    load_state(path, state(0.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", r"progress\.json must hold a JSON object, got Expecting"),
+        ('{"step": 3}', r"progress\.json does not add up"),
+        ("[]", "got a list"),
+    ],
+)
+def test_a_damaged_progress_is_an_error(tmp_path: Path, text: str | None, message: str) -> None:
+    path = saved(tmp_path)
+    (path / "progress.json").unlink()
+    if text is not None:
+        (path / "progress.json").write_text(text)
+    for read in (read_progress, lambda path: load_state(path, state(0.0))):
+        with pytest.raises(RuntimeError, match=rf"1 cannot be read \(.*{message}.*the one before"):
+            read(path)
+
+
+def test_a_file_in_place_of_a_checkpoint_is_an_error_and_goes_when_it_is_old(tmp_path: Path) -> None:
+    (tmp_path / "step-000000001").write_text("a file")
+    with pytest.raises(RuntimeError, match=r"step-000000001 cannot be read"):
+        read_progress(tmp_path / "step-000000001")
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(progress(2), state(1.0))
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
 
 
 def test_a_tensor_that_was_not_saved_is_an_error(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(progress(1), state(1.0))
-    writer.close()
+    path = saved(tmp_path)
     with pytest.raises(RuntimeError, match=r"cannot be read .*other"):
-        load_state(completed(tmp_path)[-1][1], state(0.0) | {"other": torch.zeros(1)})
+        load_state(path, state(0.0) | {"other": torch.zeros(1)})

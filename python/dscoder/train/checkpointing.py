@@ -3,19 +3,24 @@
 The state is copied at once and written by a thread through torch's distributed checkpoint (DCP), whose files
 can be read under another layout. A checkpoint is written as `step-N.tmp`, synced to disk and renamed to
 `step-N`: the final name is the mark of a complete one, and no other is ever read.
+
+`progress.json` says how far the run is, and size and sha256 of every other file: torch's reader does not look
+at the sums in its own files, so that a flipped bit would go on in the weights unseen.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +29,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dscoder.runtime.artifact import fsync_directory, write_json
-from dscoder.runtime.log import get_logger
+from dscoder.runtime.artifact import fsync_directory, read_json, write_json
 
 _PROGRESS = "progress.json"
 _COMPLETE = re.compile(r"step-(\d{9})")
-_LOG = get_logger(__name__)
+_FULL_DISK = "unexpected pos"  # torch's writer reports a full disk as a wrong position in its file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +44,7 @@ class Progress:
     num_sequences: int  # windows consumed since the start of the run
     num_tokens: int  # tokens in them
     num_threads: int  # sums are split over so many; another number rounds differently
+    waiting: Mapping[str, float] = field(default_factory=dict)  # of the next report: see RunReport.waiting
 
 
 def completed(directory: Path) -> list[tuple[int, Path]]:
@@ -50,9 +55,56 @@ def completed(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), entry) for match, entry in found if match)
 
 
+def _damaged(path: Path, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"the checkpoint {path} cannot be read ({reason}); without it the run goes on from the one before"
+    )
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with a sum over all of it."""
+    text = json.dumps(record, sort_keys=True)
+    return {**record, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What progress.json of the checkpoint at `path` holds; RuntimeError if it is not what was written."""
+    try:
+        record = read_json(path / _PROGRESS)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if record != _sealed({key: value for key, value in record.items() if key != "sha256"}):
+        raise _damaged(path, f"{_PROGRESS} does not add up to its sha256")
+    return record
+
+
 def read_progress(path: Path) -> Progress:
-    """The progress that the checkpoint at `path` was saved at."""
-    return Progress(**json.loads((path / _PROGRESS).read_text()))
+    """The progress that the checkpoint at `path` was saved at; RuntimeError if it is damaged."""
+    return Progress(**_read_record(path)["progress"])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _describe_files(path: Path) -> dict[str, dict[str, int | str]]:
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(path.iterdir())
+    }
+
+
+def _verify(path: Path) -> None:
+    """RuntimeError unless every file of the checkpoint at `path` is as it was written."""
+    for name, wanted in _read_record(path)["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _damaged(path, f"{name} is not there")
+        num_bytes = file.stat().st_size
+        if num_bytes != wanted["bytes"]:
+            raise _damaged(path, f"{name} must have {wanted['bytes']} bytes, got {num_bytes}")
+        if _sha256(file) != wanted["sha256"]:
+            raise _damaged(path, f"{name} does not add up to its sha256")
 
 
 @contextmanager
@@ -68,33 +120,40 @@ def _single_process() -> Iterator[None]:
 
 def load_state(path: Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state` in place from the checkpoint at `path`; RuntimeError if it is damaged."""
+    _verify(path)
     try:
         with _single_process():
             load(state, storage_reader=FileSystemReader(path), no_dist=True)
     except Exception as error:  # DCP raises AssertionError, KeyError, RuntimeError ... for one cause
-        raise RuntimeError(
-            f"the checkpoint {path} cannot be read ({error}); without it the run goes on from the one before"
-        ) from error
+        raise _damaged(path, repr(error)) from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
     # Renamed first: a checkpoint half-deleted must not look complete.
     doomed = path.with_name(path.name + ".tmp") if _COMPLETE.fullmatch(path.name) else path
     if doomed != path:
+        _delete(doomed)
         path.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
 
 
 def _write(directory: Path, progress: Progress, state: dict[str, Tensor], keep: int) -> None:
     final = directory / f"step-{progress.step:09d}"
     temporary = final.with_name(final.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    _delete(temporary)
     temporary.mkdir()
     try:
         with _single_process():
             save(state, storage_writer=FileSystemWriter(temporary, sync_files=True), no_dist=True)
-        write_json(temporary / _PROGRESS, asdict(progress))
+        record = {"progress": asdict(progress), "files": _describe_files(temporary)}
+        write_json(temporary / _PROGRESS, _sealed(record))
         fsync_directory(temporary)
         temporary.rename(final)
     except BaseException:
@@ -105,6 +164,18 @@ def _write(directory: Path, progress: Progress, state: dict[str, Tensor], keep: 
         _remove(path)
 
 
+def _error_number(error: BaseException) -> int:
+    """The errno behind a failed write."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return cause.errno
+        if _FULL_DISK in str(cause):
+            return errno.ENOSPC
+        cause = cause.__cause__ or cause.__context__
+    return errno.EIO
+
+
 class CheckpointWriter:
     """Saves one checkpoint at a time in the background."""
 
@@ -112,7 +183,7 @@ class CheckpointWriter:
         """Write below `directory`, keeping the newest `keep`; what a killed process left half-done goes."""
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.tmp"):
-            shutil.rmtree(leftover)
+            _delete(leftover)
         self.directory = directory
         self._keep = keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -152,13 +223,7 @@ class CheckpointWriter:
             self._pool.shutdown()
 
     def _explain(self, error: Exception) -> OSError:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
-        num_bytes = sum(tensor.nbytes for tensor in self._staged.values())
-        if shutil.disk_usage(self.directory).free < num_bytes:
-            number = errno.ENOSPC  # torch's writer reports a full disk as a wrong position in its file
+        number = _error_number(error)
         kept = completed(self.directory)
         latest = f"the latest whole one is {kept[-1][1].name}" if kept else "there is none yet"
         return OSError(
