@@ -19,6 +19,10 @@ READY := $(VENV)/.built
 endif
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f 2>/dev/null)
 
+# Prints every result and stores the run under benchmarks/results/<device>/.
+BENCH = $(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s \
+	--benchmark-json="$$($(PY) -m dscoder.testing.results)"
+
 .PHONY: demo test lint bench gpu-check
 .DELETE_ON_ERROR:
 
@@ -35,12 +39,12 @@ lint: $(READY)
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs -r $(dir $(PY))clang-format --dry-run --Werror
 
 bench: $(READY)
-	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s
+	$(BENCH)
 
 gpu-check: $(READY)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'gpu-check: no GPU found, nothing was checked'"
 	$(PY) -m pytest tests/gpu -m gpu
-	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s
+	$(BENCH)
 
 $(VENV)/.torch:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'dscoder needs Python 3.11 or later, this is ' + sys.version"

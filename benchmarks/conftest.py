@@ -4,9 +4,22 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from dscoder.testing import results
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """A stored run says what it ran on."""
+    results.describe_machine(machine_info, results.measured_device())
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """A stored run is small enough to keep."""
+    results.drop_rounds(output_json)
 
 
 @pytest.fixture(autouse=True)

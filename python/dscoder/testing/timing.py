@@ -46,7 +46,7 @@ def compare(
     if benchmark.disabled:
         return
     seconds = _median_seconds({"": ours, **peers}, num_rounds, device)
-    benchmark.extra_info.update(shape=work.shape, device=_name(device), us=round(seconds[""] * 1e6, 1))
+    benchmark.extra_info.update(shape=work.shape, device=device_name(device), us=round(seconds[""] * 1e6, 1))
     for unit, amount in (("TFLOP/s", work.flops / 1e12), ("GB/s", work.num_bytes / 1e9)):
         if amount:
             benchmark.extra_info[unit] = round(amount / seconds[""], 3)
@@ -58,7 +58,8 @@ def compare(
         benchmark.extra_info[f"{peer} / ours"] = round(seconds[peer] / seconds[""], 2)
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; of a CPU its kind and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
