@@ -44,6 +44,22 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / METRICS)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("text", ["garbage", "[1]", '{"loss": 1.0}', "\xff"])
+def test_a_line_that_is_no_report_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / METRICS
+    path.write_bytes(f'{{"step": 1}}\n{text}\n{{"step": 2}}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 must be a report with its step, got b"):
+        read_metrics(path)
+
+
+def test_reports_that_are_gone_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, [1, 2], resume_step=0, value=1.0)
+    assert not caplog.messages
+    (tmp_path / METRICS).unlink()
+    write(tmp_path, [3], resume_step=2, value=1.0)
+    assert any("is not there: the reports of the first 2 steps are lost" in text for text in caplog.messages)
+
+
 def test_no_file_is_no_reports(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / METRICS) == []
 

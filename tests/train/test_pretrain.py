@@ -133,6 +133,34 @@ def killed_at(step: int) -> pretrain.Evaluate:
     return evaluate
 
 
+def reports(out: Path) -> list[dict[str, float]]:
+    """What a run reported, without how fast it was."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(("log_every", "every"), [(10, 4), (4, 3), (3, 5)])
+def test_a_report_that_a_kill_falls_into_is_the_same(
+    windows: Path, tmp_path: Path, log_every: int, every: int
+) -> None:
+    whole, cut = (
+        config_for(
+            windows,
+            tmp_path / name,
+            num_steps=12,
+            checkpoint=CheckpointConfig(every=every),
+            report=ReportConfig(log_every=log_every, eval_every=1, tensorboard="off", plot="off"),
+        )
+        for name in ("whole", "cut")
+    )
+    pretrain.run(whole, evaluate=lambda model: {})
+    for killed_after in (every + 2, 2):
+        with pytest.raises(KilledError):
+            pretrain.run(cut, evaluate=killed_at(killed_after))
+    pretrain.run(cut, evaluate=lambda model: {})
+    assert reports(tmp_path / "cut") == reports(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_failed_goes_on_to_the_same_weights(windows: Path, tmp_path: Path, precision: str) -> None:
     report = ReportConfig(log_every=2, eval_every=1, tensorboard="off", plot="off")

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from dscoder.runtime.artifact import write_bytes
+from dscoder.runtime.log import get_logger
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +19,7 @@ except ImportError:  # the extra "pretrain" is not installed
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
+_LOG = get_logger(__name__)
 
 
 def has_tensorboard() -> bool:
@@ -26,11 +28,24 @@ def has_tensorboard() -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The reports of a run, in order; a last line that a killed process tore is left out."""
+    """The reports of a run, in order; a last line that a killed process tore is left out.
+
+    ValueError names the file and the line that is no report.
+    """
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn or empty
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn or empty
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, float]:
+    try:
+        report = json.loads(line)
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("step"), int):
+        raise ValueError(f"{path}: line {number} must be a report with its step, got {line[:80]!r}")
+    return report
 
 
 class MetricsWriter:
@@ -39,6 +54,8 @@ class MetricsWriter:
     def __init__(self, directory: Path, *, resume_step: int, use_tensorboard: bool) -> None:
         """Go on after step `resume_step`: later reports of an earlier process are dropped."""
         path = directory / METRICS
+        if resume_step and not path.is_file():
+            _LOG.warning("%s is not there: the reports of the first %d steps are lost", path, resume_step)
         kept = [report for report in read_metrics(path) if report["step"] <= resume_step]
         write_bytes(path, "".join(json.dumps(report) + "\n" for report in kept).encode())
         self._file = path.open("a")

@@ -158,6 +158,7 @@ class _Run:
         self.model = _initial_model(config, _model_config(config, windows, facts))
         self.optimizer = MasterAdamW(self.model, config.optimizer)
         self.step = 0  # steps done
+        self.waiting: Mapping[str, float] = {}  # of the report that the last checkpoint fell into
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
@@ -174,7 +175,8 @@ class _Run:
         self.optimizer.refresh_parameters()
         random = {name.removeprefix("random."): t for name, t in state.items() if name.startswith("random.")}
         restore_random_state(random)
-        self.step = read_progress(path).step
+        progress = read_progress(path)
+        self.step, self.waiting = progress.step, progress.waiting
         _LOG.info("going on from %s", path)
 
     def progress(self) -> Progress:
@@ -221,7 +223,7 @@ def _train(
         if evaluate is not None and (is_last or run.step % config.report.eval_every == 0):
             report.evaluated(evaluate(run.model), step=run.step, total_tokens=progress.num_tokens)
         if is_last or stop.signal_number is not None or run.step % config.checkpoint.every == 0:
-            writer.save(progress, run.state())
+            writer.save(replace(progress, waiting=report.waiting()), run.state())
         report.resume(paused)
         if stop.signal_number is not None and not is_last:
             writer.wait()
@@ -320,6 +322,7 @@ def _run_stage(
             config.report,
             num_steps=config.num_steps,
             resume_step=run.step,
+            waiting=run.waiting,
             on_metrics=on_metrics,
         ) as report,
         _stop_on_signals() as stop,

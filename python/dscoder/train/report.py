@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,9 +42,10 @@ class RunReport:
         *,
         num_steps: int,
         resume_step: int,
+        waiting: Mapping[str, float],
         on_metrics: OnMetrics | None = None,
     ) -> None:
-        """Report below `directory`, going on after `resume_step`."""
+        """Report below `directory`, going on after `resume_step` with what was `waiting` there."""
         use_tensorboard = wants(config.tensorboard, is_there=has_tensorboard(), what="tensorboard")
         self._use_plot = wants(config.plot, is_there=has_matplotlib(), what="plot")
         self._directory = directory
@@ -52,8 +53,8 @@ class RunReport:
         self._num_steps = num_steps
         self._on_metrics = on_metrics
         self._writer = MetricsWriter(directory, resume_step=resume_step, use_tensorboard=use_tensorboard)
-        self._waiting: list[StepStats] = []
-        self._waiting_tokens = 0
+        self._waiting = dict(waiting)
+        self._timed_tokens = 0  # since the last report, in this process: its time is all that is known
         self._since = time.perf_counter()
         self._bar = Progress(
             TextColumn("step"),
@@ -70,24 +71,27 @@ class RunReport:
         self, stats: StepStats, *, step: int, lr: float, num_tokens: int, total_tokens: int
     ) -> None:
         """Count one step; every `log_every` steps, and after the last, their means become a report."""
-        self._waiting.append(stats)
-        self._waiting_tokens += num_tokens
+        seen = {"steps": 1, **asdict(stats)}
+        self._waiting = {name: self._waiting.get(name, 0.0) + value for name, value in seen.items()}
+        self._timed_tokens += num_tokens
         self._bar.update(self._task, completed=step)
         if step % self._config.log_every and step != self._num_steps:
             return
         seconds = time.perf_counter() - self._since
-        means = {
-            field.name: sum(getattr(stats, field.name) for stats in self._waiting) / len(self._waiting)
-            for field in fields(StepStats)
-        }
-        speed = self._waiting_tokens / seconds
+        num_steps = self._waiting.pop("steps")
+        means = {name: total / num_steps for name, total in self._waiting.items()}
+        speed = self._timed_tokens / seconds
         self.write({"step": step, "tokens": total_tokens, **means, "lr": lr, "tokens_per_second": speed})
         figures = f"loss {means['loss']:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
         self._bar.update(self._task, figures=figures)
         if self._bar.disable:
             _LOG.info("step %d/%d  %s", step, self._num_steps, figures)
-        self._waiting, self._waiting_tokens = [], 0
+        self._waiting, self._timed_tokens = {}, 0
         self._since = time.perf_counter()
+
+    def waiting(self) -> dict[str, float]:
+        """Sums over the steps that no report covers yet, and under "steps" how many: for whoever goes on."""
+        return dict(self._waiting)
 
     def evaluated(self, found: Mapping[str, float], *, step: int, total_tokens: int) -> None:
         """Report what the evaluation hook found, and draw the picture anew."""
