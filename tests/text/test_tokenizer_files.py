@@ -146,6 +146,23 @@ def test_a_config_that_is_no_object_is_an_error(tmp_path: Path, v2: Tokenizer) -
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"", b"[" * 200_000], ids=["cut", "bytes", "empty", "deep"]
+)
+def test_a_config_that_is_no_json_is_named(tmp_path: Path, v2: Tokenizer, content: bytes) -> None:
+    v2.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Tokenizer.load: .*tokenizer_config.json must be JSON, got: "):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text_is_named(tmp_path: Path, v2: Tokenizer) -> None:
+    v2.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"Tokenizer.load: .*chat_template.jinja must be UTF-8, got: "):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_chat_template_in_its_own_file_is_read(tmp_path: Path, v2: Tokenizer) -> None:
     v2.save(tmp_path, chat_template="in the config")
     (tmp_path / "chat_template.jinja").write_text("in a file", encoding="utf-8")

@@ -238,11 +238,17 @@ def _without_special(backend: tokenizers.Tokenizer, special: Mapping[str, int]) 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path, template = directory / _CONFIG_FILE, directory / _TEMPLATE_FILE
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Tokenizer.load: {path} must be JSON, got: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"Tokenizer.load: {path} must hold an object, got {type(config).__name__}")
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+    try:
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"Tokenizer.load: {template} must be UTF-8, got: {error}") from error
     return config
 
 
