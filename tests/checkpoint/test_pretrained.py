@@ -215,8 +215,58 @@ def test_a_cut_file_is_refused_before_any_weight_is_read(lite, tmp_path, monkeyp
     path = saved(lite, tmp_path / "model") / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(pretrained, "read_tensors", lambda tensors: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match=r"model\.safetensors is cut off: tensor 'model\.norm\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors must be .* cut off: tensor 'model\.norm\.weight'"
+    ):
         load_pretrained(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_hidden_layers": 1_000_000_000},
+            r"must hold tensor 'model\.layers\.3\.\S+' and others, got none",
+        ),
+        (
+            {"n_routed_experts": 1_000_000_000},
+            r"must hold tensor '.*experts\.6\.gate_proj\.weight' and others",
+        ),
+    ],
+)
+def test_a_config_of_a_giant_is_refused_without_building_it(lite, tmp_path, monkeypatch, changes, message):
+    edit_config(saved(lite, tmp_path / "model"), **changes)
+    monkeypatch.setattr(pretrained, "Transformer", lambda *_, **__: pytest.fail("the model was built"))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("read", [load_config, load_pretrained])
+@pytest.mark.parametrize(
+    "value", ["[" * 200_000, "[" * 200_000 + "]" * 200_000 + "}"], ids=["open", "closed"]
+)
+def test_a_config_nested_without_end_is_named(lite, tmp_path, read, value):
+    (saved(lite, tmp_path / "model") / "config.json").write_text('{"model_type": ' + value)
+    with pytest.raises(ValueError, match=r"model/config\.json must be a JSON file, got .*recursion"):
+        read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [["float32"], {"dtype": "float32"}, 32, "", False])
+def test_a_type_that_is_no_name_is_refused_with_its_file(lite, tmp_path, value):
+    edit_config(saved(lite, tmp_path / "model"), torch_dtype=value)
+    with pytest.raises(
+        ValueError, match=r"model/config\.json: config_from_hf: torch_dtype must be one of bfloat16"
+    ):
+        load_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("read", [load_config, load_pretrained])
+def test_a_config_that_was_not_fetched_is_a_broken_link(tmp_path, read):
+    (tmp_path / "config.json").symlink_to("../blobs/0123")
+    with pytest.raises(
+        ValueError, match=r"config\.json must be a file, got a broken link to \.\./blobs/0123"
+    ):
+        read(tmp_path)
 
 
 def test_a_directory_without_a_config_is_no_checkpoint(tmp_path):

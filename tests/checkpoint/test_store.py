@@ -91,14 +91,16 @@ def test_every_cut_of_a_file_is_found(tmp_path):
     for length in range(len(content)):
         path = tmp_path / "cut.safetensors"
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"cut\.safetensors (is cut off|must be a whole)"):
+        with pytest.raises(ValueError, match=r"cut\.safetensors must be a whole"):
             read_header(path)
 
 
 def test_a_cut_file_names_the_tensor_that_is_lost(tmp_path):
     path = write(tmp_path, max_shard_bytes=80) / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"model\.safetensors is cut off: tensor 'e' must end at byte"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors must be .* cut off: tensor 'e' must end at byte 80 .*, got 79"
+    ):
         open_store(tmp_path)
 
 
@@ -121,11 +123,91 @@ def test_what_is_no_safetensors_file_is_refused_by_name(tmp_path, content):
         open_store(tmp_path)
 
 
+def test_a_header_nested_without_end_is_refused_by_name(tmp_path):
+    header = b'{"a":' + b"[" * 200_000
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file: .*recursion"):
+        open_store(tmp_path)
+
+
+def entry(start, end, *, shape=(4,), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": entry(0, 12)}, r"tensor 'a' of type F32 and shape \(4,\) must be 16 bytes, got 12"),
+        ({"a": entry(0, 16, dtype="BF16")}, "tensor 'a' of type BF16 .* must be 8 bytes, got 16"),
+        ({"a": entry(16, 0)}, "tensor 'a' must start at byte 0 of the data, got 16"),
+        ({"a": entry(0, 16), "b": entry(8, 24)}, "tensor 'b' must start at byte 16 of the data, got 8"),
+        ({"a": entry(0, 16), "b": entry(0, 16)}, "tensor 'b' must start at byte 16 of the data, got 0"),
+        ({"b": entry(20, 36), "a": entry(0, 16)}, "tensor 'b' must start at byte 16 of the data, got 20"),
+        ({"a": entry(0, 8, shape=(2,)), "b": entry(8, 20, shape=(3,))}, "must hold 20 bytes of data, got 36"),
+        ({}, "must hold 0 bytes of data, got 36"),
+        (
+            {"a": entry(0, 16) | {"dtype": ["F32"]}},
+            r"tensor 'a' must have a dtype, .*got {'dtype': \['F32'\]",
+        ),
+        (
+            {"a": entry(0, 16, shape=(4.0,))},
+            "tensor 'a' must have a dtype, a shape and two data_offsets, got {",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [4]}},
+            "tensor 'a' must have a dtype, a shape and two data_offsets, got {",
+        ),
+        ({"a": entry(0, 36, shape=(9,), dtype="I16")}, "must be a whole safetensors file: .*invalid shape"),
+        ({"a": entry(0, 36, shape=(-3, -3))}, "must be a whole safetensors file: .*expected usize"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused_before_a_weight_is_read(tmp_path, header, message):
+    text = json.dumps(header).encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(36))
+    with pytest.raises(ValueError, match=rf"^checkpoint: .*model\.safetensors.*{message}"):
+        open_store(tmp_path)
+
+
+def test_tensors_without_elements_may_lie_anywhere(tmp_path):
+    none = {"none": torch.empty(0, 3), "z": torch.empty(0, dtype=torch.float16)}
+    save_file(TENSORS | none, tmp_path / WEIGHTS)
+    assert open_store(tmp_path).keys() == TENSORS.keys() | none.keys()
+
+
 def test_a_file_longer_than_its_header_says_is_refused(tmp_path):
     path = write(tmp_path, max_shard_bytes=80) / WEIGHTS
     path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors must be .*: it must hold 80 bytes of data, got 84"
+    ):
+        open_store(tmp_path)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_named(tmp_path):
+    path = write(tmp_path, max_shard_bytes=80) / WEIGHTS
+    tensors = open_store(tmp_path)
+    path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file"):
-        list(read_tensors(open_store(tmp_path)))
+        list(read_tensors(tensors))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX, "model-00002-of-00003.safetensors"])
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path, name):
+    path = write(tmp_path) / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/0123")
+    with pytest.raises(
+        ValueError, match=rf"{name} must be a file, got a broken link to \.\./\.\./blobs/0123"
+    ):
+        open_store(tmp_path)
+
+
+def test_files_may_be_links(tmp_path):
+    blobs, snapshot = write(tmp_path / "blobs"), tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert open_store(snapshot).keys() == TENSORS.keys()
 
 
 def test_an_absent_shard_is_named_with_a_tensor(tmp_path):
@@ -154,7 +236,7 @@ def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path):
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "folder/x", 3])
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "folder/x", "", ".", "..", 3])
 def test_an_index_may_not_point_out_of_the_directory(tmp_path, file):
     edit_index(write(tmp_path), a=file)
     with pytest.raises(ValueError, match="the file of 'a' must be a plain name"):
@@ -201,3 +283,6 @@ def test_json_that_is_no_object_is_refused(tmp_path):
         read_json(tmp_path / "x.json")
     with pytest.raises(ValueError, match=r"absent\.json must be a JSON file"):
         read_json(tmp_path / "absent.json")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"deep\.json must be a JSON file, got .*recursion"):
+        read_json(tmp_path / "deep.json")

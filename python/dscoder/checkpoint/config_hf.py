@@ -61,11 +61,13 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
 
 def dtype_from_hf(data: Mapping[str, Any]) -> torch.dtype | None:
     """The type that a config.json says its weights have (torch_dtype or, since transformers 5, dtype)."""
-    name = data.get("torch_dtype") or data.get("dtype")
+    fields = Fields(data)
+    key = "dtype" if fields.value("torch_dtype") is None else "torch_dtype"
+    name = fields.value(key)
     if name is None:
         return None
-    if name not in _DTYPES:
-        raise ValueError(f"config_from_hf: torch_dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise fields.refuse(key, wanted=f"one of {', '.join(_DTYPES)}", got=name)
     return _DTYPES[name]
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from dscoder.checkpoint.store import (
     DTYPES,
     INDEX,
     StoredTensor,
+    is_present,
     open_store,
     read_json,
     read_tensors,
@@ -83,9 +85,9 @@ def load_pretrained(
         config = config or config_from_hf(data)
         dtype = dtype or dtype_from_hf(data)
     stored = open_store(directory)
-    parts = {piece.name: piece for piece in pieces(config, stacked_experts=has_stacked_experts(stored))}
+    parts = _parts(stored, config, directory)
     model = Transformer(config, device="meta")
-    _check(stored, parts, model, directory)
+    _check(stored, parts, model)
     stored_dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
     materialise(model, dtype=dtype or stored_dtype, device=torch.device(device))
     _fill(model, {name: stored[name] for name in parts}, parts)
@@ -98,14 +100,14 @@ def load_pretrained(
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load_pretrained: {path}: {error}") from error
 
 
 def _find(path_or_repo_id: str | Path, *, files: Sequence[str]) -> Path:
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
-        if not (path / CONFIG).is_file():
+        if not is_present(path / CONFIG):
             raise ValueError(f"load_pretrained: {path} must be a checkpoint directory, got no {CONFIG} in it")
         return path
     if isinstance(path_or_repo_id, Path) or not _HUB_ID.fullmatch(path_or_repo_id):
@@ -120,14 +122,20 @@ def _find(path_or_repo_id: str | Path, *, files: Sequence[str]) -> Path:
         ) from error
 
 
-def _check(
-    stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Transformer, directory: Path
-) -> None:
-    """Every tensor is there, none is left over, each has the shape and a type that can be converted."""
+def _parts(stored: dict[str, StoredTensor], config: ModelConfig, directory: Path) -> dict[str, Piece]:
+    """The pieces of the model by their names in the files, all of which are there."""
+    every = pieces(config, stacked_experts=has_stacked_experts(stored))
+    # One more than there are tensors is enough to miss one, whatever number of layers a config claims.
+    parts = {piece.name: piece for piece in islice(every, len(stored) + 1)}
     missing = [name for name in parts if name not in stored]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"load_pretrained: {directory} must hold tensor {missing[0]!r}{more}, got none")
+        others = " and others" if len(missing) > 1 else ""
+        raise ValueError(f"load_pretrained: {directory} must hold tensor {missing[0]!r}{others}, got none")
+    return parts
+
+
+def _check(stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Transformer) -> None:
+    """No tensor is left over, each has the shape and a type that can be converted."""
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     for name, tensor in stored.items():
         if name not in parts and name not in tied and not is_derived(name) and 0 not in tensor.shape:

@@ -1,11 +1,13 @@
 """Named tensors in a directory of safetensors files, read and written one file at a time.
 
 A directory holds either `model.safetensors`, or shards and `model.safetensors.index.json`, which says in
-which shard each tensor lies. All headers are checked against each other before any weight is read: an error
-names the tensor and the file.
+which shard each tensor lies. All headers are checked, each in itself and against the index, before any weight
+is read: an error names the tensor and the file.
 """
 
 import json
+import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +32,33 @@ class StoredTensor:
     file: Path
     dtype: str  # as safetensors writes it: "BF16"
     shape: tuple[int, ...]
-    start: int  # byte in the file's data
+    start: int  # first byte in the file's data
+    end: int  # one past the last
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError naming the file if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint: {path} must be a JSON file, got {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"checkpoint: {path} must hold a JSON object, got a {type(data).__name__}")
     return data
 
 
+def is_present(path: Path) -> bool:
+    """Whether there is a file; ValueError if there is only a link to one that is gone.
+
+    A hub cache whose download was cut short is full of such links.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"checkpoint: {path} must be a file, got a broken link to {path.readlink()}")
+    return path.exists()
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, all of whose bytes are there; ValueError names the file and the tensor."""
+    """The tensors of one file, which fill its data; ValueError names the file and the tensor."""
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -54,33 +67,62 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if num_bytes < end_of_header:
                 raise ValueError(f"its header ends at byte {end_of_header}, the file at byte {num_bytes}")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, got a {type(header).__name__}")
         header.pop("__metadata__", None)
-        ends = {name: end_of_header + entry["data_offsets"][1] for name, entry in header.items()}
-        tensors = {
-            name: StoredTensor(
-                file=path, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        tensors = {name: _stored(path, name, entry) for name, entry in header.items()}
+        _check_extents(tensors, num_bytes - end_of_header)
+        # Whatever else the reader refuses of a header, it refuses when it opens the file.
+        with safe_open(path, framework="pt", device="cpu", backend="pread"):
+            pass
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
-    for name, end in ends.items():
-        if end > num_bytes:
-            raise ValueError(
-                f"checkpoint: {path} is cut off: tensor {name!r} must end at byte {end}, got {num_bytes}"
-            )
     return tensors
+
+
+def _stored(path: Path, name: str, entry: Any) -> StoredTensor:
+    try:
+        dtype, (start, end) = entry["dtype"], map(operator.index, entry["data_offsets"])
+        shape = tuple(map(operator.index, entry["shape"]))
+    except (KeyError, TypeError, ValueError):
+        dtype = None
+    if not isinstance(dtype, str):
+        raise ValueError(
+            f"tensor {name!r} must have a dtype, a shape and two data_offsets, got {entry!r:.80}"
+        )
+    return StoredTensor(file=path, dtype=dtype, shape=shape, start=start, end=end)
+
+
+def _check_extents(tensors: dict[str, StoredTensor], num_bytes: int) -> None:
+    """In the order of their bytes, the tensors have their size, leave no gap and end where the data does."""
+    filled = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != filled:
+            raise ValueError(f"tensor {name!r} must start at byte {filled} of the data, got {tensor.start}")
+        size = tensor.end - tensor.start
+        # A type that no weight may have is refused by name later, if the tensor is wanted.
+        wanted = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else size
+        if size != wanted:
+            what = f"tensor {name!r} of type {tensor.dtype} and shape {tensor.shape}"
+            raise ValueError(f"{what} must be {wanted} bytes, got {size}")
+        if tensor.end > num_bytes:
+            raise ValueError(
+                f"it is cut off: tensor {name!r} must end at byte {tensor.end} of the data, got {num_bytes}"
+            )
+        filled = tensor.end
+    if filled != num_bytes:
+        raise ValueError(f"it must hold {filled} bytes of data, got {num_bytes}")
 
 
 def open_store(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory, without reading one."""
     index, weights = directory / INDEX, directory / WEIGHTS
-    if index.exists():
+    if is_present(index):
         weight_map = _read_index(index)
-        if weights.exists() and WEIGHTS not in weight_map.values():
+        if is_present(weights) and WEIGHTS not in weight_map.values():
             raise ValueError(f"checkpoint: {directory} must hold {WEIGHTS} or {INDEX}, got both")
         return _read_shards(directory, weight_map)
-    if weights.exists():
+    if is_present(weights):
         return read_header(weights)
     raise ValueError(f"checkpoint: {directory} must hold {WEIGHTS} or {INDEX}, got {_found(directory)}")
 
@@ -99,10 +141,10 @@ def _found(directory: Path) -> str:
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"checkpoint: {path} must have a weight_map, got {weight_map!r}")
+        raise ValueError(f"checkpoint: {path} must have a weight_map, got {weight_map!r:.80}")
     for name, file in weight_map.items():
         # A name with a folder in it could point anywhere on this machine.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise ValueError(f"checkpoint: {path}: the file of {name!r} must be a plain name, got {file!r}")
     return weight_map
 
@@ -112,7 +154,7 @@ def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     index = directory / INDEX
     for file in sorted(set(weight_map.values())):
         path = directory / file
-        if not path.exists():
+        if not is_present(path):
             name = next(name for name, holder in weight_map.items() if holder == file)
             raise ValueError(f"checkpoint: {index} puts {name!r} in {file}, which is absent")
         for name, tensor in read_header(path).items():
