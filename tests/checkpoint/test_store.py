@@ -1,12 +1,16 @@
 """Sharded safetensors: how files are cut, what a broken directory is refused for."""
 
+import errno
 import json
+import resource
 import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dscoder.checkpoint import store
 from dscoder.checkpoint.store import (
     INDEX,
     WEIGHTS,
@@ -286,3 +290,34 @@ def test_json_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"deep\.json must be a JSON file, got .*recursion"):
         read_json(tmp_path / "deep.json")
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error_with_its_number(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = [("a", torch.zeros(100_000))]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"save_pretrained: .*model\.safetensors could not be written"
+        ) as caught:
+            write_tensors(tmp_path, tensors, max_shard_bytes=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("I/O error: failed to write whole buffer", errno.EIO),
+    ],
+)
+def test_a_full_disk_is_told_from_a_broken_one(tmp_path, monkeypatch, text, number):
+    def fail(tensors, path, metadata):
+        raise SafetensorError(f"Error while serializing: {text}")
+
+    monkeypatch.setattr(store, "save_file", fail)
+    with pytest.raises(OSError, match=r"\.safetensors could not be written: ") as caught:
+        write(tmp_path)
+    assert caught.value.errno == number

@@ -5,9 +5,11 @@ which shard each tensor lies. All headers are checked, each in itself and agains
 is read: an error names the tensor and the file.
 """
 
+import errno
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8  # little-endian length of the JSON header that opens a file
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -221,5 +224,12 @@ def write_tensors(directory: Path, tensors: Sequence[tuple[str, Tensor]], *, max
 
 
 def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    # The metadata names the framework; transformers refuses files without it.
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"})
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors}
+    try:
+        # The metadata names the framework; transformers refuses files without it.
+        save_file(on_cpu, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # Not an OSError, whose number it gives in its text alone.
+        number = _OS_ERROR.search(str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"save_pretrained: {path} could not be written: {error}") from error
