@@ -1,6 +1,7 @@
 """config.json both ways: the published files, both rope forms, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,11 @@ def test_without_routed_experts_every_layer_is_dense():
             r"topk_group must be in \[1, n_group = 1\]",
         ),
         (v2_lite(kv_lora_rank=None), "kv_lora_rank must be an integer, got nothing"),
+        (v2_lite(kv_lora_rank=2**31), "kv_lora_rank must be at most 2147483647 in magnitude, got 2147483648"),
+        (v2_lite(vocab_size=-(10**30)), "vocab_size must be at most 2147483647 in magnitude, got -1000"),
+        (v2_lite(rms_norm_eps=10**400), "rms_norm_eps must be a finite number, got 1000"),
+        (v2_lite(rms_norm_eps=math.nan), "rms_norm_eps must be a finite number, got nan"),
+        (v2_lite(rms_norm_eps=-math.inf), "rms_norm_eps must be a finite number, got -inf"),
         (v2_lite(kv_lora_rank=512.0), "kv_lora_rank must be an integer, got 512.0"),
         (v2_lite(norm_topk_prob="no"), "norm_topk_prob must be true or false, got 'no'"),
         (v2_lite(rms_norm_eps=float("nan")), "rms_norm_eps must be a finite number, got nan"),

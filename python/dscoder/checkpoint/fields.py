@@ -4,7 +4,7 @@ Every key is read by name, and what nobody read is refused at the end: a field t
 may change what the model computes. null counts as absent, as it does in transformers.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +72,7 @@ _INERT = frozenset(
         "typical_p",
     }
 )
+_MAX_INTEGER = 2**31 - 1  # token ids, offsets and positions are int32 in the ops
 _MAX_SHOWN = 80  # characters of a refused value in an error
 
 
@@ -108,6 +109,8 @@ class Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refuse(key, wanted="an integer", got=value)
+        if abs(value) > _MAX_INTEGER:
+            raise self.refuse(key, wanted=f"at most {_MAX_INTEGER} in magnitude", got=value)
         return value
 
     def number(self, key: str, default: float | _Required = _REQUIRED) -> float:
@@ -115,7 +118,9 @@ class Fields:
         value = self.value(key)
         if value is None and not isinstance(default, _Required):
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # An integer may have more digits than any float.
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise self.refuse(key, wanted="a finite number", got=value)
         return float(value)
 
