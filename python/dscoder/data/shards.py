@@ -50,30 +50,59 @@ def write_shard(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Shard:
-    tokens_NS: Array
-    ends: NDArray[np.int32]
-    first: NDArray[np.int64]
+    tokens: Path  # the file, for messages
+    tokens_NS: NDArray[np.integer]
+    ends: NDArray[np.integer]
+    first: NDArray[np.integer]
+
+
+def load_array(path: Path, *, num_axes: int = 1) -> NDArray[np.integer]:
+    """Map a whole array of integers; ValueError naming the file if it is none."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} must be a whole .npy file, got: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim != num_axes:
+        got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise ValueError(f"{path} must hold integers along {num_axes} axes, got {got}")
+    return array
+
+
+def _load_shard(path: Path) -> _Shard:
+    """The shard of `path`, its tokens; the three arrays go together."""
+    ends_path, first_path = (path.with_name(path.name.replace("tokens", kind)) for kind in ("ends", "first"))
+    tokens_NS, ends, first = load_array(path, num_axes=2), load_array(ends_path), load_array(first_path)
+    if len(first) != len(tokens_NS) + 1:
+        raise ValueError(
+            f"{first_path} must hold {len(tokens_NS) + 1} offsets, one more than {path.name} has windows, "
+            f"got {len(first)}"
+        )
+    if len(ends) != first[-1]:
+        raise ValueError(
+            f"{ends_path} must hold {first[-1]} ends, as {first_path.name} says, got {len(ends)}"
+        )
+    return _Shard(tokens=path, tokens_NS=tokens_NS, ends=ends, first=first)
 
 
 class Windows:
     """The windows of one split, read where they lie."""
 
-    def __init__(self, directory: Path) -> None:
-        """Map every shard of `directory`; nothing is read yet."""
+    def __init__(self, directory: Path, *, vocab_size: int | None = None) -> None:
+        """Map every shard of `directory`; no token is read yet. None: any token id is right."""
         paths = sorted(directory.glob("tokens-*.npy"))
         if not paths:
             raise ValueError(f"{directory} must hold the windows of `dscoder prepare`, got no tokens-*.npy")
-        self._shards = [
-            _Shard(
-                tokens_NS=np.load(path, mmap_mode="r"),
-                ends=np.load(path.with_name(path.name.replace("tokens", "ends")), mmap_mode="r"),
-                first=np.load(path.with_name(path.name.replace("tokens", "first")), mmap_mode="r"),
-            )
-            for path in paths
-        ]
+        self._shards = [_load_shard(path) for path in paths]
+        self._vocab_size = vocab_size
         sizes = [len(shard.tokens_NS) for shard in self._shards]
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
         self.window = int(self._shards[0].tokens_NS.shape[1])
+        for shard in self._shards:
+            if shard.tokens_NS.shape[1] != self.window:
+                raise ValueError(
+                    f"{shard.tokens} must hold windows of {self.window} tokens, as {paths[0].name} does, "
+                    f"got {shard.tokens_NS.shape[1]}"
+                )
 
     def __len__(self) -> int:
         """How many windows there are."""
@@ -85,5 +114,17 @@ class Windows:
             raise ValueError(f"Windows.read: window_idx must be in [0, {len(self)}), got {window_idx}")
         shard_idx = int(np.searchsorted(self._starts, window_idx, side="right")) - 1
         shard, row = self._shards[shard_idx], window_idx - int(self._starts[shard_idx])
+        tokens_S = np.asarray(shard.tokens_NS[row], dtype=np.int64)
         ends = np.asarray(shard.ends[shard.first[row] : shard.first[row + 1]], dtype=np.int32)
-        return np.asarray(shard.tokens_NS[row], dtype=np.int64), ends
+        edges = np.array([0, *ends, self.window])
+        if not (edges[0] < edges[1:]).all() or not (edges[:-1] <= edges[1:]).all():
+            raise ValueError(
+                f"{shard.tokens}: documents of window {row} must end in rising order in (0, {self.window}], "
+                f"got {ends.tolist()[:8]}"
+            )
+        if self._vocab_size is not None and tokens_S.max() >= self._vocab_size:
+            raise ValueError(
+                f"{shard.tokens} must hold token ids below {self._vocab_size}, the vocabulary's size, "
+                f"got {tokens_S.max()} in window {row}"
+            )
+        return tokens_S, ends

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dscoder.data.loader import IGNORED, assemble, window_order
 from dscoder.data.prepare import HELD_OUT, TOKEN_BYTES
-from dscoder.data.shards import Windows
+from dscoder.data.shards import Windows, load_array
 from dscoder.models import Transformer
 from dscoder.train.loss import token_losses
 
@@ -47,8 +47,8 @@ def bits_per_byte(model: Transformer, directory: Path, *, max_windows: int | Non
 
     With `max_windows` a fixed choice of so many windows is measured, the same each time.
     """
-    windows = Windows(directory / HELD_OUT)
-    bytes_V = torch.from_numpy(np.load(directory / TOKEN_BYTES)).long()
+    bytes_V = torch.from_numpy(np.array(load_array(directory / TOKEN_BYTES))).long()
+    windows = Windows(directory / HELD_OUT, vocab_size=len(bytes_V))
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     # Packing sorts by length: the first windows alone would be the longest documents.
     order = window_order(0, count, size=len(windows), seed=0)
