@@ -328,6 +328,12 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     assert run_stage(tmp_path, overwrite=True) == "fresh"
 
 
+def test_a_manifest_of_strangers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "thesis"}')
+    with pytest.raises(ValueError, match=r"manifest\.json must have format 2, got None"):
+        hash_path(tmp_path)
+
+
 def test_differences_name_nested_keys() -> None:
     assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": None}}) == ["a.b: 1 there, 2 here"]
 
