@@ -72,7 +72,8 @@ class GqaAttention(nn.Module):
     def _attend_packed(
         self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, placement: Placement
     ) -> Tensor:
-        # The variable-length op works document by document; a mask would cost the square of the window.
+        # One op for any documents: a mask would cost the square of the window, a call per document waits for
+        # the device and compiles anew for every number of them (docs/models.md).
         num_sharing = self.num_heads // self.num_kv_heads
         out_THd, _ = ops.mla_prefill(
             query_THd,
