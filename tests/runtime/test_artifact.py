@@ -330,7 +330,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_of_strangers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "thesis"}')
-    with pytest.raises(ValueError, match=r"manifest\.json must have format 2, got None"):
+    with pytest.raises(ValueError, match=r"manifest\.json must be a record of dscoder, got one without code"):
         hash_path(tmp_path)
 
 
