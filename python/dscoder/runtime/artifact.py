@@ -120,10 +120,10 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     record = _read_record(path)
-    if record.get("format") != FORMAT:
+    if record["format"] != FORMAT:
         raise ValueError(
-            f"{path} must have format {FORMAT}, got {record.get('format')}: another version of dscoder wrote "
-            "it; run its stage again with --overwrite true"
+            f"{path} must have format {FORMAT}, got {record['format']}: another version of dscoder wrote it; "
+            "run its stage again with --overwrite true"
         )
     return record
 
