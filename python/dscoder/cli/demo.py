@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     _show_completions(screen, results, config)
     screen.print(f"\n{time.perf_counter() - begin:.0f} s in all. Fill holes of your own with")
     screen.print(
-        f"  dscoder infill FILE --line N --single-line --model {run / pretrain.MODEL}", soft_wrap=True
+        f"  dscoder infill FILE --line N --column M --single-line --fim-order {config.held_out().fim_order} "
+        f"--model {run / pretrain.MODEL}",
+        soft_wrap=True,
     )
 
 
