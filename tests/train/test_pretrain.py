@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -97,6 +98,7 @@ def test_the_config_in_the_run_directory_is_whole(finished: Path) -> None:
     written = yaml.safe_load((finished / "config.yaml").read_text())
     assert written["model"]["moe"]["num_experts"] == 4
     assert written["schedule"]["max_lr"] == 3e-3
+    assert "overwrite" not in written
 
 
 def test_running_a_finished_run_again_does_nothing(finished: Path, windows: Path) -> None:
@@ -200,6 +202,30 @@ def test_another_config_is_refused_but_reports_may_change(windows: Path, tmp_pat
     pretrain.run(replace(config, report=ReportConfig(tensorboard="off", plot="off")))
 
 
+def test_overwrite_keeps_the_progress_of_the_same_run(windows: Path, tmp_path: Path) -> None:
+    config = replace(unfinished(windows, tmp_path), overwrite=True)
+    steps: list[float] = []
+    pretrain.run(config, on_metrics=lambda report: steps.append(report["step"]))
+    assert min(steps) > 3
+    before = (tmp_path / "manifest.json").stat().st_mtime_ns
+    pretrain.run(config)
+    assert (tmp_path / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_overwrite_begins_another_run(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path)
+    pretrain.run(replace(config, seed=1, num_steps=2, overwrite=True))
+    assert [line["step"] for line in reports(tmp_path)] == [2]
+    assert [step for step, _ in completed(tmp_path / "checkpoints")] == [2]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path)
+    (completed(tmp_path / "checkpoints")[-1][1] / "progress.json").write_text("{")
+    with pytest.raises(RuntimeError, match=r"step-000000003 cannot be read .*goes on from the one before"):
+        pretrain.run(config)
+
+
 def test_another_number_of_threads_is_refused_once_there_is_a_checkpoint(
     windows: Path, tmp_path: Path
 ) -> None:
@@ -283,6 +309,46 @@ def test_half_prepared_data_is_refused(windows: Path, tmp_path: Path) -> None:
     (half / "manifest.json").unlink()
     with pytest.raises(ValueError, match="`dscoder prepare` has not finished there"):
         pretrain.run(config_for(half, tmp_path / "run"))
+
+
+@pytest.fixture
+def own_windows(windows: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(windows, tmp_path / "own")
+
+
+def assert_refused_before_a_step(config: PretrainConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain.run(config, on_metrics=lambda report: pytest.fail("made a step"))
+
+
+def test_data_without_its_tokenizer_is_refused(own_windows: Path, tmp_path: Path) -> None:
+    config = config_for(own_windows, tmp_path / "run")
+    (own_windows / "tokenizer" / "tokenizer.json").unlink()
+    assert_refused_before_a_step(config, r"tokenizer\.json")
+    shutil.rmtree(own_windows / "tokenizer")
+    assert_refused_before_a_step(config, "the data must hold a tokenizer, got none at .*own/tokenizer")
+
+
+def test_a_tokenizer_that_is_not_the_one_of_the_data_is_refused(own_windows: Path, tmp_path: Path) -> None:
+    Tokenizer.train(["a text"], vocab_size=300).save(own_windows / "tokenizer")
+    config = config_for(own_windows, tmp_path / "run")
+    assert_refused_before_a_step(config, r"own/tokenizer must have 512 ids, those of the data, got \d+")
+
+
+def test_work_in_the_place_of_the_model_is_refused_and_kept(windows: Path, tmp_path: Path) -> None:
+    config = unfinished(windows, tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    assert_refused_before_a_step(config, r"must be a checkpoint and nothing else .*'notes\.txt' in it")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_tokens_beyond_the_vocabulary_are_named_with_their_file(own_windows: Path, tmp_path: Path) -> None:
+    path = own_windows / "train" / "tokens-00000.npy"
+    np.save(path, np.full_like(np.load(path), 600))
+    config = config_for(own_windows, tmp_path / "run")
+    assert_refused_before_a_step(config, r"train/tokens-00000\.npy must hold token ids below 512, .* got 600")
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def save_pretrained(
         raise ValueError(f"save_pretrained: max_shard_bytes must be >= 1, got {max_shard_bytes}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("save_pretrained: model must have its weights, got them on the meta device")
-    _check_replaceable(directory, overwrite)
+    check_replaceable(directory, overwrite=overwrite)
     companions = [] if tokenizer is None else _tokenizer_files(Path(tokenizer).expanduser())
     data = config_to_hf(model.config, dtype=model.embed.weight.dtype)
     parameters = dict(model.named_parameters())
@@ -219,7 +219,8 @@ def _tokenizer_files(directory: Path) -> list[Path]:
     return files
 
 
-def _check_replaceable(directory: Path, overwrite: bool) -> None:
+def check_replaceable(directory: Path, *, overwrite: bool) -> None:
+    """ValueError unless `save_pretrained` may write to `directory`: for asking before a long run."""
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dscoder.checkpoint import load_config, load_pretrained, save_pretrained
+from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
 from dscoder.config import ModelConfig
 from dscoder.config.train import PretrainConfig
 from dscoder.data.loader import Batch, shuffled_batch
@@ -29,6 +29,7 @@ from dscoder.runtime.artifact import Stage, hash_path, open_stage, read_manifest
 from dscoder.runtime.device import resolve_device
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import available_threads, deterministic, random_state, restore_random_state
+from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state, read_progress
 from dscoder.train.long_context import stretched
 from dscoder.train.loop import train_step
@@ -107,6 +108,19 @@ def _check(model: ModelConfig, windows: Windows, facts: Mapping[str, int]) -> No
         raise ValueError(
             f"pretrain: the window of the data must be <= {model.max_positions}, the model's max_positions, "
             f"got {windows.window}"
+        )
+
+
+def _check_export(directory: Path, tokenizer: Path, facts: Mapping[str, int]) -> None:
+    """What would end the run after its last step, when the model is written."""
+    check_replaceable(directory, overwrite=True)
+    if not tokenizer.is_dir():
+        raise ValueError(f"pretrain: the data must hold a tokenizer, got none at {tokenizer}")
+    # The file by its name: a directory without one would be taken for a repository of the hub.
+    vocab_size = Tokenizer.load(tokenizer / "tokenizer.json").vocab_size
+    if vocab_size != facts["vocab_size"]:
+        raise ValueError(
+            f"pretrain: {tokenizer} must have {facts['vocab_size']} ids, those of the data, got {vocab_size}"
         )
 
 
@@ -278,7 +292,7 @@ def run(
     """
     data = Path(config.data)
     facts = read_manifest(data, command="prepare")["facts"]
-    windows = Windows(data / TRAIN)
+    windows = Windows(data / TRAIN, vocab_size=facts["vocab_size"])
     _check_window(config, windows)
     with open_stage(
         Path(config.out),
@@ -306,9 +320,12 @@ def _run_stage(
     evaluate: Evaluate | None,
     on_metrics: OnMetrics | None,
 ) -> None:
+    _check_export(stage.directory / MODEL, Path(config.data) / TOKENIZER, facts)
     run = _Run(config, stage.directory, windows=windows, facts=facts)
     run.restore()
-    write_bytes(stage.directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    # Without overwrite: this file is there to go on with the run, not to begin it again.
+    resolved = {key: value for key, value in asdict(config).items() if key != "overwrite"}
+    write_bytes(stage.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False).encode())
     _LOG.info("%d windows of %d tokens, %d threads", *(len(windows), windows.window, torch.get_num_threads()))
     if config.schedule.warmup_steps >= config.num_steps:
         _LOG.warning(
