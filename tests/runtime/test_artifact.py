@@ -334,6 +334,18 @@ def test_a_manifest_of_strangers_is_refused(tmp_path: Path) -> None:
         hash_path(tmp_path)
 
 
+def test_a_manifest_without_its_facts_is_refused(tmp_path: Path) -> None:
+    run_stage(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["facts"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json must be a manifest of dscoder, got one without facts"
+    ):
+        read_manifest(tmp_path, command="test")
+
+
 def test_differences_name_nested_keys() -> None:
     assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": None}}) == ["a.b: 1 there, 2 here"]
 

@@ -125,6 +125,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} must have format {FORMAT}, got {record['format']}: another version of dscoder wrote it; "
             "run its stage again with --overwrite true"
         )
+    missing = sorted({"counts", "dropped", "facts", "result"} - set(record))
+    if missing:
+        raise ValueError(f"{path} must be a manifest of dscoder, got one without {', '.join(missing)}")
     return record
 
 
