@@ -12,36 +12,17 @@ import torch
 import yaml
 
 from dscoder.checkpoint import load_pretrained, pretrained
-from dscoder.config import ModelConfig, preset
 from dscoder.config.train import (
-    BatchConfig,
     CheckpointConfig,
-    LongContextConfig,
     PretrainConfig,
     ReportConfig,
-    ScheduleConfig,
 )
 from dscoder.models import Transformer
 from dscoder.runtime.artifact import read_manifest
-from dscoder.testing.tiny_run import TINY_MOE, TINY_WINDOW, tiny_windows
+from dscoder.testing.tiny_run import TINY_MOE, TINY_WINDOW, config_for, tiny_windows
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train import memory, pretrain
 from dscoder.train.checkpointing import completed, read_progress
-
-
-def config_for(windows: Path, out: Path, **fields: object) -> PretrainConfig:
-    config = PretrainConfig(
-        data=str(windows),
-        out=str(out),
-        model=TINY_MOE,
-        num_steps=8,
-        batch=BatchConfig(sequences=4, micro=2),
-        schedule=ScheduleConfig(kind="cosine", max_lr=3e-3, warmup_steps=2),
-        checkpoint=CheckpointConfig(every=3),
-        report=ReportConfig(log_every=2, eval_every=4, tensorboard="off", plot="off"),
-        num_threads=1,
-    )
-    return replace(config, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -365,64 +346,3 @@ def test_tokens_beyond_the_vocabulary_are_named_with_their_file(own_windows: Pat
 def test_wrong_fields_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_for(Path("d"), Path("o"), **fields)
-
-
-# ---- long context ----
-
-
-def long_config(earlier: Path, windows: Path, out: Path) -> PretrainConfig:
-    return config_for(
-        windows,
-        out,
-        model=None,
-        init_from=str(earlier / "model"),
-        stage="long_context",
-        num_steps=3,
-        schedule=ScheduleConfig(kind="constant", max_lr=1e-3, warmup_steps=0),
-    )
-
-
-@pytest.fixture(scope="module")
-def long_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_windows(tmp_path_factory.mktemp("long"), window=4 * TINY_WINDOW)
-
-
-def test_long_context_switches_yarn_on_from_an_earlier_run(
-    finished: Path, long_windows: Path, tmp_path: Path
-) -> None:
-    model = load_pretrained(pretrain.run(long_config(finished, long_windows, tmp_path)) / "model")
-    yarn = model.config.rope.yarn
-    assert yarn is not None
-    assert (yarn.factor, yarn.original_max_positions, yarn.beta_slow, yarn.beta_fast) == (40, 64, 1, 32)
-    assert model.config.max_positions == 64 * 40
-
-
-def test_a_second_stage_keeps_the_first_ones_positions(
-    finished: Path, long_windows: Path, tmp_path: Path
-) -> None:
-    first = pretrain.run(long_config(finished, long_windows, tmp_path / "first"))
-    longer = tiny_windows(tmp_path / "longer", window=16 * TINY_WINDOW)
-    second = pretrain.run(long_config(first, longer, tmp_path / "second"))
-    configs = [load_pretrained(out / "model").config for out in (first, second)]
-    assert configs[0] == configs[1]
-
-
-def test_without_the_stage_longer_windows_are_refused(
-    finished: Path, long_windows: Path, tmp_path: Path
-) -> None:
-    config = replace(long_config(finished, long_windows, tmp_path), stage="pretrain")
-    with pytest.raises(ValueError, match=r"must be <= 64, the model's max_positions, got 256"):
-        pretrain.run(config)
-
-
-def test_grouped_query_models_are_stretched_linearly(
-    windows: Path, long_windows: Path, tmp_path: Path
-) -> None:
-    dense: ModelConfig = replace(preset("tiny_dense"), vocab_size=512, num_layers=1, max_positions=64)
-    first = pretrain.run(config_for(windows, tmp_path / "first", model=dense, num_steps=2))
-    config = replace(
-        long_config(first, long_windows, tmp_path / "second"),
-        long_context=LongContextConfig(linear_factor=4.0, theta=100000.0),
-    )
-    rope = load_pretrained(pretrain.run(config) / "model").config.rope
-    assert (rope.linear_factor, rope.theta, rope.yarn) == (4.0, 100000.0, None)

@@ -1,10 +1,18 @@
 """A model and windows small enough to train within a test."""
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 from dscoder.config import BalanceConfig, MlaConfig, ModelConfig, MoeConfig
 from dscoder.config.data import PrepareConfig, SourcesConfig, TokenizerConfig
+from dscoder.config.train import (
+    BatchConfig,
+    CheckpointConfig,
+    PretrainConfig,
+    ReportConfig,
+    ScheduleConfig,
+)
 from dscoder.data import prepare, tokenizer
 
 TINY_WINDOW = 64
@@ -48,3 +56,19 @@ def tiny_windows(directory: Path, *, window: int = TINY_WINDOW) -> Path:
             section_bytes=2 * window,
         )
     )
+
+
+def config_for(windows: Path, out: Path, **fields: object) -> PretrainConfig:
+    """Eight steps on those windows, with other `fields` where given."""
+    config = PretrainConfig(
+        data=str(windows),
+        out=str(out),
+        model=TINY_MOE,
+        num_steps=8,
+        batch=BatchConfig(sequences=4, micro=2),
+        schedule=ScheduleConfig(kind="cosine", max_lr=3e-3, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=3),
+        report=ReportConfig(log_every=2, eval_every=4, tensorboard="off", plot="off"),
+        num_threads=1,
+    )
+    return replace(config, **fields)  # type: ignore[arg-type]
