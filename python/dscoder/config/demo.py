@@ -59,7 +59,7 @@ class DemoConfig:
     )
     section_bytes: int = 600  # about two hundred and forty tokens
     model: ModelConfig = _MODEL
-    num_steps: int = 2400
+    num_steps: int = 2000
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(sequences=8, micro=8))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(kind="cosine", max_lr=6e-3, warmup_steps=50, final_share=0.05)
