@@ -4,8 +4,8 @@ A tiny DeepSeek-Coder-V2 with all its parts (latent attention, routed and shared
 layer, FIM at rate 0.5), trained on the standard library of the running Python. Where it leaves the papers, it
 is for its size: init std 0.05 and a learning rate of a few thousandths (the papers' 0.006 and 4e-4 are for
 widths from 2048), one cosine, small batches, sections of files short enough for the window, and holes in
-suffix-prefix-middle order, where the text before a hole stands right before what fills it. docs/demo.md says how
-far its figures can be trusted.
+suffix-prefix-middle order, where the text before a hole stands right before what fills it. docs/demo.md says
+how far its figures can be trusted.
 """
 
 from dataclasses import dataclass, field
