@@ -54,6 +54,10 @@ void wait_for_grid(const Place& where) {
     running_grid(kWhat).wait_for_grid({.what = kWhat, .where = where});
 }
 
+void wait_for_previous_kernel() {
+    running_grid("wait_for_previous_kernel").running().has_waited_for_previous = true;
+}
+
 void wait_for_warp(const char* what, unsigned mask, void* frame, Complete complete, const Place& where) {
     running_grid(what).wait_for_warp({.what = what, .where = where, .mask = mask}, frame, complete);
 }

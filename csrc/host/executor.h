@@ -30,7 +30,8 @@ class Fault : public std::runtime_error {
 struct LaunchShape {
     dim3 grid, block;
     size_t shared_bytes;
-    bool is_cooperative;  // all blocks alive at once, as this_grid().sync() needs
+    bool is_cooperative = false;  // all blocks alive at once, as this_grid().sync() needs
+    bool is_overlapped = false;   // every thread must call wait_for_previous_kernel()
 };
 
 // The seed of the order of blocks and threads in every launch from here on.
@@ -56,6 +57,9 @@ struct Vote {
 
 Vote wait_for_block(const char* what, bool predicate, const Place& where);
 void wait_for_grid(const Place& where);
+
+// Launches follow each other here, so the wait is over at once; that it happened is what counts.
+void wait_for_previous_kernel();
 
 // Every lane named in `mask` brings a frame; the last to arrive runs complete(mask, frames), with one frame
 // pointer per lane (null outside the mask), and all go on. The one primitive under shuffles, votes and

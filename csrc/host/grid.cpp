@@ -49,7 +49,7 @@ size_t num_threads_of(const dim3& shape) {
 
 void check_shape(const LaunchShape& shape) {
     const auto reject = [](const std::string& message) { throw Fault("host executor: launch: " + message); };
-    const auto& [grid, block, shared_bytes, is_cooperative] = shape;
+    const auto& [grid, block, shared_bytes, is_cooperative, is_overlapped] = shape;
     const size_t num_threads = num_threads_of(block);
     if (num_threads_of(grid) == 0 or num_threads == 0) reject("the grid or the block is empty");
     if (num_threads > kMaxThreadsPerBlock or block.z > kMaxBlockDepth) {
@@ -137,7 +137,7 @@ void Grid::start_block() {
     block.shared_dynamic = poisoned_bytes(shape_.shared_bytes, kSharedDynamicAlignment);
     for (Thread& thread : block.threads) {
         thread.block = &block;
-        thread.is_waiting = thread.has_exited = false;
+        thread.is_waiting = thread.has_exited = thread.has_waited_for_previous = false;
         thread.fiber.start(thread.stack, &Grid::thread_entry, this);
         block.warps[thread.rank / kWarpSize].live |= 1u << thread.rank % kWarpSize;
         ready_.push_back(&thread);
@@ -251,6 +251,9 @@ void Grid::thread_exit() {
     Block& block = *self.block;
     Warp& warp = block.warps[self.rank / kWarpSize];
     const unsigned bit = 1u << self.rank % kWarpSize;
+    if (shape_.is_overlapped and not self.has_waited_for_previous) {
+        fail(concat(to_text(self), " ends an overlapped launch without wait_for_previous_kernel()"));
+    }
     for (const Barrier* const barrier : {&block.barrier, &grid_barrier_}) {
         if (barrier->num_arrived == 0) continue;
         fail(concat("divergent barrier: ", to_text(self), " exits while ", barrier->num_arrived,

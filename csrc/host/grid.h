@@ -56,7 +56,7 @@ struct Thread {
     Block* block = nullptr;
     int rank = 0;  // in the block, x fastest
     uint3 idx{};
-    bool is_waiting = false, has_exited = false;
+    bool is_waiting = false, has_exited = false, has_waited_for_previous = false;
     Wait wait;
     Vote vote{};
 };

@@ -12,6 +12,7 @@
 #include "core/check.h"
 #include "core/launch.h"
 #include "core/math.h"
+#include "core/overlap.h"
 #include "core/warp.h"
 #include "moe/moe.h"
 
@@ -248,9 +249,11 @@ __global__ void __launch_bounds__(kNumThreads) moe_gate_kernel(const MoeGatePara
     const bool is_token =
         token < p.num_tokens;  // a row past the end repeats the last token and stores nothing
 
+    wait_for_previous_kernel();
     float logit[L::kPerLane];
     load_logits<L>(p.logits + (is_token ? token : p.num_tokens - 1) * p.num_experts, p.num_experts, lane,
                    logit);
+    let_next_kernel_start();
     uint32_t keys[L::kPerLane];
     DSC_UNROLL
     for (int j = 0; j < L::kPerLane; ++j) {
@@ -321,6 +324,7 @@ __global__ void __launch_bounds__(kNumThreads) moe_gate_backward_kernel(const Mo
     const bool is_token = row < p.num_tokens;
     const int64_t token = is_token ? row : p.num_tokens - 1;
 
+    wait_for_previous_kernel();
     float logit[L::kPerLane];
     load_logits<L>(p.logits + token * p.num_experts, p.num_experts, lane, logit);
     int expert[L::kSlots];
@@ -331,6 +335,7 @@ __global__ void __launch_bounds__(kNumThreads) moe_gate_backward_kernel(const Mo
         expert[i] = k < p.num_topk ? p.idx[token * p.num_topk + k] : -1;
         grad_weight[i] = k < p.num_topk ? p.grad_weight[token * p.num_topk + k] : 0.0f;
     }
+    let_next_kernel_start();
 
     // Spread the K gradients over the experts.
     float grad[L::kPerLane] = {};
@@ -387,7 +392,7 @@ void check_limits(const Params& p) {
 template <typename L, typename Params>
 void launch_layout(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
     const int64_t num_blocks = ceil_div<int64_t>(p.num_tokens, L::kTokensPerBlock);
-    launch(kernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kNumThreads), 0, stream, p);
+    launch_overlapped(kernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kNumThreads), 0, stream, p);
 }
 
 template <typename L>

@@ -1,5 +1,6 @@
 // Kernels with one mistake each, at the line marked WRONG. With it put right, each is an ordinary kernel.
 #include "core/launch.h"
+#include "core/overlap.h"
 #include "host_kernels.h"
 
 namespace dsc::tests {
@@ -111,6 +112,13 @@ __global__ void waits_for_nobody(const float*, float* y) {
     while (atomicAdd(flag, 0) != 12345) __nanosleep(20);  // WRONG: nobody sets it
 }
 
+__global__ void one_thread_never_waits(const float* x, float* y) {
+    if (threadIdx.x == 5) return;  // WRONG: before the wait
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
 // ---- memory: for the sanitizers ----
 
 __global__ void reads_past_global(const float* x, float* y, int num_values) {
@@ -174,6 +182,10 @@ const Fault kFaults[] = {
     {"reads_a_lane_outside_the_mask", run<reads_a_lane_outside_the_mask>},
     {"grid_sync_without_cooperative_launch", run<grid_sync>},
     {"waits_for_nobody", run<waits_for_nobody>},
+    {"one_thread_never_waits",
+     [](const float* x, float* y, int) {
+         launch_overlapped(one_thread_never_waits, 1, kThreads, 0, nullptr, x, y);
+     }},
     {"reads_past_global", run_sized<reads_past_global>},
     {"writes_past_shared", run_sized<writes_past_shared>},
     {"writes_past_dynamic",

@@ -60,6 +60,8 @@ ERRORS = {
     "partial_warp": r"(names lanes that have exited or do not exist .* live lanes are 0x000000ff"
     r"|exits while \d+ lanes wait|names lanes that have exited)",
     "grid_sync_without_cooperative_launch": r"not launched with launch_cooperative",
+    "one_thread_never_waits": r"thread \(5,0,0\) of block \(0,0,0\) ends an overlapped launch without "
+    r"wait_for_previous_kernel\(\)",
     "waits_for_nobody": r"livelock: thread .* only yield",
     "too_many_threads": r"the block has 1025 threads, 1 in z; at most 1024, 64 in z",
     "too_much_shared_memory": r"233472 bytes of shared memory, at most 232448",
