@@ -15,12 +15,14 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pybind11
 import pytest
+
+from dscoder.testing.machine_code import Usage, count, losses, parse_sass, parse_usage, readable
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "contract"
@@ -75,70 +77,9 @@ NEVER = ("LDL", "STL")
 # griddepcontrol.wait and .launch_dependents, and what must not stand above the wait (core/overlap.h).
 WAIT, LET_START = "ACQBULK", "PREEXIT"
 AFTER_WAIT = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED.", "CCTL", "UBLK", "UTMA", "UBULK", "EXIT", "RET")
-# ptxas: setmaxnreg ignored (C7508); wgmma serialised for a call, registers, or what defines accumulators.
-LOSSES = ("C7508", "C7510", "C7511", "C7515")
 
 
-# ---- reading what the compiler says ----
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """What ptxas reports for one kernel on one architecture."""
-
-    registers: int
-    shared: int
-    spilled: int  # bytes stored and loaded again, a thread
-
-
-def readable(symbol: str) -> str:
-    """`moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>` from a mangled name."""
-    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|\b[a-z_0-9]+::", "", name).replace("> >", ">>")
-    depth, end = 0, len(name)
-    for position, letter in enumerate(name):  # the parameter list opens outside all angle brackets
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0:
-            end = position
-            break
-    return name[:end].removeprefix("void ")
-
-
-def parse_usage(report: str) -> dict[tuple[str, str], Usage]:
-    """(kernel, architecture) -> usage, from the output of `ptxas -v`."""
-    entries = re.split(r"Compiling entry function '", report)[1:]
-    found = {}
-    for entry in entries:
-        head = re.match(r"(\w+)' for '(\w+)'", entry)
-        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-        registers = re.search(r"Used (\d+) registers", entry)
-        shared = re.search(r"(\d+) bytes smem", entry)
-        assert head is not None, entry
-        assert spills is not None, entry
-        assert registers is not None, entry
-        found[readable(head[1]), head[2]] = Usage(
-            registers=int(registers[1]),
-            shared=int(shared[1]) if shared else 0,
-            spilled=int(spills[1]) + int(spills[2]),
-        )
-    return found
-
-
-def parse_sass(listing: str) -> dict[str, list[str]]:
-    """Kernel -> the opcodes of its machine code in their order, from `cuobjdump -sass`."""
-    found = {}
-    for entry in listing.split("Function : ")[1:]:
-        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", entry)
-        found[readable(entry.split(maxsplit=1)[0])] = opcodes
-    return found
-
-
-def losses(report: str) -> list[str]:
-    return [line for line in report.splitlines() if any(code in line for code in LOSSES)]
-
-
-def count(opcodes: Iterable[str], beginning: str) -> int:
-    return sum(opcode.startswith(beginning) for opcode in opcodes)
+# ---- the clauses ----
 
 
 def broken_overlap(opcodes: Sequence[str]) -> list[str]:
@@ -170,15 +111,15 @@ def broken(kernel: Kernel, usage: Usage, opcodes: Sequence[str], *, may_spill: i
 # ---- compiling ----
 
 
-def tool(name: str) -> Path:
+def tool(name: str) -> str:
     """A binary that a pinned NVIDIA package brings."""
     files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
-    return next(Path(str(file.locate())) for file in files if file.name == name)
+    return next(str(file.locate()) for file in files if file.name == name)
 
 
 def sass_of(path: Path, arch: str) -> dict[str, list[str]]:
-    search = f"{tool('nvdisasm').parent}{os.pathsep}{os.environ['PATH']}"
-    command = [tool("cuobjdump"), "-sass", "-arch", arch, path]
+    search = f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [tool("cuobjdump"), "-sass", "-arch", arch, str(path)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": search}
     )
