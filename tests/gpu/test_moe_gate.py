@@ -1,23 +1,17 @@
 """moe_gate on a GPU: the kernels give the reference's answer, and keep out of the host's way."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from dscoder import ops
 from dscoder.runtime import native
-from dscoder.testing.cases import generator, randn
-from dscoder.testing.compare import assert_close, assert_op_registered, assert_same
+from dscoder.testing import gpu
+from dscoder.testing.cases import randn
+from dscoder.testing.compare import assert_op_registered, assert_same
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and native.has_kernels()),
-        reason="needs an NVIDIA GPU and a build with kernels",
-    ),
-]
-
-DEVICE = "cuda"
 NAN, INF = float("nan"), float("inf")
 SHAPES = [  # E, K, groups, kept
     (64, 6, 1, 1),  # V2-Lite
@@ -36,24 +30,16 @@ SHAPES = [  # E, K, groups, kept
 V2 = {"num_topk": 6, "num_groups": 8, "num_groups_kept": 3, "scale": 16.0}
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    return generator(request.node.nodeid)
+def gate(**options: int | float | bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda logits_TE: ops.moe_gate(logits_TE, **options)
 
 
-def check(logits: Tensor, *, dtype: torch.dtype = torch.float32, **options: int | float | bool) -> None:
-    """Forward and backward on the GPU against the reference on the CPU."""
-    on_cpu = logits.to(dtype).requires_grad_()
-    on_gpu = on_cpu.detach().to(DEVICE).requires_grad_()
-    wanted_idx, wanted_weight = ops.moe_gate(on_cpu, **options)
-    idx, weight = ops.moe_gate(on_gpu, **options)
-    assert_same(idx.cpu(), wanted_idx)
-    assert_close(weight.cpu(), wanted_weight)
-    if logits.isfinite().all():
-        grad = torch.linspace(-1.0, 1.0, wanted_weight.numel()).view_as(wanted_weight)
-        (wanted,) = torch.autograd.grad(wanted_weight, on_cpu, grad)
-        (got,) = torch.autograd.grad(weight, on_gpu, grad.to(DEVICE))
-        assert_close(got.cpu(), wanted)
+V2_STEP = gpu.forward_and_backward(gate(**V2))
+
+
+def check(logits: Tensor, **options: int | float | bool) -> None:
+    step = gpu.forward_and_backward(gate(**options)) if logits.isfinite().all() else gate(**options)
+    gpu.assert_is_reference(step, logits)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -98,18 +84,25 @@ def test_wild_values_give_the_references_indices(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_logits(dtype: torch.dtype, rng: torch.Generator) -> None:
-    check(randn(rng, 513, 160), dtype=dtype, **V2)
+    check(randn(rng, 513, 160, dtype=dtype), **V2)
 
 
 @pytest.mark.parametrize("num_experts", [64, 160])
 def test_rows_off_their_boundary(num_experts: int, rng: torch.Generator) -> None:
-    memory = randn(rng, 1 + 101 * num_experts).to(DEVICE)
+    memory = randn(rng, 1 + 101 * num_experts).to(gpu.DEVICE)
     logits = memory[1:].view(101, num_experts)  # contiguous, 4 bytes off
     options = {**V2, "num_groups": num_experts // 20} if num_experts == 160 else {"num_topk": 6}
-    idx, weight = ops.moe_gate(logits, **options)
-    wanted_idx, wanted_weight = ops.moe_gate(logits.cpu(), **options)
-    assert_same(idx.cpu(), wanted_idx)
-    assert_close(weight.cpu(), wanted_weight)
+    step = gpu.forward_and_backward(gate(**options))
+    gpu.assert_agrees(step(logits), step(logits.cpu()))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_few_tokens(shape: tuple[int, int, int, int], rng: torch.Generator) -> None:
+    num_experts, num_topk, num_groups, num_groups_kept = shape
+    check(
+        randn(rng, 19, num_experts), num_topk=num_topk, num_groups=num_groups, num_groups_kept=num_groups_kept
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,73 +111,48 @@ def test_rows_off_their_boundary(num_experts: int, rng: torch.Generator) -> None
 def test_it_passes_opcheck(
     num_experts: int, num_groups: int, num_groups_kept: int, rng: torch.Generator
 ) -> None:
-    logits = randn(rng, 37, num_experts).to(DEVICE).requires_grad_()
+    logits = randn(rng, 37, num_experts).to(gpu.DEVICE).requires_grad_()
     args = (logits, 6, num_groups, num_groups_kept, 16.0, False)
     assert_op_registered(torch.ops.dscoder.moe_gate.default, args)
 
 
 def test_it_compiles_in_one_graph(rng: torch.Generator) -> None:
-    logits = randn(rng, 129, 160).to(DEVICE).requires_grad_()
-
-    def step(logits: Tensor) -> Tensor:
-        idx, weight = ops.moe_gate(logits, **V2)
-        return (weight * (idx + 1)).sum()
-
-    wanted = torch.autograd.grad(step(logits), logits)
-    got = torch.autograd.grad(torch.compile(step, fullgraph=True)(logits), logits)
-    assert_close(got[0], wanted[0])
+    gpu.assert_compiles_whole(gate(**V2), randn(rng, 129, 160))
 
 
 def test_a_captured_graph_follows_its_input(rng: torch.Generator) -> None:
-    first, second = randn(rng, 2, 300, 160).to(DEVICE)
-    logits = first.clone()
-    ops.moe_gate(logits, **V2)  # loads the kernel, which capturing forbids
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        idx, weight = ops.moe_gate(logits, **V2)
-    for values in (first, second):
-        logits.copy_(values)
-        graph.replay()
-        wanted_idx, wanted_weight = ops.moe_gate(values, **V2)
-        assert_same(idx, wanted_idx)
-        assert_same(weight, wanted_weight)
+    first, second = randn(rng, 2, 300, 160)
+    gpu.assert_replay_follows(V2_STEP, [first], [second])
 
 
 def test_it_runs_on_the_callers_stream(rng: torch.Generator) -> None:
-    """The logits are written late on a side stream: a launch on any other stream would not see them."""
-    values = randn(rng, 300, 160).to(DEVICE)
-    logits = torch.zeros_like(values)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)
-        logits.copy_(values)
-        idx, _ = ops.moe_gate(logits, **V2)
-    side.synchronize()
-    assert_same(idx, ops.moe_gate(values, **V2)[0])
+    gpu.assert_runs_on_the_callers_stream(V2_STEP, randn(rng, 300, 160))
 
 
 def test_it_never_waits_for_the_gpu(rng: torch.Generator) -> None:
-    logits = randn(rng, 300, 160).to(DEVICE).requires_grad_()
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _, weight = ops.moe_gate(logits, **V2)
-        weight.sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
-    assert logits.grad is not None
+    gpu.assert_never_waits(V2_STEP, randn(rng, 300, 160))
 
 
 def test_the_same_bits_every_time(rng: torch.Generator) -> None:
-    logits = randn(rng, 4099, 160).to(DEVICE).requires_grad_()
-    runs = []
-    for _ in range(5):
-        idx, weight = ops.moe_gate(logits, **V2)
-        runs.append((idx, weight, *torch.autograd.grad(weight.square().sum(), logits)))
-    for run in runs[1:]:
-        for got, wanted in zip(run, runs[0], strict=True):
-            assert_same(got, wanted)
+    gpu.assert_same_bits_every_time(V2_STEP, randn(rng, 4099, 160))
+
+
+def test_a_chain_of_kernels_that_start_early_is_as_good_as_one_that_waits(rng: torch.Generator) -> None:
+    """Each link reads what the link ahead has just written, into memory that is used again and again."""
+
+    def chain(logits: Tensor, *, is_apart: bool) -> Tensor:
+        for _ in range(20):
+            _, weight = ops.moe_gate(logits, num_topk=16)
+            if is_apart:
+                torch.cuda.synchronize()
+            _, narrow = ops.moe_gate(weight, num_topk=8, scale=8.0)
+            if is_apart:
+                torch.cuda.synchronize()
+            logits = logits + narrow.repeat(1, 20)
+        return logits
+
+    logits = randn(rng, 4096, 160).to(gpu.DEVICE)
+    assert_same(chain(logits, is_apart=False), chain(logits, is_apart=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -205,11 +173,11 @@ def test_the_tensors_device_counts_not_the_current_one(rng: torch.Generator) -> 
 )
 def test_what_the_kernel_cannot_do_is_refused(num_experts: int, num_topk: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.moe_gate(torch.zeros(2, num_experts, device=DEVICE), num_topk=num_topk)
+        ops.moe_gate(torch.zeros(2, num_experts, device=gpu.DEVICE), num_topk=num_topk)
 
 
 def test_an_output_on_another_device_is_refused() -> None:
-    logits = torch.zeros(2, 4, device=DEVICE)
+    logits = torch.zeros(2, 4, device=gpu.DEVICE)
     idx = torch.zeros(2, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^moe_gate: idx must be on a CUDA device, got cpu$"):
         native._C.moe_gate_forward(logits, idx, logits[:, :1].contiguous(), 1, 1, 1.0, False)
