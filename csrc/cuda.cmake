@@ -17,9 +17,28 @@ if(DSCODER_CUDA STREQUAL "off")
     return()
 endif()
 
+# The architectures asked for, as a list.
+macro(dscoder_read_archs)
+    string(REGEX REPLACE "[, ]+" ";" DSCODER_CUDA_ARCHS "${DSCODER_CUDA_ARCHS}")
+    foreach(arch IN LISTS DSCODER_CUDA_ARCHS)
+        if(NOT arch MATCHES "^(8[0-9]|90a)$")
+            message(FATAL_ERROR "DSCODER_CUDA_ARCHS may hold 80 to 89 and 90a, got '${arch}'")
+        endif()
+    endforeach()
+    list(JOIN DSCODER_CUDA_ARCHS " " archs)
+endmacro()
+
 # Nowhere but where the user points: what is built must not depend on what lies about.
 find_program(nvcc NAMES "$ENV{CUDACXX}" nvcc NO_CACHE NO_DEFAULT_PATH
     HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS ENV PATH)
+include(csrc/kernel_objects.cmake)
+if(DSCODER_KERNEL_OBJECTS)
+    dscoder_read_archs()
+    dscoder_link_objects("${DSCODER_KERNEL_OBJECTS}" "${nvcc}" "${archs}")
+    set(DSCODER_HAS_CUDA ON)
+    message(STATUS "dscoder: linking kernels for ${DSCODER_CUDA_ARCHS} compiled by nvcc ${DSCODER_NVCC_VERSION} in ${objects}")
+    return()
+endif()
 if(NOT nvcc)
     if(DSCODER_CUDA STREQUAL "on")
         message(FATAL_ERROR "DSCODER_CUDA=on, but there is no nvcc: not in PATH, CUDACXX or CUDA_HOME. "
@@ -42,13 +61,7 @@ if(DSCODER_NVCC_VERSION VERSION_LESS DSCODER_MIN_NVCC)
         ">= ${DSCODER_MIN_NVCC}. Install a newer CUDA toolkit, ${DSCODER_WITHOUT_CUDA}.")
 endif()
 
-string(REGEX REPLACE "[, ]+" ";" DSCODER_CUDA_ARCHS "${DSCODER_CUDA_ARCHS}")
-foreach(arch IN LISTS DSCODER_CUDA_ARCHS)
-    if(NOT arch MATCHES "^(8[0-9]|90a)$")
-        message(FATAL_ERROR "DSCODER_CUDA_ARCHS may hold 80 to 89 and 90a, got '${arch}'")
-    endif()
-endforeach()
-
+dscoder_read_archs()
 set(DSCODER_HAS_CUDA ON)
 message(STATUS "dscoder: building kernels for ${DSCODER_CUDA_ARCHS} with ${nvcc} ${DSCODER_NVCC_VERSION}")
 set(CMAKE_CUDA_COMPILER ${nvcc})
@@ -60,14 +73,22 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-include(third_party/cutlass.cmake)
+
+# The families that stand on CuTe need its headers; while a build has none of their kernels, nothing is looked for.
+set(cutlass_kernels ${DSCODER_KERNELS})
+list(FILTER cutlass_kernels INCLUDE REGEX "^csrc/(gemm|attention)/")
+if(cutlass_kernels)
+    include(third_party/cutlass.cmake)
+endif()
 
 # The static runtime finds the driver when it is first used: the extension imports on a machine without one.
 add_library(dscoder_kernels STATIC ${DSCODER_KERNELS})
 target_include_directories(dscoder_kernels PUBLIC csrc)
-target_link_libraries(dscoder_kernels PUBLIC CUDA::cudart_static PRIVATE cutlass)
+target_link_libraries(dscoder_kernels PUBLIC CUDA::cudart_static)
+if(cutlass_kernels)
+    target_link_libraries(dscoder_kernels PRIVATE cutlass)
+endif()
 target_compile_options(dscoder_kernels PRIVATE -Xcompiler=-Wall,-Wextra --Werror=cross-execution-space-call)
-list(JOIN DSCODER_CUDA_ARCHS " " archs)
 target_compile_definitions(dscoder_kernels PUBLIC
     DSC_CUDA_ARCHS="${archs}" DSC_CUDA_VERSION="${CUDAToolkit_VERSION}")
 
@@ -84,3 +105,5 @@ foreach(kernel IN LISTS DSCODER_KERNELS)
     endif()
     set_source_files_properties(${kernel} PROPERTIES COMPILE_OPTIONS "${flags}")
 endforeach()
+
+dscoder_add_stamp("${CUDAToolkit_VERSION}" "${archs}")
