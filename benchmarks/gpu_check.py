@@ -1,0 +1,147 @@
+"""Build dscoder here, run its GPU tests, compute-sanitizer and the benchmarks, and record what happened.
+
+`make gpu-check [OPS="moe_gate ..."]`, or `python -m benchmarks.gpu_check [op ...]`. Needs no network and
+installs nothing. See docs/gpu_check.md.
+
+Exit status: 0 all is well (benchmarks may have been cut), 1 something failed or a sanitizer found something,
+2 nothing was checked, 3 tests or sanitizers did not come to an end.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from benchmarks.check.build import FOLDER, ROOT, SITE, build, unpack_wheels
+from benchmarks.check.machine import describe, find_sanitizer, toolkit_environment
+from benchmarks.check.process import Budget, Runner
+from benchmarks.check.record import Record, device_folder
+from benchmarks.check.steps import (
+    FAILED,
+    SHARES,
+    UNFINISHED,
+    Check,
+    make_plan,
+    run_benchmarks,
+    run_sanitizers,
+    run_tests,
+)
+from benchmarks.reporting.records import RESULTS
+from benchmarks.reporting.summary import summarize
+
+REFUSED = 2
+MAX_LOG = 200_000  # characters of one log that are kept in --out
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.partition("\n")[0])
+    parser.add_argument("ops", nargs="*", help="check these alone (default: every op with GPU tests)")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all (default: 540)")
+    parser.add_argument("--objects", type=Path, help="link the kernels of this folder (make kernel-objects)")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels of packages that this machine lacks")
+    parser.add_argument("--installed", action="store_true", help="check the installed dscoder, build nothing")
+    parser.add_argument("--commit", help="the commit of these sources, where git cannot tell")
+    parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help="where records are kept")
+    parser.add_argument("--out", type=Path, help="a folder for a copy of the record, and the logs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the steps; the exit status."""
+    arguments = parse(argv)
+    budget, begin = Budget(arguments.budget), datetime.now(UTC)
+    environment = toolkit_environment(os.environ)
+    path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    runner = Runner(ROOT, FOLDER / "logs", {**environment, "PYTHONPATH": os.pathsep.join(path)})
+    try:
+        plan = make_plan(ROOT, arguments.ops)
+        if arguments.wheels:
+            path.insert(
+                0, str(unpack_wheels(runner, arguments.wheels.resolve(), budget.until(SHARES["build"])))
+            )
+        if not arguments.installed:
+            path.insert(0, str(SITE))
+        runner.environment["PYTHONPATH"] = os.pathsep.join(path)
+        machine = describe(ROOT, runner.environment)
+    except ValueError as error:
+        return refuse(str(error))
+    if machine["device"] is None:
+        return refuse(
+            f"torch {machine['torch']} finds no NVIDIA GPU on this machine; nothing was built or checked"
+        )
+    machine["commit"] = machine["commit"] or arguments.commit
+    folder = arguments.results / device_folder(machine["device"])
+    copies = [arguments.out / "gpu-check.json"] if arguments.out else []
+    record = Record([folder / f"{begin:%Y-%m-%dT%H-%M-%S}.json", *copies], machine, list(plan.tests), begin)
+    check = Check(runner=runner, budget=budget, record=record, plan=plan)
+    stop_with(runner)
+    outcomes = run_steps(check, arguments, tuple(machine["capability"]))
+    status = exit_status(outcomes)
+    record.end(
+        budget.spent(), is_complete=not runner.is_stopped and "cut" not in outcomes and status in (0, 1)
+    )
+    if arguments.out:
+        gather_logs(runner.logs, arguments.out / "gpu-check.log")
+    sys.stdout.write(summarize(record.data, folder))
+    return status
+
+
+def run_steps(check: Check, arguments: argparse.Namespace, capability: tuple[int, int]) -> list[str]:
+    """The outcome of each step; after a failed build there are no others."""
+    if not arguments.installed:
+        limit = check.budget.until(SHARES["build"])
+        objects = arguments.objects.resolve() if arguments.objects else None
+        outcome, seconds, note = "failed", 0.0, ""
+        try:
+            ended = build(check.runner, capability=capability, objects=objects, limit=limit)
+            outcome, seconds = "passed" if ended.code == 0 else "failed", ended.seconds
+            note = " ".join(ended.output.strip().splitlines()[-1 if ended.code == 0 else -6 :])
+        except ValueError as error:
+            note = str(error)
+        check.record.add_step("build", outcome, seconds, note)
+        if outcome != "passed":
+            return [outcome]
+    sanitizer = find_sanitizer(check.runner.environment)
+    return [run_tests(check), run_sanitizers(check, sanitizer), run_benchmarks(check)]
+
+
+def exit_status(outcomes: Sequence[str]) -> int:
+    """1 for what failed, 3 for tests and sanitizers that did not end; benchmarks may be cut."""
+    if any(outcome in FAILED for outcome in outcomes):
+        return 1
+    return 3 if any(outcome in UNFINISHED for outcome in outcomes) else 0
+
+
+def refuse(reason: str) -> int:
+    """Say why nothing was checked."""
+    sys.stderr.write(f"gpu-check: {reason}\n")
+    return REFUSED
+
+
+def stop_with(runner: Runner) -> None:
+    """SIGTERM and SIGINT end the commands; the steps then end, one after the other, with what they have."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        runner.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def gather_logs(folder: Path, target: Path) -> None:
+    """The ends of all logs in one file, which is easier to carry than many."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8") as file:
+        for log in sorted(folder.glob("*.log")):
+            file.write(
+                f"==== {log.name} ====\n{log.read_text(encoding='utf-8', errors='replace')[-MAX_LOG:]}\n"
+            )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

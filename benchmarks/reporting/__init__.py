@@ -1,0 +1,1 @@
+"""What stored runs say: read, compared with targets and accepted times, shown."""

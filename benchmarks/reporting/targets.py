@@ -1,0 +1,122 @@
+"""Measured against wanted: the targets of targets.json, and the accepted times of a device.
+
+A target holds for both models' sizes and every routing: the slowest result counts.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reporting.records import ACCEPTED, KEY, Key, Result, Run, key_of
+
+TOLERANCE = 1.05  # a result that takes longer than this times its accepted time is flagged
+TARGETS = Path(__file__).with_name("targets.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What a step of an op must reach on a device, and what it should."""
+
+    device: str
+    op: str
+    step: str
+    tokens: int
+    unit: str  # us: less is better; GB/s, TFLOP/s: more is
+    must: float
+    aim: float
+
+    def covers(self, result: Result) -> bool:
+        """Whether `result` is one of those that this target is about; only kernels are held to it."""
+        tokens = re.match(r"T=(\d+)\b", str(result.get("shape", "")))
+        return (
+            (self.device, self.op, self.step) == tuple(result.get(name) for name in ("device", "op", "step"))
+            and tokens is not None
+            and int(tokens[1]) == self.tokens
+            and bool(result.get("has_kernel"))
+            and self.unit in result
+        )
+
+    def verdict(self, value: float) -> str:
+        """aim, must, or missed."""
+        sign = 1 if self.unit == "us" else -1
+        if sign * value <= sign * self.aim:
+            return "aim met"
+        return "must met" if sign * value <= sign * self.must else "missed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A target and the result that decides on it; None where there is none."""
+
+    target: Target
+    result: Result | None
+    verdict: str
+
+
+def read_targets(path: Path = TARGETS) -> list[Target]:
+    """All targets."""
+    return [Target(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def standings(targets: Iterable[Target], results: Iterable[Result], device: str) -> list[Standing]:
+    """Each target of `device`, by its slowest result."""
+    results, found = list(results), []
+    for target in targets:
+        if target.device != device:
+            continue
+        covered = [result for result in results if target.covers(result)]
+        pick = max if target.unit == "us" else min
+        slowest = pick(covered, key=lambda result: float(result[target.unit]), default=None)
+        verdict = target.verdict(slowest[target.unit]) if slowest else "not measured"
+        found.append(Standing(target=target, result=slowest, verdict=verdict))
+    return found
+
+
+def read_accepted(folder: Path) -> dict[Key, float]:
+    """The accepted microseconds of a device; {} where nothing has been accepted yet."""
+    path = folder / ACCEPTED
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {key_of(entry): float(entry["us"]) for entry in stored["accepted"]}
+
+
+def accept(folder: Path, run: Run) -> int:
+    """Make the times of `run` the accepted ones; what it did not measure stays. How many it set."""
+    if any(counts.get(kind) for counts in run.tests.values() for kind in ("failed", "error", "crashed")):
+        raise ValueError(f"--accept: {run.path} has tests that failed, its times are not accepted")
+    if not run.results:
+        raise ValueError(f"--accept: {run.path} has no results")
+    path = folder / ACCEPTED
+    kept: dict[Key, Mapping[str, Any]] = {}
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))["accepted"]
+        kept = {key_of(entry): entry for entry in stored}
+    for result in run.results:
+        names = {name: result[name] for name in KEY if name in result}
+        kept[key_of(result)] = {**names, "us": result["us"], "day": run.day, "commit": run.commit}
+    entries = ",\n".join(f"  {json.dumps(kept[key])}" for key in sorted(kept))
+    path.write_text(
+        f'{{"device": {json.dumps(run.machine["device"])}, "accepted": [\n{entries}\n]}}\n', encoding="utf-8"
+    )
+    return len(run.results)
+
+
+def slower(results: Iterable[Result], accepted: Mapping[Key, float]) -> dict[Key, float]:
+    """The results that take over 5 % longer than accepted, and how many times as long."""
+    found = {}
+    for result in results:
+        key = key_of(result)
+        if key in accepted and result["us"] > TOLERANCE * accepted[key]:
+            found[key] = result["us"] / accepted[key]
+    return found
+
+
+def best_peer(result: Result) -> tuple[str, float] | None:
+    """The peer that comes closest, or is furthest ahead, and its time over ours."""
+    ratios = {name: peer["ratio"] for name, peer in result.get("peers", {}).items() if "ratio" in peer}
+    name = min(ratios, key=lambda name: ratios[name], default=None)
+    return None if name is None else (name, ratios[name])
