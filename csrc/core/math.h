@@ -6,7 +6,7 @@
 namespace dsc {
 
 template <typename Int>
-constexpr Int ceil_div(Int a, Int b) {
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
     return (a + b - 1) / b;
 }
 

@@ -66,6 +66,24 @@ int lane_idx() {
     return running_grid("lane_idx").running().rank % kWarpSize;
 }
 
+void start_copy(void* target, const void* source, bool is_valid, const Place& where) {
+    Copies& copies = running_grid("cp.async").running().copies;
+    for (const void* const address : {static_cast<const void*>(target), source}) {
+        if (reinterpret_cast<uintptr_t>(address) % Copies::kNumBytes != 0) {
+            fail("cp.async: an address off its 16 bytes", where);
+        }
+    }
+    copies.start(target, source, is_valid);
+}
+
+void commit_copies() {
+    running_grid("cp.async").running().copies.commit();
+}
+
+void wait_copies(int num_pending) {
+    running_grid("cp.async").running().copies.land_all_but(num_pending);
+}
+
 void yield() {
     running_grid("yield").yield();
 }

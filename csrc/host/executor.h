@@ -69,6 +69,11 @@ void wait_for_warp(const char* what, unsigned mask, void* frame, Complete comple
 
 int lane_idx();
 
+// cp.async of 16 bytes: lands when the thread waits for its group, as late as CUDA allows.
+void start_copy(void* target, const void* source, bool is_valid, const Place& where);
+void commit_copies();
+void wait_copies(int num_pending);
+
 // Another thread may go on before the caller does: always after yield(), by chance at an atomic.
 void yield();
 void maybe_yield();

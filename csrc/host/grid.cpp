@@ -138,6 +138,7 @@ void Grid::start_block() {
     for (Thread& thread : block.threads) {
         thread.block = &block;
         thread.is_waiting = thread.has_exited = thread.has_waited_for_previous = false;
+        thread.copies.clear();
         thread.fiber.start(thread.stack, &Grid::thread_entry, this);
         block.warps[thread.rank / kWarpSize].live |= 1u << thread.rank % kWarpSize;
         ready_.push_back(&thread);

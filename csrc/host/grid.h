@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "host/copies.h"
 #include "host/executor.h"
 #include "host/fiber.h"
 
@@ -59,6 +60,7 @@ struct Thread {
     bool is_waiting = false, has_exited = false, has_waited_for_previous = false;
     Wait wait;
     Vote vote{};
+    Copies copies;
 };
 
 struct Warp {

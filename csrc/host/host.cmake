@@ -27,7 +27,7 @@ dscoder_host_bindings(host_test_bindings tests/csrc/module.cpp)
 function(dscoder_host_variant name)
     set(executor host_executor_${name})
     add_library(${executor} SHARED EXCLUDE_FROM_ALL
-        csrc/host/executor.cpp csrc/host/fiber.cpp csrc/host/grid.cpp csrc/host/report.cpp)
+        csrc/host/copies.cpp csrc/host/executor.cpp csrc/host/fiber.cpp csrc/host/grid.cpp csrc/host/report.cpp)
     set_target_properties(${executor} PROPERTIES OUTPUT_NAME dsc_host CXX_VISIBILITY_PRESET default)
     target_include_directories(${executor} PUBLIC csrc)
     target_compile_definitions(${executor} PUBLIC DSC_HOST_EXECUTOR)
