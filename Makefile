@@ -1,4 +1,7 @@
-# make demo | test | lint | bench | gpu-check
+# make demo | test | lint | bench | gpu-check | kernel-objects
+#
+# make gpu-check OPS="moe_gate moe_permute" checks these alone. On a machine without a network, PY=python3; and
+# OBJECTS=, WHEELS=, OUT= (folders), COMMIT=, see docs/gpu_check.md.
 #
 # The first call sets up .venv; later calls redo only what changed. PY=python3 uses an environment that is
 # already there instead. TORCH=<requirement> overrides the choice of torch.
@@ -16,6 +19,8 @@ endif
 
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.built
+TOOLS := $(VENV)/.tools
+INSTALLED := --installed
 endif
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f 2>/dev/null)
 
@@ -23,7 +28,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -t
 BENCH = $(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s \
 	--benchmark-json="$$($(PY) -m dscoder.testing.results)"
 
-.PHONY: demo test lint bench gpu-check
+.PHONY: demo test lint bench gpu-check kernel-objects
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -41,10 +46,14 @@ lint: $(READY)
 bench: $(READY)
 	$(BENCH)
 
+# The environment of make has an up-to-date dscoder; for any other Python it is built below build/gpu-check.
 gpu-check: $(READY)
-	$(PY) -c "import torch; assert torch.cuda.is_available(), 'gpu-check: no GPU found, nothing was checked'"
-	$(PY) -m pytest tests/gpu -m gpu
-	$(BENCH)
+	$(PY) -m benchmarks.gpu_check $(OPS) $(INSTALLED) $(if $(OBJECTS),--objects $(OBJECTS)) \
+		$(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
+
+# Needs nvcc, not a GPU: what a machine with a GPU then links in place of compiling.
+kernel-objects: $(TOOLS)
+	$(PY) -m benchmarks.kernel_objects
 
 $(VENV)/.torch:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'dscoder needs Python 3.11 or later, this is ' + sys.version"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.check.build import FOLDER, ROOT, SITE, build, unpack_wheels
+from benchmarks.check.build import FOLDER, ROOT, SITE, build, try_import, unpack_wheels
 from benchmarks.check.machine import describe, find_sanitizer, toolkit_environment
 from benchmarks.check.process import Budget, Runner
 from benchmarks.check.record import Record, device_folder
@@ -34,6 +34,7 @@ from benchmarks.reporting.records import RESULTS
 from benchmarks.reporting.summary import summarize
 
 REFUSED = 2
+MAX_NOTE = 1000  # characters of what a failed build said last
 MAX_LOG = 200_000  # characters of one log that are kept in --out
 
 
@@ -46,28 +47,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="a folder of wheels of packages that this machine lacks")
     parser.add_argument("--installed", action="store_true", help="check the installed dscoder, build nothing")
     parser.add_argument("--commit", help="the commit of these sources, where git cannot tell")
-    parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help="where records are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where records are kept")
     parser.add_argument("--out", type=Path, help="a folder for a copy of the record, and the logs")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the steps; the exit status."""
+def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
+    """Run the steps on the tests and benchmarks below `root`; the exit status."""
     arguments = parse(argv)
     budget, begin = Budget(arguments.budget), datetime.now(UTC)
     environment = toolkit_environment(os.environ)
     path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    runner = Runner(ROOT, FOLDER / "logs", {**environment, "PYTHONPATH": os.pathsep.join(path)})
+    runner = Runner(root, root / FOLDER / "logs", {**environment, "PYTHONPATH": os.pathsep.join(path)})
     try:
-        plan = make_plan(ROOT, arguments.ops)
+        plan = make_plan(root, arguments.ops)
         if arguments.wheels:
-            path.insert(
-                0, str(unpack_wheels(runner, arguments.wheels.resolve(), budget.until(SHARES["build"])))
-            )
+            wheels = unpack_wheels(runner, arguments.wheels.resolve(), budget.until(SHARES["build"]))
+            path.insert(0, str(wheels))
+            runner.environment["PATH"] = os.pathsep.join((str(wheels / "bin"), environment.get("PATH", "")))
         if not arguments.installed:
             path.insert(0, str(SITE))
         runner.environment["PYTHONPATH"] = os.pathsep.join(path)
-        machine = describe(ROOT, runner.environment)
+        machine = describe(root, runner.environment)
     except ValueError as error:
         return refuse(str(error))
     if machine["device"] is None:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
             f"torch {machine['torch']} finds no NVIDIA GPU on this machine; nothing was built or checked"
         )
     machine["commit"] = machine["commit"] or arguments.commit
-    folder = arguments.results / device_folder(machine["device"])
+    folder = root / arguments.results / device_folder(machine["device"])
     copies = [arguments.out / "gpu-check.json"] if arguments.out else []
     record = Record([folder / f"{begin:%Y-%m-%dT%H-%M-%S}.json", *copies], machine, list(plan.tests), begin)
     check = Check(runner=runner, budget=budget, record=record, plan=plan)
@@ -93,21 +94,34 @@ def main(argv: Sequence[str]) -> int:
 
 def run_steps(check: Check, arguments: argparse.Namespace, capability: tuple[int, int]) -> list[str]:
     """The outcome of each step; after a failed build there are no others."""
-    if not arguments.installed:
-        limit = check.budget.until(SHARES["build"])
-        objects = arguments.objects.resolve() if arguments.objects else None
-        outcome, seconds, note = "failed", 0.0, ""
-        try:
-            ended = build(check.runner, capability=capability, objects=objects, limit=limit)
-            outcome, seconds = "passed" if ended.code == 0 else "failed", ended.seconds
-            note = " ".join(ended.output.strip().splitlines()[-1 if ended.code == 0 else -6 :])
-        except ValueError as error:
-            note = str(error)
-        check.record.add_step("build", outcome, seconds, note)
-        if outcome != "passed":
-            return [outcome]
+    outcome, seconds, note = build_or_find(check, arguments, capability)
+    check.record.add_step("build", outcome, seconds, note)
+    if outcome != "passed":
+        return [outcome]
     sanitizer = find_sanitizer(check.runner.environment)
     return [run_tests(check), run_sanitizers(check, sanitizer), run_benchmarks(check)]
+
+
+def build_or_find(
+    check: Check, arguments: argparse.Namespace, capability: tuple[int, int]
+) -> tuple[str, float, str]:
+    """Outcome, seconds and a word on the dscoder that is checked."""
+    seconds, site = 0.0, None
+    if not arguments.installed:
+        site = SITE
+        objects = arguments.objects.resolve() if arguments.objects else None
+        limit = check.budget.until(SHARES["build"])
+        try:
+            ended = build(check.runner, capability=capability, objects=objects, limit=limit)
+        except ValueError as error:
+            return "failed", seconds, str(error)
+        seconds = ended.seconds
+        if ended.code != 0:
+            return "failed", seconds, " ".join(ended.output.split())[-MAX_NOTE:]
+    limit = check.budget.until(SHARES["build"])
+    ended = try_import(check.runner, capability=capability, site=site, limit=limit)
+    said = ended.output.strip().splitlines()[-1]
+    return "passed" if ended.code == 0 else "failed", seconds + ended.seconds, said
 
 
 def exit_status(outcomes: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 `make kernel-objects`, or `python -m benchmarks.kernel_objects`. Needs nvcc and no GPU. See docs/gpu_check.md.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ def main() -> int:
     """Configure, compile what changed, stamp, and put the two files that travel into TARGET."""
     try:
         commands = [
-            configure_command(WORK, ["DSCODER_KERNEL_OBJECTS="]),
-            [tool("cmake"), "--build", str(WORK), "--target", "kernel_objects"],
+            configure_command(WORK, ["DSCODER_KERNEL_OBJECTS="], os.environ),
+            [tool("cmake", os.environ), "--build", str(WORK), "--target", "kernel_objects"],
         ]
     except ValueError as error:
         sys.stderr.write(f"kernel-objects: {error}\n")
