@@ -34,6 +34,7 @@ from benchmarks.reporting.records import RESULTS
 from benchmarks.reporting.summary import summarize
 
 REFUSED = 2
+NUM_STEPS = 4  # build, tests, sanitizers, benchmarks
 MAX_NOTE = 1000  # characters of what a failed build said last
 MAX_LOG = 200_000  # characters of one log that are kept in --out
 
@@ -83,8 +84,9 @@ def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
     stop_with(runner)
     outcomes = run_steps(check, arguments, tuple(machine["capability"]))
     status = exit_status(outcomes)
+    is_cut = any(outcome in (*UNFINISHED, "cut") for outcome in outcomes)
     record.end(
-        budget.spent(), is_complete=not runner.is_stopped and "cut" not in outcomes and status in (0, 1)
+        budget.spent(), is_complete=len(outcomes) == NUM_STEPS and not is_cut and not runner.is_stopped
     )
     if arguments.out:
         gather_logs(runner.logs, arguments.out / "gpu-check.log")
@@ -99,7 +101,7 @@ def run_steps(check: Check, arguments: argparse.Namespace, capability: tuple[int
     if outcome != "passed":
         return [outcome]
     sanitizer = find_sanitizer(check.runner.environment)
-    return [run_tests(check), run_sanitizers(check, sanitizer), run_benchmarks(check)]
+    return [outcome, run_tests(check), run_sanitizers(check, sanitizer), run_benchmarks(check)]
 
 
 def build_or_find(
@@ -117,11 +119,19 @@ def build_or_find(
             return "failed", seconds, str(error)
         seconds = ended.seconds
         if ended.code != 0:
-            return "failed", seconds, " ".join(ended.output.split())[-MAX_NOTE:]
+            return "failed", seconds, first_error(ended.output)
     limit = check.budget.until(SHARES["build"])
     ended = try_import(check.runner, capability=capability, site=site, limit=limit)
-    said = ended.output.strip().splitlines()[-1]
-    return "passed" if ended.code == 0 else "failed", seconds + ended.seconds, said
+    if ended.code != 0:
+        return "failed", seconds + ended.seconds, first_error(ended.output)
+    return "passed", seconds + ended.seconds, ended.output.strip().splitlines()[-1]
+
+
+def first_error(output: str) -> str:
+    """What a failed command said from its first error on, on one line; from its end if it named none."""
+    lines = output.strip().splitlines()
+    begin = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 6))
+    return " ".join(" ".join(lines[begin:]).split())[:MAX_NOTE]
 
 
 def exit_status(outcomes: Sequence[str]) -> int:

@@ -1,0 +1,64 @@
+"""The README's table of ops: what each computes, what runs it, and when that last ran on a GPU."""
+
+import ast
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.reporting.records import Run, newest_results
+from benchmarks.reporting.tables import TOOL_NAMES, counted, markdown
+from benchmarks.reporting.targets import best_peer
+
+BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+ARCHS = "sm_80, sm_90a"  # the default of DSCODER_CUDA_ARCHS
+NOT_OPS = ("__init__", "library")
+
+
+def ops_table(root: Path, kernel_ops: Collection[str], runs: Iterable[Run]) -> str:
+    """One row an op of python/dscoder/ops; `runs` are those on GPUs, the oldest first."""
+    runs = list(runs)
+    files = sorted((root / "python" / "dscoder" / "ops").glob("*.py"))
+    rows = []
+    for file in files:
+        op = file.stem
+        if op in NOT_OPS:
+            continue
+        kernel = ARCHS if op in kernel_ops else "not yet"
+        ran = last_run(op, runs) if op in kernel_ops else ""
+        rows.append((f"[`{op}`](docs/{op}.md)", summary_of(file), "reference", kernel, ran))
+    return markdown(["op", "computes", "CPU", "CUDA kernel", "last run on a GPU"], rows)
+
+
+def summary_of(file: Path) -> str:
+    """What stands between the name and the source in the first line of an op's docstring."""
+    first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return first.partition(": ")[2].partition(" (")[0].rstrip(".")
+
+
+def last_run(op: str, runs: Sequence[Run]) -> str:
+    """Day, card, commit and outcome of the newest check of `op`, with the best of what that run measured."""
+    checks = [run for run in runs if op in run.tests]
+    if not checks:
+        return "never yet"
+    run = checks[-1]
+    tools = run.sanitizers.get(op, {})
+    words = [f"{run.day}, {run.machine['device']}, {run.commit}: tests {counted(run.tests[op])}"]
+    words += [f"{tool} {tools[tool]['outcome']}" for tool in TOOL_NAMES if tool in tools]
+    measured = [
+        result
+        for result, _ in newest_results([run]).values()
+        if result["op"] == op and result.get("has_kernel") and "share" in result
+    ]
+    best = max(measured, key=lambda result: float(result["share"]), default=None)
+    if best is not None:
+        peer = best_peer(best)
+        beside = f", {peer[0]} takes {peer[1]:.2f}x" if peer else ""
+        words.append(f"best {best['share']:.0f} % of the ceiling ({best['step']}{beside})")
+    return "; ".join(words)
+
+
+def replace_table(text: str, table: str) -> str:
+    """`text` with what stands between the markers replaced; ValueError without exactly one pair."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must hold one {BEGIN} and one {END}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
