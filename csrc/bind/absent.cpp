@@ -24,4 +24,11 @@ void register_moe(py::module_& module) {
     define_absent(module, "moe_gate", {"moe_gate_forward", "moe_gate_backward"});
 }
 
+void register_moe_permute(py::module_& module) {
+    define_absent(module, "moe_permute",
+                  {"moe_permute_num_counts", "moe_permute_maps_forward", "moe_permute_forward",
+                   "moe_permute_backward"});
+    define_absent(module, "moe_unpermute", {"moe_unpermute_forward", "moe_unpermute_backward"});
+}
+
 }  // namespace dsc

@@ -36,6 +36,7 @@ void translate(std::exception_ptr error) {
 }  // namespace
 
 void register_moe(py::module_& module);
+void register_moe_permute(py::module_& module);
 void register_text(py::module_& module);
 
 }  // namespace dsc
@@ -49,5 +50,6 @@ PYBIND11_MODULE(DSC_MODULE, module) {
     module.attr("absent_hint") = DSC_ABSENT_HINT;  // how to get kernels, for the error where there are none
     py::register_exception_translator(dsc::translate);
     dsc::register_moe(module);
+    dsc::register_moe_permute(module);
     dsc::register_text(module);
 }

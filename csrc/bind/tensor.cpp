@@ -68,12 +68,27 @@ std::string name_of(dlpack::Device device) {
 
 }  // namespace
 
-dlpack::Tensor Call::view(const char* name, py::handle tensor, dlpack::DataType dtype, int rank) {
+const dlpack::ExchangeApi* Call::see(const char* name, py::handle tensor, dlpack::Tensor& seen) const {
     const dlpack::ExchangeApi* const api = api_of(tensor);
     DSC_CHECK_TYPE(api != nullptr, op_, ": ", name, " must be a torch tensor (torch >= 2.11), got ",
                    Py_TYPE(tensor.ptr())->tp_name);
-    dlpack::Tensor seen;
     if (api->view_object(tensor.ptr(), &seen) != 0) throw py::error_already_set();
+    return api;
+}
+
+FloatType Call::float_type_of(const char* name, py::handle tensor) {
+    dlpack::Tensor seen;
+    see(name, tensor, seen);
+    for (const FloatType type : {FloatType::kFloat32, FloatType::kBfloat16, FloatType::kFloat16}) {
+        if (seen.dtype == dtype_of(type)) return type;
+    }
+    throw WrongType(
+        concat(op_, ": ", name, " must be float32, bfloat16 or float16, got ", name_of(seen.dtype)));
+}
+
+dlpack::Tensor Call::view(const char* name, py::handle tensor, dlpack::DataType dtype, int rank) {
+    dlpack::Tensor seen;
+    const dlpack::ExchangeApi* const api = see(name, tensor, seen);
     const dlpack::Device wanted{kKernelDevice, device_idx_};
     DSC_CHECK(seen.device.type == kKernelDevice, op_, ": ", name, " must be on a ",
               kKernelDevice == dlpack::kCpu ? "CPU" : "CUDA", " device, got ", name_of(seen.device));

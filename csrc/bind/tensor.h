@@ -11,6 +11,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dtype.h"
 
 namespace dsc::bind {
 
@@ -57,6 +58,8 @@ struct ExchangeApi {
 }  // namespace dlpack
 
 constexpr dlpack::DataType kFloat32{.code = 2, .bits = 32, .lanes = 1};
+constexpr dlpack::DataType kFloat16{.code = 2, .bits = 16, .lanes = 1};
+constexpr dlpack::DataType kBfloat16{.code = 4, .bits = 16, .lanes = 1};
 constexpr dlpack::DataType kInt32{.code = 0, .bits = 32, .lanes = 1};
 
 // Where the kernels of this build run.
@@ -65,6 +68,11 @@ constexpr dlpack::DeviceType kKernelDevice = dlpack::kCpu;
 #else
 constexpr dlpack::DeviceType kKernelDevice = dlpack::kCuda;
 #endif
+
+constexpr dlpack::DataType dtype_of(FloatType type) {
+    if (type == FloatType::kFloat32) return kFloat32;
+    return type == FloatType::kBfloat16 ? kBfloat16 : kFloat16;
+}
 
 constexpr int64_t kAnySize = -1;  // in a wanted shape
 
@@ -102,10 +110,14 @@ class Call {
         return array;
     }
 
+    // Which of float32, bfloat16 and float16 the tensor holds; to be read next with that dtype.
+    FloatType float_type_of(const char* name, pybind11::handle tensor);
+
     int device_idx() const { return device_idx_; }
     cudaStream_t current_stream() const;  // the caller's, on the tensors' device
 
   private:
+    const dlpack::ExchangeApi* see(const char* name, pybind11::handle tensor, dlpack::Tensor& seen) const;
     dlpack::Tensor view(const char* name, pybind11::handle tensor, dlpack::DataType dtype, int rank);
     void check_shape(const char* name, const int64_t* wanted, const int64_t* seen, int rank) const;
 

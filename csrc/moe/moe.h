@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/device.h"
+#include "core/dtype.h"
 
 namespace dsc {
 
@@ -40,5 +41,68 @@ struct MoeGateBackwardParams {
 
 void launch_moe_gate(const MoeGateParams& p, cudaStream_t stream);
 void launch_moe_gate_backward(const MoeGateBackwardParams& p, cudaStream_t stream);
+
+// moe_permute: tokens in expert order. M = T * K; expert e owns the rows from offsets[e - 1] to offsets[e],
+// in the order of the flat choices t * K + k. A choice outside [0, E) is dropped: its row is -1, and as many
+// rows at the end belong to nobody.
+
+constexpr int kMoePermuteMaxExperts = 512;
+constexpr int kMoeMaxTopk = 16;
+
+// Which rows the choices get. One launch, or two where there are more choices than one block should rank.
+struct MoePermuteMapsParams {
+    const int32_t* idx;  // [T, K], any value
+    int32_t* offsets;    // [E], the row after the last one of each expert
+    int32_t* row;        // [T, K]
+    int32_t* counts;     // [moe_permute_num_counts(T * K), E], scratch: needs no initial value
+    int64_t num_choices;
+    int num_experts;
+};
+
+// Rows of the scratch of MoePermuteMapsParams: one a chunk of choices, none where one block does it all.
+int moe_permute_num_counts(int64_t num_choices);
+
+// The maps, and the copy: rows[row[t, k]] = x[t], zero from offsets[E - 1] on.
+struct MoePermuteParams {
+    MoePermuteMapsParams maps;
+    const void* x;  // [T, D]
+    void* rows;     // [M, D], every element is written
+    int64_t num_tokens, width;
+    int num_topk;
+    FloatType dtype;  // of x and rows
+};
+
+void launch_moe_permute_maps(const MoePermuteMapsParams& p, cudaStream_t stream);
+void launch_moe_permute(const MoePermuteParams& p, cudaStream_t stream);
+
+// moe_unpermute: out[t] = sum over k of weight[t, k] * y[row[t, k]], in float32 in the order of k, rounded
+// once. Without weights, the gradient of moe_permute.
+struct MoeUnpermuteParams {
+    const void* y;        // [M, D]
+    const float* weight;  // [T, K], or null: all 1
+    const int32_t* row;   // [T, K]
+    void* out;            // [T, D]
+    int64_t num_tokens, width;
+    int num_topk;
+    FloatType dtype;  // of y and out
+};
+
+// grad_y[row[t, k]] = weight[t, k] * grad[t], zero from offsets[E - 1] on; grad_weight[t, k] is the product
+// of grad[t] and y[row[t, k]], 0 where dropped.
+struct MoeUnpermuteBackwardParams {
+    const void* grad;        // [T, D]
+    const void* y;           // [M, D]
+    const float* weight;     // [T, K]
+    const int32_t* row;      // [T, K]
+    const int32_t* offsets;  // [E]
+    void* grad_y;            // [M, D], every element is written
+    float* grad_weight;      // [T, K]
+    int64_t num_tokens, width;
+    int num_topk, num_experts;
+    FloatType dtype;  // of grad, y and grad_y
+};
+
+void launch_moe_unpermute(const MoeUnpermuteParams& p, cudaStream_t stream);
+void launch_moe_unpermute_backward(const MoeUnpermuteBackwardParams& p, cudaStream_t stream);
 
 }  // namespace dsc

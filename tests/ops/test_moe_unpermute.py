@@ -100,10 +100,10 @@ def test_strides_change_nothing(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 7])
 def test_it_is_a_proper_op(num_tokens: int, rng: torch.Generator) -> None:
     y, weight, handle = random_case(rng, num_tokens, dtype=torch.float32, share_dropped=0.2)
-    args = (y.requires_grad_(), weight.requires_grad_(), handle.row_TK)
+    args = (y.requires_grad_(), weight.requires_grad_(), handle.row_TK, handle.offsets_E)
     assert_op_registered(torch.ops.dscoder.moe_unpermute.default, args)
     grad = randn(rng, num_tokens, 5)
-    args = (grad, y.detach(), weight.detach(), handle.row_TK)
+    args = (grad, y.detach(), weight.detach(), handle.row_TK, handle.offsets_E)
     assert_op_registered(torch.ops.dscoder.moe_unpermute_backward.default, args)
 
 

@@ -65,6 +65,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as kernels take rows: contiguous and on a 16-byte boundary; a copy only where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def check_tensor(
     op: str, argument: str, tensor: Tensor, *, num_dims: int, dtypes: Sequence[torch.dtype]
 ) -> None:

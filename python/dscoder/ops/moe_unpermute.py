@@ -3,64 +3,56 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
+    aligned,
     check_devices,
     check_shape,
     check_tensor,
     define_gradient,
     define_op,
+    refuse_second_derivative,
 )
-from dscoder.ops.moe_permute import PermuteHandle
+from dscoder.ops.moe_permute import PermuteHandle, gather_rows, kept_slots, sum_rows
+from dscoder.runtime import native
 
 
 def moe_unpermute(y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Tensor:
     """out[t] = sum over k of weight[t, k] * y[handle.row[t, k]].
 
     Summed in float32 in the order of k (deterministic) and rounded once to y's dtype. A dropped choice adds
-    nothing, whatever its weight; rows that no choice points at are not read. Differentiable in y and weight.
+    nothing, whatever its weight; rows that no choice points at are not read. Differentiable in y and weight,
+    once.
     """
     op = "moe_unpermute"
-    row_TK = handle.row_TK
+    row_TK, offsets_E = handle.row_TK, handle.offsets_E
     check_tensor(op, "y", y_MD, num_dims=2, dtypes=FLOATS)
     check_tensor(op, "weight", weight_TK, num_dims=2, dtypes=(torch.float32, torch.float64))
     check_shape(op, "weight", weight_TK, tuple(row_TK.shape))
     check_shape(op, "y", y_MD, (row_TK.numel(), y_MD.shape[1]))
-    check_devices(op, y=y_MD, weight=weight_TK, row=row_TK)
-    out_TD: Tensor = torch.ops.dscoder.moe_unpermute.default(y_MD, weight_TK, row_TK)
+    check_devices(op, y=y_MD, weight=weight_TK, row=row_TK, offsets=offsets_E)
+    out_TD: Tensor = torch.ops.dscoder.moe_unpermute.default(y_MD, weight_TK, row_TK, offsets_E)
     return out_TD
 
 
-def _kept(row_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The flat positions in row_TK of the choices that were not dropped, and their rows."""
-    slot = (row_TK.flatten() >= 0).nonzero().squeeze(1)
-    return slot, row_TK.flatten()[slot].long()
+# ---- references ----
 
 
-def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, _offsets: Tensor) -> Tensor:
+    return sum_rows(y_MD, row_TK, weight_TK)
+
+
+def _backward(
+    grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, _offsets: Tensor
+) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(y_MD.dtype)
-    slot, row = _kept(row_TK)
-    num_kept_T = (row_TK >= 0).sum(dim=1)
-    out_TD = F.embedding_bag(
-        row,
-        y_MD.to(dtype).contiguous(),
-        offsets=num_kept_T.cumsum(0) - num_kept_T,
-        mode="sum",
-        per_sample_weights=weight_TK.flatten()[slot].to(dtype),
-    )
-    return out_TD.to(y_MD.dtype)
-
-
-def _backward(grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(y_MD.dtype)
-    slot, row = _kept(row_TK)
-    num_kept = len(row)
+    slot = kept_slots(row_TK)
+    num_kept = len(slot)
     slot_by_row = torch.empty_like(slot)
-    slot_by_row[row] = slot
+    slot_by_row[row_TK.flatten()[slot].long()] = slot
     grad_y = y_MD.new_empty(y_MD.shape, dtype=dtype)
     grad_y[num_kept:] = 0
     grad_rows = grad_y[:num_kept]
@@ -71,11 +63,55 @@ def _backward(grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) 
     return grad_y.to(y_MD.dtype), grad_weight.view(weight_TK.shape)
 
 
-def _forward_fake(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+# ---- on a GPU: kernels, and for float64 plain torch that reads no size on the host ----
+
+
+def _kept_weight(weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+    return weight_TK.masked_fill(row_TK < 0, 0.0).double()
+
+
+def _forward_wide(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+    return (gather_rows(y_MD, row_TK) * _kept_weight(weight_TK, row_TK)[..., None]).sum(dim=1)
+
+
+def _backward_wide(
+    grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_weight = (gather_rows(y_MD, row_TK) * grad_TD[:, None]).sum(dim=2)
+    grad_rows = grad_TD[:, None] * _kept_weight(weight_TK, row_TK)[..., None]
+    grad_y = y_MD.new_zeros(y_MD.shape[0] + 1, y_MD.shape[1])  # the last row takes what was dropped
+    grad_y[row_TK.long()] = grad_rows
+    return grad_y[:-1].contiguous(), grad_weight.to(weight_TK.dtype)
+
+
+def _forward_kernel(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, _offsets: Tensor) -> Tensor:
+    if y_MD.dtype == torch.float64:
+        return _forward_wide(y_MD, weight_TK, row_TK)
+    out_TD = _forward_fake(y_MD, weight_TK, row_TK)
+    weight = weight_TK.float().contiguous()
+    native._C.moe_unpermute_forward(aligned(y_MD), weight, row_TK.contiguous(), out_TD)
+    return out_TD
+
+
+def _backward_kernel(
+    grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, offsets_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    if y_MD.dtype == torch.float64:
+        return _backward_wide(grad_TD, y_MD, weight_TK, row_TK)
+    weight = weight_TK.float().contiguous()
+    grad_y, grad_weight = _backward_fake(grad_TD, y_MD, weight)
+    native._C.moe_unpermute_backward(
+        *(aligned(grad_TD), aligned(y_MD), weight, row_TK.contiguous(), offsets_E.contiguous()),
+        *(grad_y, grad_weight),
+    )
+    return grad_y, grad_weight.to(weight_TK.dtype)
+
+
+def _forward_fake(y_MD: Tensor, _weight: Tensor, row_TK: Tensor, *_: Any) -> Tensor:
     return y_MD.new_empty(row_TK.shape[0], y_MD.shape[1])
 
 
-def _backward_fake(_grad: Tensor, y_MD: Tensor, weight_TK: Tensor, _row: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_fake(_grad: Tensor, y_MD: Tensor, weight_TK: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return y_MD.new_empty(y_MD.shape), weight_TK.new_empty(weight_TK.shape)
 
 
@@ -84,16 +120,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("moe_unpermute")
     grad_y, grad_weight = torch.ops.dscoder.moe_unpermute_backward.default(grad_TD, *ctx.saved_tensors)
-    return grad_y, grad_weight, None
+    return grad_y, grad_weight, None, None
 
 
 define_op(
-    "moe_unpermute(Tensor y, Tensor weight, Tensor row) -> Tensor", reference=_forward, fake=_forward_fake
+    # offsets: the rows behind them have no choice, and get a gradient of zero.
+    "moe_unpermute(Tensor y, Tensor weight, Tensor row, Tensor offsets) -> Tensor",
+    reference=_forward,
+    kernel=_forward_kernel,
+    fake=_forward_fake,
 )
 define_op(
-    "moe_unpermute_backward(Tensor grad, Tensor y, Tensor weight, Tensor row) -> (Tensor, Tensor)",
+    "moe_unpermute_backward(Tensor grad, Tensor y, Tensor weight, Tensor row, Tensor offsets)"
+    " -> (Tensor, Tensor)",
     reference=_backward,
+    kernel=_backward_kernel,
     fake=_backward_fake,
 )
 define_gradient("moe_unpermute", save=_save, backward=_differentiate)
