@@ -1,7 +1,7 @@
 """Turn the stored runs into tables, plots and the README's table of ops.
 
 `python -m benchmarks.report` writes report.md, roofline.png and ratios.png into the folder of each device
-below benchmarks/results, and the table in README.md. `--accept` makes the times of the newest run the accepted
+below benchmarks/results, and the table in README.md. `--accept` makes the newest run's times the accepted
 ones of its device; `--check` fails where a newer result takes over 5 % longer than accepted.
 """
 
