@@ -26,10 +26,11 @@ struct RowTile {
     int column_tile;
 };
 
-// Called by all threads; a barrier ends it. Offsets that descend or leave [0, M] are clamped.
-template <int kTileRows>
+// Called by all threads; a barrier ends it. Offsets that descend or leave [0, M] are clamped. A group of so
+// many rows has num_tiles_of(rows) tiles.
+template <typename Count>
 __device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* offsets, int num_experts,
-                                            int64_t num_rows) {
+                                            int64_t num_rows, const Count& num_tiles_of) {
     if (threadIdx.x < kWarpSize) {
         const int lane = threadIdx.x;
         int64_t row = 0;
@@ -45,8 +46,7 @@ __device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* of
             }
             const int64_t shifted = __shfl_up_sync(kAllLanes, static_cast<long long>(end), 1);
             const int64_t begin = lane == 0 ? row : shifted;
-            const int num_tiles =
-                e <= num_experts ? static_cast<int>(ceil_div<int64_t>(end - begin, kTileRows)) : 0;
+            const int num_tiles = e <= num_experts ? num_tiles_of(end - begin) : 0;
             int tiles_to_here = num_tiles;
             DSC_UNROLL
             for (int step = 1; step < kWarpSize; step *= 2) {
@@ -68,11 +68,16 @@ __device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* of
     __syncthreads();
 }
 
-// The idx-th tile; idx < table.first_tile[E + 1] * num_column_tiles.
 template <int kTileRows>
-__device__ __forceinline__ RowTile find_tile(const GroupTable& table, int num_experts, int num_column_tiles,
-                                             int64_t idx) {
-    // The last group that starts at or before the tile; empty ones start where the next does.
+__device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* offsets, int num_experts,
+                                            int64_t num_rows) {
+    fill_groups(table, offsets, num_experts, num_rows,
+                [](int64_t rows) { return static_cast<int>(ceil_div<int64_t>(rows, kTileRows)); });
+}
+
+// The last group that starts at or before the tile; empty ones start where the next does.
+__device__ __forceinline__ int find_group(const GroupTable& table, int num_experts, int num_column_tiles,
+                                          int64_t idx) {
     int group = 0;
     for (int step = kGemmMaxExperts; step > 0; step /= 2) {
         const int candidate = group + step;
@@ -80,6 +85,14 @@ __device__ __forceinline__ RowTile find_tile(const GroupTable& table, int num_ex
             group = candidate;
         }
     }
+    return group;
+}
+
+// The idx-th tile; idx < table.first_tile[E + 1] * num_column_tiles.
+template <int kTileRows>
+__device__ __forceinline__ RowTile find_tile(const GroupTable& table, int num_experts, int num_column_tiles,
+                                             int64_t idx) {
+    const int group = find_group(table, num_experts, num_column_tiles, idx);
     const int first_tile = table.first_tile[group];
     const int num_row_tiles = table.first_tile[group + 1] - first_tile;
     const int64_t place = idx - int64_t{first_tile} * num_column_tiles;
