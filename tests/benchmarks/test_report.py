@@ -1,0 +1,184 @@
+"""Pages, plots and the README's table, from stored runs."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks.report import gpu_runs, main
+from benchmarks.reporting.plots import ratios, roofline
+from benchmarks.reporting.readme import BEGIN, END, last_run, ops_table, replace_table, summary_of
+from benchmarks.reporting.records import RESULTS, read_run, read_runs
+from benchmarks.reporting.summary import columns, summarize
+from benchmarks.reporting.tables import device_report
+from dscoder.runtime import native
+
+ROOT = Path(__file__).resolve().parents[2]
+NOON, ONE = "2026-11-20T12:00:00Z", "2026-11-20T13:00:00Z"
+COPY = {"shape": "T=8192 D=2048 E=64 K=6", "model": "v2_lite", "GB/s": 3000.0, "share": 70.0}
+
+Make = Callable[..., dict[str, Any]]
+Store = Callable[..., Path]
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, its own heads first."""
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A root with a README and two ops; results are stored below it by `store`."""
+    ops = tmp_path / "python" / "dscoder" / "ops"
+    ops.mkdir(parents=True)
+    (ops / "moe_gate.py").write_text('"""moe_gate: pick K experts (paper, eq 20)."""\n', encoding="utf-8")
+    (ops / "rope.py").write_text('"""rope: rotate pairs."""\n', encoding="utf-8")
+    (ops / "library.py").write_text('"""No op."""\n', encoding="utf-8")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_the_readme_table_is_up_to_date() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = ops_table(ROOT, native.kernel_ops(), gpu_runs(ROOT / RESULTS))
+    assert replace_table(text, table) == text, "run `python -m benchmarks.report`"
+
+
+def test_the_table_says_what_never_ran(tree: Path) -> None:
+    assert ops_table(tree, {"moe_gate"}, []).splitlines()[2:] == [
+        "| [`moe_gate`](docs/moe_gate.md) | pick K experts | reference | sm_80, sm_90a | never yet |",
+        "| [`rope`](docs/rope.md) | rotate pairs | reference | not yet |  |",
+    ]
+
+
+def test_the_table_says_when_on_what_and_with_what_result(make_result: Make, store: Store) -> None:
+    runs = [read_run(store(NOON, make_result(share=90.0))), read_run(store(ONE, make_result()))]
+    assert last_run("moe_gate", runs) == (
+        "2026-11-20, NVIDIA H200, 012345678: tests 151 passed, 1 skipped; memcheck passed; synccheck passed; "
+        "racecheck passed; best 20 % of the ceiling (forward, torch takes 2.00x)"
+    )
+    assert last_run("rope", runs) == "never yet"
+
+
+def test_a_failure_is_said_too(make_result: Make, store: Store) -> None:
+    run = read_run(store(NOON, tests={"moe_gate": {"passed": 2, "failed": 1}}, sanitizers={}, is_dirty=True))
+    assert last_run("moe_gate", [run]) == (
+        "2026-11-20, NVIDIA H200, 012345678 with changes: tests 1 failed, 2 passed"
+    )
+
+
+def test_every_op_has_a_summary() -> None:
+    for file in sorted((ROOT / "python" / "dscoder" / "ops").glob("[a-z]*.py")):
+        assert file.stem == "library" or len(summary_of(file)) > 10, file
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="must hold one <!-- kernels:begin -->"):
+        replace_table(f"{BEGIN} {BEGIN} {END}", "table")
+
+
+def test_a_page_has_checks_targets_and_results(make_result: Make, store: Store) -> None:
+    slow = make_result("moe_permute", **COPY, step="backward", us=200.0)
+    runs = [read_run(store(NOON, make_result(), slow))]
+    page = device_report(runs, {("moe_gate",): 1.0})
+    assert rows(page, "Checks")[1] == [
+        *("`moe_gate`", "151 passed, 1 skipped", "passed", "passed", "passed", "2026-11-20", "012345678")
+    ]
+    targets = {row[0]: row[1:6] for row in rows(page, "Targets")[1:]}
+    assert targets["`moe_gate` forward, T=8192"] == ["us", "8", "3.5", "7", "must met"]
+    assert targets["`moe_permute` backward, T=8192"] == ["GB/s", "2800", "3900", "3000", "must met"]
+    assert targets["`moe_unpermute` forward, T=8192"] == ["GB/s", "2800", "3900", "", "not measured"]
+    heads, values = rows(page, "moe_gate")
+    row = dict(zip(heads, values, strict=True))
+    assert (row["us"], row["GB/s"], row["% of ceiling"], row["torch / ours"]) == ("7", "860", "20", "2.00")
+    assert row["vllm / ours"] == "failed"
+    assert "- vllm: ImportError: no vllm" in page
+    assert "slower than accepted" not in page
+
+
+def marks(figure: Figure) -> list[int]:
+    """Points of each panel, the lines of ceilings left out."""
+    return [
+        sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o") for axes in figure.axes
+    ]
+
+
+def test_every_result_has_one_mark_under_the_roof(make_result: Make) -> None:
+    product = make_result("grouped_gemm", **{"TFLOP/s": 500.0, "us": 90.0})
+    figure = roofline([make_result(), make_result(step="backward"), product], "NVIDIA H200")
+    assert marks(figure) == [2, 1]
+    assert figure.axes[1].lines[0].get_xdata()[0] == pytest.approx(500e3 / 860)
+
+
+def test_every_ratio_has_a_bar_and_errors_have_none(make_result: Make) -> None:
+    peers = {"torch": {"us": 1.0, "ratio": 3.0}, "triton": {"us": 1.0, "ratio": 0.5}}
+    figure = ratios([make_result(), make_result(step="backward", peers=peers)], "NVIDIA H200")
+    assert sorted(bar.get_width() for bar in figure.axes[0].patches) == [0.5, 2.0, 3.0]
+
+
+def test_no_results_make_empty_plots() -> None:
+    assert marks(roofline([], "cpu")) == [0, 0]
+    assert not ratios([], "cpu").axes[0].patches
+
+
+def test_the_command_writes_all_and_accepts_and_flags(
+    tree: Path, make_result: Make, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = store(NOON, make_result()).parent
+    arguments = ["--results", "results"]
+    assert main([*arguments, "--accept", "--check"], root=tree) == 0
+    written = {path.name for path in folder.iterdir()} - {"2026-11-20T12-00-00.json"}
+    assert written == {"accepted.json", "report.md", "roofline.png", "ratios.png"}
+    assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "151 passed" in (tree / "README.md").read_text(encoding="utf-8")
+    store(ONE, make_result(us=7.5))
+    assert main(arguments, root=tree) == 0
+    assert main([*arguments, "--check"], root=tree) == 1
+    assert "1.07 times the accepted time: moe_gate forward v2 uniform" in capsys.readouterr().out
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert rows(page, "Over 5 % slower than accepted")[1][1] == "1.07"
+
+
+def test_a_folder_without_runs_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--results", "results", "nowhere"], root=tree) == 2
+    assert re.search(r"report: .*nowhere holds no runs", capsys.readouterr().err)
+
+
+def test_the_summary_names_what_is_slower_and_stays_short(make_result: Make, store: Store) -> None:
+    path = store(NOON, make_result())
+    assert main(["--results", "results", "--accept"], root=_with_readme(path)) == 0
+    failures = [{"test": f"tests/gpu/test_moe_gate.py::test_{i}", "reason": "x" * 300} for i in range(200)]
+    steps = [{"name": f"step {i}", "outcome": "failed", "seconds": 1.0, "note": "y" * 900} for i in range(24)]
+    benchmarks = [make_result(us=9.0)]
+    run = store(ONE, failures=failures, steps=steps, benchmarks=benchmarks)
+    text = summarize(json.loads(run.read_text(encoding="utf-8")), path.parent)
+    assert "SLOWER than accepted" in text
+    assert "1.29x" in text
+    assert "200 FAILED" in text
+    assert "and 188 more" in text
+    assert len(text) < 12_000
+
+
+def _with_readme(path: Path) -> Path:
+    root = path.parents[2]
+    (root / "README.md").write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    return root
+
+
+def test_columns_are_aligned() -> None:
+    assert columns([("a", "b"), ("long", "c")]) == "a     b\nlong  c"
+
+
+def test_runs_of_gpus_leave_cpus_out(make_result: Make, store: Store) -> None:
+    path = store(NOON, make_result())
+    folder = path.parents[1]
+    (folder / "cpu").mkdir()
+    (folder / "cpu" / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert [run.path for run in gpu_runs(folder)] == [path]
+    assert len(read_runs(folder / "cpu")) == 1
