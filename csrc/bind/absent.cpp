@@ -22,6 +22,10 @@ void define_absent(py::module_& module, const std::string& op, std::initializer_
 
 void register_moe(py::module_& module) {
     define_absent(module, "moe_gate", {"moe_gate_forward", "moe_gate_backward"});
+    define_absent(module, "moe_gate_with_balance",
+                  {"moe_gate_with_balance_forward", "moe_gate_with_balance_backward"});
+    define_absent(module, "moe_balance_loss",
+                  {"moe_balance_loss_forward", "moe_balance_loss_backward", "moe_balance_num_chunks"});
 }
 
 void register_moe_permute(py::module_& module) {

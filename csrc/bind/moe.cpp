@@ -10,58 +10,190 @@ namespace dsc {
 namespace bind {
 namespace {
 
+void check_groups(const char* op, int64_t num_experts, int num_groups, int num_groups_kept) {
+    DSC_CHECK(num_groups > 0 and num_experts % num_groups == 0, op,
+              ": num_experts must be a multiple of num_groups, got ", num_experts, " and ", num_groups);
+    DSC_CHECK(num_groups_kept > 0 and num_groups_kept <= num_groups, op, ": num_groups_kept must be in [1, ",
+              num_groups, "], got ", num_groups_kept);
+}
+
+struct GateOptions {
+    int num_groups, num_groups_kept;
+    float scale;
+    bool renormalize;
+};
+
+MoeGateParams gate_params(Call& call, const char* op, const Array<2>& logits_TE, const Array<2>& idx_TK,
+                          py::handle weight, const GateOptions& options) {
+    const auto [num_tokens, num_experts] = logits_TE.shape;
+    const int64_t num_topk = idx_TK.shape[1];
+    const auto& [num_groups, num_groups_kept, scale, renormalize] = options;
+    check_groups(op, num_experts, num_groups, num_groups_kept);
+    const int64_t num_candidates = num_experts / num_groups * num_groups_kept;
+    DSC_CHECK(num_topk <= num_candidates, op, ": num_topk must be <= ", num_candidates,
+              " (experts in the kept groups), got ", num_topk);
+    return {.logits = logits_TE.as<const float>(),
+            .idx = idx_TK.as<int32_t>(),
+            .weight = call.read<2>("weight", weight, kFloat32, {num_tokens, num_topk}).as<float>(),
+            .num_tokens = num_tokens,
+            .num_experts = static_cast<int>(num_experts),
+            .num_topk = static_cast<int>(num_topk),
+            .num_groups = num_groups,
+            .num_groups_kept = num_groups_kept,
+            .scale = scale,
+            .renormalize = renormalize};
+}
+
+MoeGateBackwardParams gate_backward_params(Call& call, py::handle logits, py::handle idx,
+                                           py::handle grad_weight, py::handle grad_logits, float scale,
+                                           bool renormalize) {
+    const auto logits_TE = call.read<2>("logits", logits, kFloat32);
+    const auto [num_tokens, num_experts] = logits_TE.shape;
+    const auto idx_TK = call.read<2>("idx", idx, kInt32, {num_tokens, kAnySize});
+    const auto grad_weight_TK = call.read<2>("grad_weight", grad_weight, kFloat32, idx_TK.shape);
+    const auto grad_logits_TE = call.read<2>("grad_logits", grad_logits, kFloat32, logits_TE.shape);
+    return {.logits = logits_TE.as<const float>(),
+            .idx = idx_TK.as<const int32_t>(),
+            .grad_weight = grad_weight_TK.as<const float>(),
+            .grad_logits = grad_logits_TE.as<float>(),
+            .num_tokens = num_tokens,
+            .num_experts = static_cast<int>(num_experts),
+            .num_topk = static_cast<int>(idx_TK.shape[1]),
+            .scale = scale,
+            .renormalize = renormalize};
+}
+
 void moe_gate_forward(py::handle logits, py::handle idx, py::handle weight, int num_groups,
                       int num_groups_kept, float scale, bool renormalize) {
     constexpr const char* kOp = "moe_gate";
     Call call(kOp);
     const auto logits_TE = call.read<2>("logits", logits, kFloat32);
-    const auto [num_tokens, num_experts] = logits_TE.shape;
-    const auto idx_TK = call.read<2>("idx", idx, kInt32, {num_tokens, kAnySize});
-    const int64_t num_topk = idx_TK.shape[1];
-    const auto weight_TK = call.read<2>("weight", weight, kFloat32, {num_tokens, num_topk});
-    DSC_CHECK(num_groups > 0 and num_experts % num_groups == 0,
-              "moe_gate: num_experts must be a multiple of num_groups, got ", num_experts, " and ",
-              num_groups);
-    DSC_CHECK(num_groups_kept > 0 and num_groups_kept <= num_groups,
-              "moe_gate: num_groups_kept must be in [1, ", num_groups, "], got ", num_groups_kept);
-    const int64_t num_candidates = num_experts / num_groups * num_groups_kept;
-    DSC_CHECK(num_topk <= num_candidates, "moe_gate: num_topk must be <= ", num_candidates,
-              " (experts in the kept groups), got ", num_topk);
+    const auto idx_TK = call.read<2>("idx", idx, kInt32, {logits_TE.shape[0], kAnySize});
+    const MoeGateParams params =
+        gate_params(call, kOp, logits_TE, idx_TK, weight, {num_groups, num_groups_kept, scale, renormalize});
     const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate({.logits = logits_TE.as<const float>(),
-                     .idx = idx_TK.as<int32_t>(),
-                     .weight = weight_TK.as<float>(),
-                     .num_tokens = num_tokens,
-                     .num_experts = static_cast<int>(num_experts),
-                     .num_topk = static_cast<int>(num_topk),
-                     .num_groups = num_groups,
-                     .num_groups_kept = num_groups_kept,
-                     .scale = scale,
-                     .renormalize = renormalize},
-                    call.current_stream());
+    launch_moe_gate(params, call.current_stream());
 }
 
 void moe_gate_backward(py::handle logits, py::handle idx, py::handle grad_weight, py::handle grad_logits,
                        float scale, bool renormalize) {
     constexpr const char* kOp = "moe_gate backward";
     Call call(kOp);
-    const auto logits_TE = call.read<2>("logits", logits, kFloat32);
-    const auto [num_tokens, num_experts] = logits_TE.shape;
-    const auto idx_TK = call.read<2>("idx", idx, kInt32, {num_tokens, kAnySize});
-    const int64_t num_topk = idx_TK.shape[1];
-    const auto grad_weight_TK = call.read<2>("grad_weight", grad_weight, kFloat32, {num_tokens, num_topk});
-    const auto grad_logits_TE = call.read<2>("grad_logits", grad_logits, kFloat32, {num_tokens, num_experts});
+    const MoeGateBackwardParams params =
+        gate_backward_params(call, logits, idx, grad_weight, grad_logits, scale, renormalize);
     const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate_backward({.logits = logits_TE.as<const float>(),
-                              .idx = idx_TK.as<const int32_t>(),
-                              .grad_weight = grad_weight_TK.as<const float>(),
-                              .grad_logits = grad_logits_TE.as<float>(),
-                              .num_tokens = num_tokens,
-                              .num_experts = static_cast<int>(num_experts),
-                              .num_topk = static_cast<int>(num_topk),
-                              .scale = scale,
-                              .renormalize = renormalize},
-                             call.current_stream());
+    launch_moe_gate_backward(params, call.current_stream());
+}
+
+// The tensors of MoeBalanceParams in their order; B and C are those of the first.
+MoeBalanceParams read_balance(Call& call, const char* op, const py::tuple& balance, const Array<2>& tokens_TE,
+                              const Array<2>& idx_TK, int num_groups, int num_groups_kept) {
+    DSC_CHECK(balance.size() == 6, op, ": balance must hold 6 tensors, got ", balance.size());
+    const auto [num_tokens, num_experts] = tokens_TE.shape;
+    DSC_CHECK(idx_TK.shape[1] > 0, op, ": num_topk must be >= 1, got 0");
+    check_groups(op, num_experts, num_groups, num_groups_kept);
+    const auto prob_sum = call.read<3>("prob_sum", balance[0], kFloat32, {kAnySize, kAnySize, num_experts});
+    const auto [num_sequences, num_chunks, _] = prob_sum.shape;
+    constexpr int64_t kMaxBlocks = 0x7fffffff;
+    DSC_CHECK(num_sequences > 0 and num_chunks > 0 and num_sequences * num_chunks <= kMaxBlocks and
+                  num_sequences * num_groups <= kMaxBlocks,
+              op, ": prob_sum must have from 1 to 2^31 - 1 chunks, got ", num_sequences, " x ", num_chunks);
+    DSC_CHECK(num_tokens % num_sequences == 0, op, ": num_tokens must be a multiple of num_sequences, got ",
+              num_tokens, " and ", num_sequences);
+    const std::array<int64_t, 3> counts{num_sequences, num_chunks, num_experts + num_groups};
+    const std::array<int64_t, 3> groups{num_sequences, num_groups, 3}, loads{3, num_sequences, num_experts};
+    return {.prob_sum = prob_sum.as<float>(),
+            .count = call.read<3>("count", balance[1], kInt32, counts).as<int32_t>(),
+            .group_terms = call.read<3>("group_terms", balance[2], kFloat32, groups).as<float>(),
+            .num_finished = call.read<1>("num_finished", balance[3], kInt32, {1}).as<int32_t>(),
+            .terms = call.read<1>("terms", balance[4], kFloat32, {3}).as<float>(),
+            .load = call.read<3>("load", balance[5], kFloat32, loads).as<float>(),
+            .num_tokens = num_tokens,
+            .num_sequences = static_cast<int>(num_sequences),
+            .num_chunks = static_cast<int>(num_chunks),
+            .num_experts = static_cast<int>(num_experts),
+            .num_topk = static_cast<int>(idx_TK.shape[1]),
+            .num_groups = num_groups,
+            .num_groups_kept = num_groups_kept};
+}
+
+MoeBalanceBackwardParams read_balance_backward(Call& call, const char* op, py::handle grad_terms,
+                                               py::handle load, int64_t num_tokens, int64_t num_experts) {
+    const auto load_3BE = call.read<3>("load", load, kFloat32, {3, kAnySize, num_experts});
+    const int64_t num_sequences = load_3BE.shape[1];
+    DSC_CHECK(num_sequences > 0 and num_tokens % num_sequences == 0, op,
+              ": num_tokens must be a multiple of num_sequences, got ", num_tokens, " and ", num_sequences);
+    const int num_chunks = moe_balance_num_chunks(num_tokens, static_cast<int>(num_sequences));
+    return {.grad_terms = call.read<1>("grad_terms", grad_terms, kFloat32, {3}).as<const float>(),
+            .load = load_3BE.as<const float>(),
+            .grad_probs = nullptr,
+            .num_tokens = num_tokens,
+            .num_sequences = static_cast<int>(num_sequences),
+            .num_chunks = num_chunks,
+            .num_experts = static_cast<int>(num_experts),
+            .dtype = FloatType::kFloat32};
+}
+
+void moe_gate_with_balance_forward(py::handle logits, py::handle idx, py::handle weight,
+                                   const py::tuple& balance, int num_groups, int num_groups_kept, float scale,
+                                   bool renormalize) {
+    constexpr const char* kOp = "moe_gate_with_balance";
+    Call call(kOp);
+    const auto logits_TE = call.read<2>("logits", logits, kFloat32);
+    const auto idx_TK = call.read<2>("idx", idx, kInt32, {logits_TE.shape[0], kAnySize});
+    const MoeGateParams gate =
+        gate_params(call, kOp, logits_TE, idx_TK, weight, {num_groups, num_groups_kept, scale, renormalize});
+    const MoeBalanceParams params =
+        read_balance(call, kOp, balance, logits_TE, idx_TK, num_groups, num_groups_kept);
+    const DeviceGuard guard(kOp, call.device_idx());
+    launch_moe_gate_with_balance(gate, params, call.current_stream());
+}
+
+void moe_gate_with_balance_backward(py::handle logits, py::handle idx, const py::tuple& grads,
+                                    py::handle load, py::handle grad_logits, float scale, bool renormalize) {
+    constexpr const char* kOp = "moe_gate_with_balance backward";
+    DSC_CHECK(grads.size() == 2, kOp, ": grads must hold 2 tensors, got ", grads.size());
+    Call call(kOp);
+    const MoeGateBackwardParams gate =
+        gate_backward_params(call, logits, idx, grads[0], grad_logits, scale, renormalize);
+    const MoeBalanceBackwardParams balance =
+        read_balance_backward(call, kOp, grads[1], load, gate.num_tokens, gate.num_experts);
+    const DeviceGuard guard(kOp, call.device_idx());
+    launch_moe_gate_with_balance_backward(gate, balance, call.current_stream());
+}
+
+void moe_balance_loss_forward(py::handle probs, py::handle idx, const py::tuple& balance, int num_groups,
+                              int num_groups_kept) {
+    constexpr const char* kOp = "moe_balance_loss";
+    Call call(kOp);
+    const FloatType dtype = call.float_type_of("probs", probs);
+    const auto probs_TE = call.read<2>("probs", probs, dtype_of(dtype));
+    const auto idx_TK = call.read<2>("idx", idx, kInt32, {probs_TE.shape[0], kAnySize});
+    const MoeBalanceParams params =
+        read_balance(call, kOp, balance, probs_TE, idx_TK, num_groups, num_groups_kept);
+    const DeviceGuard guard(kOp, call.device_idx());
+    launch_moe_balance(probs_TE.data, dtype, idx_TK.as<const int32_t>(), params, call.current_stream());
+}
+
+void moe_balance_loss_backward(py::handle grad_terms, py::handle load, py::handle grad_probs) {
+    constexpr const char* kOp = "moe_balance_loss backward";
+    Call call(kOp);
+    const FloatType dtype = call.float_type_of("grad_probs", grad_probs);
+    const auto grad_TE = call.read<2>("grad_probs", grad_probs, dtype_of(dtype));
+    const auto [num_tokens, num_experts] = grad_TE.shape;
+    MoeBalanceBackwardParams params =
+        read_balance_backward(call, kOp, grad_terms, load, num_tokens, num_experts);
+    params.grad_probs = grad_TE.data;
+    params.dtype = dtype;
+    const DeviceGuard guard(kOp, call.device_idx());
+    launch_moe_balance_backward(params, call.current_stream());
+}
+
+int num_chunks(int64_t num_tokens, int num_sequences) {
+    DSC_CHECK(num_tokens >= 0 and num_sequences > 0,
+              "moe_balance_loss: num_tokens must be >= 0 and num_sequences >= 1, got ", num_tokens, " and ",
+              num_sequences);
+    return moe_balance_num_chunks(num_tokens, num_sequences);
 }
 
 }  // namespace
@@ -73,6 +205,17 @@ void register_moe(py::module_& module) {
                py::arg("renormalize"));
     module.def("moe_gate_backward", bind::moe_gate_backward, py::arg("logits"), py::arg("idx"),
                py::arg("grad_weight"), py::arg("grad_logits"), py::arg("scale"), py::arg("renormalize"));
+    module.def("moe_gate_with_balance_forward", bind::moe_gate_with_balance_forward, py::arg("logits"),
+               py::arg("idx"), py::arg("weight"), py::arg("balance"), py::arg("num_groups"),
+               py::arg("num_groups_kept"), py::arg("scale"), py::arg("renormalize"));
+    module.def("moe_gate_with_balance_backward", bind::moe_gate_with_balance_backward, py::arg("logits"),
+               py::arg("idx"), py::arg("grads"), py::arg("load"), py::arg("grad_logits"), py::arg("scale"),
+               py::arg("renormalize"));
+    module.def("moe_balance_loss_forward", bind::moe_balance_loss_forward, py::arg("probs"), py::arg("idx"),
+               py::arg("balance"), py::arg("num_groups"), py::arg("num_groups_kept"));
+    module.def("moe_balance_loss_backward", bind::moe_balance_loss_backward, py::arg("grad_terms"),
+               py::arg("load"), py::arg("grad_probs"));
+    module.def("moe_balance_num_chunks", bind::num_chunks, py::arg("num_tokens"), py::arg("num_sequences"));
 }
 
 }  // namespace dsc

@@ -42,6 +42,51 @@ struct MoeGateBackwardParams {
 void launch_moe_gate(const MoeGateParams& p, cudaStream_t stream);
 void launch_moe_gate_backward(const MoeGateBackwardParams& p, cudaStream_t stream);
 
+// moe_balance_loss: the expert-, device- and communication-level terms of DeepSeek-V2 (eqs 23-31),
+// unweighted, taken per sequence and averaged over sequences. Tokens are B sequences of T / B tokens, one
+// after the other; each is cut into C chunks, and a block of the first launch adds up one chunk. A second
+// launch adds the chunks up, always in the same order.
+struct MoeBalanceParams {
+    // Scratch, of any initial value.
+    float* prob_sum;        // [B * C, E], of each chunk: probabilities
+    int32_t* count;         // [B * C, E + G], choices of each expert, tokens with a choice in each group
+    float* group_terms;     // [B * G, 3]
+    int32_t* num_finished;  // [1]
+
+    float* terms;  // [3]
+    float* load;   // [3, B, E], the gradient of each term in every probability of the sequence
+    int64_t num_tokens;
+    int num_sequences, num_chunks, num_experts, num_topk, num_groups, num_groups_kept;
+};
+
+// C for so many tokens: enough blocks to fill a GPU, few enough that adding the chunks up costs little.
+int moe_balance_num_chunks(int64_t num_tokens, int num_sequences);
+
+struct MoeBalanceBackwardParams {
+    const float* grad_terms;  // [3]
+    const float* load;        // [3, B, E]
+    void* grad_probs;         // [T, E], every element is written
+    int64_t num_tokens;
+    int num_sequences, num_chunks, num_experts;
+    FloatType dtype;  // of grad_probs
+};
+
+// From probabilities [T, E] and the gate's choices idx [T, K], of which those outside [0, E) count for
+// nobody.
+void launch_moe_balance(const void* probs, FloatType dtype, const int32_t* idx, const MoeBalanceParams& p,
+                        cudaStream_t stream);
+void launch_moe_balance_backward(const MoeBalanceBackwardParams& p, cudaStream_t stream);
+// The second launch alone.
+void launch_moe_balance_finish(const MoeBalanceParams& p, cudaStream_t stream);
+
+// moe_gate_with_balance: both ops at once, the probabilities never leaving the registers. `balance` describes
+// the same tokens, experts and groups as `gate`.
+void launch_moe_gate_with_balance(const MoeGateParams& gate, const MoeBalanceParams& balance,
+                                  cudaStream_t stream);
+// grad_logits of the weights and the terms together; `grad_probs` and `dtype` are not used.
+void launch_moe_gate_with_balance_backward(const MoeGateBackwardParams& gate,
+                                           const MoeBalanceBackwardParams& balance, cudaStream_t stream);
+
 // moe_permute: tokens in expert order. M = T * K; expert e owns the rows from offsets[e - 1] to offsets[e],
 // in the order of the flat choices t * K + k. A choice outside [0, E) is dropped: its row is -1, and as many
 // rows at the end belong to nobody.

@@ -23,6 +23,30 @@ def moe_gate_forward(
 def moe_gate_backward(
     logits: Tensor, idx: Tensor, grad_weight: Tensor, grad_logits: Tensor, scale: float, renormalize: bool
 ) -> None: ...
+def moe_gate_with_balance_forward(
+    logits: Tensor,
+    idx: Tensor,
+    weight: Tensor,
+    balance: tuple[Tensor, ...],
+    num_groups: int,
+    num_groups_kept: int,
+    scale: float,
+    renormalize: bool,
+) -> None: ...
+def moe_gate_with_balance_backward(
+    logits: Tensor,
+    idx: Tensor,
+    grads: tuple[Tensor, Tensor],
+    load: Tensor,
+    grad_logits: Tensor,
+    scale: float,
+    renormalize: bool,
+) -> None: ...
+def moe_balance_loss_forward(
+    probs: Tensor, idx: Tensor, balance: tuple[Tensor, ...], num_groups: int, num_groups_kept: int
+) -> None: ...
+def moe_balance_loss_backward(grad_terms: Tensor, load: Tensor, grad_probs: Tensor) -> None: ...
+def moe_balance_num_chunks(num_tokens: int, num_sequences: int) -> int: ...
 def moe_permute_num_counts(num_choices: int) -> int: ...
 def moe_permute_maps_forward(idx: Tensor, offsets: Tensor, row: Tensor, counts: Tensor) -> None: ...
 def moe_permute_forward(

@@ -52,7 +52,9 @@ def run(build_host: Callable[[str], Path]) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_host_executor", "test_host_faults", "test_moe_gate_host"])
+@pytest.mark.parametrize(
+    "module", ["test_host_executor", "test_host_faults", "test_moe_gate_host", "test_moe_balance_host"]
+)
 def test_the_kernel_tests_pass_under_the_sanitizers(run: Run, module: str) -> None:
     plugins = ("-p", "no:xdist", "-p", "no:cacheprovider")
     done = run("-m", "pytest", *plugins, "-s", "-k", "not compile", str(HERE / f"{module}.py"))

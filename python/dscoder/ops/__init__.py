@@ -4,7 +4,7 @@ from dscoder.ops.grouped_gemm import grouped_gemm
 from dscoder.ops.mla_decode import mla_decode
 from dscoder.ops.mla_prefill import mla_prefill
 from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms
-from dscoder.ops.moe_gate import moe_gate
+from dscoder.ops.moe_gate import moe_gate, moe_gate_with_balance
 from dscoder.ops.moe_permute import PermuteHandle, moe_permute, moe_permute_maps
 from dscoder.ops.moe_unpermute import moe_unpermute
 from dscoder.ops.rope import rope
@@ -17,6 +17,7 @@ __all__ = [
     "moe_balance_loss",
     "moe_balance_terms",
     "moe_gate",
+    "moe_gate_with_balance",
     "moe_permute",
     "moe_permute_maps",
     "moe_unpermute",

@@ -4,7 +4,8 @@ For a sequence of T tokens, with P_i the mean probability of expert i and count_
     expert         sum_i f_i P_i,        f_i = E / (K T) * count_i
     device         sum_d f'_d P'_d,      f'_d = mean of f_i over group d, P'_d = sum of P_i over group d
     communication  sum_d f''_d P'_d,     f''_d = G / (M T) * tokens with a choice in group d, M groups kept
-A group holds the experts of one device. The counts carry no gradient.
+A group holds the experts of one device. The counts carry no gradient. Who gates with `moe_gate` takes the
+terms from `moe_gate_with_balance`, which has the probabilities at hand.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from dscoder.ops.library import (
     define_gradient,
     define_op,
 )
+from dscoder.runtime import native
 
 
 def moe_balance_loss(
@@ -73,25 +75,35 @@ def moe_balance_terms(
     check_shape(op, "idx", idx_TK, (probs_TE.shape[0], idx_TK.shape[1]))
     check_devices(op, probs=probs_TE, idx=idx_TK)
     check_at_least(op, "num_topk", idx_TK.shape[1], 1)
-    check_at_least(op, "num_sequences", num_sequences, 1)
-    check_at_least(op, "num_groups", num_groups, 1)
-    check_at_least(op, "num_groups_kept", num_groups_kept, 1)
     num_tokens, num_experts = probs_TE.shape
+    check_sequences(op, num_tokens, num_sequences)
+    check_groups(op, num_experts, num_groups, num_groups_kept)
+    terms: Tensor
+    terms, _ = torch.ops.dscoder.moe_balance_loss.default(
+        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept
+    )
+    return terms
+
+
+def check_sequences(op: str, num_tokens: int, num_sequences: int) -> None:
+    """ValueError unless the tokens are so many sequences of one length."""
+    check_at_least(op, "num_sequences", num_sequences, 1)
     if num_tokens % num_sequences:
         raise ValueError(
             f"{op}: num_tokens must be a multiple of num_sequences, got {num_tokens} and {num_sequences}"
         )
+
+
+def check_groups(op: str, num_experts: int, num_groups: int, num_groups_kept: int) -> None:
+    """ValueError unless the experts are so many groups of one width, of which so many may be kept."""
+    check_at_least(op, "num_groups", num_groups, 1)
+    check_at_least(op, "num_groups_kept", num_groups_kept, 1)
     if num_experts % num_groups:
         raise ValueError(
             f"{op}: num_experts must be a multiple of num_groups, got {num_experts} and {num_groups}"
         )
     if num_groups_kept > num_groups:
         raise ValueError(f"{op}: num_groups_kept must be <= num_groups {num_groups}, got {num_groups_kept}")
-    terms: Tensor
-    terms, _ = torch.ops.dscoder.moe_balance_loss.default(
-        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept
-    )
-    return terms
 
 
 def _loads(idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int) -> Tensor:
@@ -113,9 +125,10 @@ def _loads(idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_gr
     return torch.stack([f_expert, *(f.repeat_interleave(group_width, dim=1) for f in (f_device, f_sent))])
 
 
-def _forward(
+def balance_reference(
     probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
 ) -> tuple[Tensor, Tensor]:
+    """The terms [3], and load_3BE: the gradient of each in every probability of a sequence."""
     num_tokens, num_experts = probs_TE.shape
     length = num_tokens // num_sequences
     dtype = accumulate_dtype(probs_TE.dtype)
@@ -127,12 +140,54 @@ def _forward(
     return (load_3BE * total_BE).sum(dim=(1, 2)), load_3BE
 
 
-def _backward(grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+def balance_reference_gradient(
+    grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of probs_TE: the same row for all tokens of a sequence."""
     _, num_sequences, num_experts = load_3BE.shape
     grad_BE = torch.einsum("i,ibe->be", grad_terms.to(load_3BE.dtype), load_3BE).to(dtype)
     length = num_tokens // num_sequences
     grad = grad_BE.unsqueeze(1).expand(num_sequences, length, num_experts)
     return grad.reshape(num_tokens, num_experts)
+
+
+def balance_buffers(tokens_TE: Tensor, num_sequences: int, num_groups: int) -> tuple[Tensor, ...]:
+    """What the kernels fill for these tokens: four tensors of scratch, the terms and load_3BE."""
+    num_tokens, num_experts = tokens_TE.shape
+    num_chunks = native._C.moe_balance_num_chunks(num_tokens, num_sequences)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return tokens_TE.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(num_sequences, num_chunks, num_experts),
+        empty(num_sequences, num_chunks, num_experts + num_groups, dtype=torch.int32),
+        empty(num_sequences, num_groups, 3),
+        empty(1, dtype=torch.int32),
+        empty(3),
+        empty(3, num_sequences, num_experts),
+    )
+
+
+def _forward_kernel(
+    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    if probs_TE.dtype == torch.float64:
+        return balance_reference(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    buffers = balance_buffers(probs_TE, num_sequences, num_groups)
+    native._C.moe_balance_loss_forward(
+        probs_TE.contiguous(), idx_TK.contiguous(), buffers, num_groups, num_groups_kept
+    )
+    *_, terms, load_3BE = buffers
+    return terms, load_3BE
+
+
+def _backward_kernel(grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        return balance_reference_gradient(grad_terms, load_3BE, num_tokens, dtype)
+    grad_probs = _backward_fake(grad_terms, load_3BE, num_tokens, dtype)
+    native._C.moe_balance_loss_backward(grad_terms.contiguous(), load_3BE, grad_probs)
+    return grad_probs
 
 
 def _forward_fake(probs_TE: Tensor, _idx: Tensor, num_sequences: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -141,20 +196,36 @@ def _forward_fake(probs_TE: Tensor, _idx: Tensor, num_sequences: int, *_: Any) -
     return probs_TE.new_empty(3, dtype=dtype), load_3BE
 
 
+def _backward_fake(_grad: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return load_3BE.new_empty((num_tokens, load_3BE.shape[2]), dtype=dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.num_tokens, ctx.dtype = inputs[0].shape[0], inputs[0].dtype
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (load_3BE,) = ctx.saved_tensors
-    return _backward(grad_terms, load_3BE, ctx.num_tokens, ctx.dtype), None, None, None, None
+    grad_probs = torch.ops.dscoder.moe_balance_loss_backward.default(
+        grad_terms, load_3BE, ctx.num_tokens, ctx.dtype
+    )
+    return grad_probs, None, None, None, None
 
 
 define_op(
-    "moe_balance_loss(Tensor probs, Tensor idx, int num_sequences, int num_groups, int num_groups_kept)"
+    "moe_balance_loss(Tensor probs, Tensor idx, SymInt num_sequences, int num_groups, int num_groups_kept)"
     " -> (Tensor terms, Tensor load)",
-    reference=_forward,
+    reference=balance_reference,
+    kernel=_forward_kernel,
     fake=_forward_fake,
+)
+define_op(
+    "moe_balance_loss_backward(Tensor grad_terms, Tensor load, SymInt num_tokens, ScalarType dtype)"
+    " -> Tensor",
+    reference=balance_reference_gradient,
+    kernel=_backward_kernel,
+    fake=_backward_fake,
 )
 define_gradient("moe_balance_loss", save=_save, backward=_differentiate)

@@ -17,6 +17,13 @@ from dscoder.ops.library import (
     define_gradient,
     define_op,
 )
+from dscoder.ops.moe_balance_loss import (
+    balance_buffers,
+    balance_reference,
+    balance_reference_gradient,
+    check_groups,
+    check_sequences,
+)
 from dscoder.runtime import native
 
 
@@ -40,29 +47,56 @@ def moe_gate(
         logits go to the smaller expert, equal groups to the smaller group; a NaN counts as the largest and
         makes its row's weights NaN. A row's experts are always distinct. Differentiable in the weights.
     """
-    op = "moe_gate"
-    check_tensor(op, "logits", logits_TE, num_dims=2, dtypes=FLOATS)
-    num_experts = logits_TE.shape[1]
-    check_at_least(op, "num_topk", num_topk, 1)
-    check_at_least(op, "num_groups", num_groups, 1)
-    check_at_least(op, "num_groups_kept", num_groups_kept, 1)
-    if num_experts % num_groups:
-        raise ValueError(
-            f"{op}: num_experts must be a multiple of num_groups, got {num_experts} and {num_groups}"
-        )
-    if num_groups_kept > num_groups:
-        raise ValueError(f"{op}: num_groups_kept must be <= num_groups {num_groups}, got {num_groups_kept}")
-    num_reachable = num_experts // num_groups * num_groups_kept
-    if num_topk > num_reachable:
-        raise ValueError(
-            f"{op}: num_topk must be <= {num_reachable} (experts in the kept groups), got {num_topk}"
-        )
+    _check_routing("moe_gate", logits_TE, num_topk, num_groups, num_groups_kept)
     idx_TK: Tensor
     weight_TK: Tensor
     weight_TK, idx_TK = torch.ops.dscoder.moe_gate.default(
         logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize
     )
     return idx_TK, weight_TK
+
+
+def moe_gate_with_balance(
+    logits_TE: Tensor,
+    *,
+    num_topk: int,
+    num_groups: int = 1,
+    num_groups_kept: int = 1,
+    scale: float = 1.0,
+    renormalize: bool = False,
+    num_sequences: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_gate`, and the terms of `moe_balance_terms` for its choice, in one pass over the logits.
+
+    Equal to `moe_gate(logits_TE, ...)` and `moe_balance_terms(logits_TE.softmax(-1), idx_TK, ...)`; the
+    tokens are `num_sequences` sequences of one length, one after the other.
+
+    Returns:
+        idx_TK and weight_TK as of `moe_gate`, and the unweighted expert-, device- and communication-level
+        terms [3] in the dtype of the weights. Differentiable in the weights and the terms.
+    """
+    op = "moe_gate_with_balance"
+    _check_routing(op, logits_TE, num_topk, num_groups, num_groups_kept)
+    check_sequences(op, logits_TE.shape[0], num_sequences)
+    idx_TK: Tensor
+    weight_TK: Tensor
+    terms_3: Tensor
+    weight_TK, idx_TK, terms_3, _ = torch.ops.dscoder.moe_gate_with_balance.default(
+        logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize, num_sequences
+    )
+    return idx_TK, weight_TK, terms_3
+
+
+def _check_routing(op: str, logits_TE: Tensor, num_topk: int, num_groups: int, num_groups_kept: int) -> None:
+    check_tensor(op, "logits", logits_TE, num_dims=2, dtypes=FLOATS)
+    num_experts = logits_TE.shape[1]
+    check_at_least(op, "num_topk", num_topk, 1)
+    check_groups(op, num_experts, num_groups, num_groups_kept)
+    num_reachable = num_experts // num_groups * num_groups_kept
+    if num_topk > num_reachable:
+        raise ValueError(
+            f"{op}: num_topk must be <= {num_reachable} (experts in the kept groups), got {num_topk}"
+        )
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -172,3 +206,122 @@ define_op(
     fake=_backward_fake,
 )
 define_gradient("moe_gate", save=_save, backward=_differentiate)
+
+
+# ---- with the balance terms ----
+
+
+def _balanced_forward(
+    logits_TE: Tensor,
+    num_topk: int,
+    num_groups: int,
+    num_groups_kept: int,
+    scale: float,
+    renormalize: bool,
+    num_sequences: int,
+) -> tuple[Tensor, ...]:
+    weight_TK, idx_TK = _forward(logits_TE, num_topk, num_groups, num_groups_kept, scale, renormalize)
+    probs_TE = logits_TE.to(weight_TK.dtype).softmax(dim=-1)
+    terms_3, load_3BE = balance_reference(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    return weight_TK, idx_TK, terms_3, load_3BE
+
+
+def _balanced_backward(
+    grad_weight_TK: Tensor,
+    grad_terms: Tensor,
+    logits_TE: Tensor,
+    idx_TK: Tensor,
+    load_3BE: Tensor,
+    scale: float,
+    renormalize: bool,
+) -> Tensor:
+    dtype = load_3BE.dtype
+    grad_TE = _backward(grad_weight_TK, logits_TE.to(dtype), idx_TK, scale, renormalize)
+    probs_TE = logits_TE.to(dtype).softmax(dim=-1)
+    grad_probs = balance_reference_gradient(grad_terms, load_3BE, logits_TE.shape[0], dtype)
+    grad_TE += probs_TE * (grad_probs - (probs_TE * grad_probs).sum(dim=-1, keepdim=True))
+    return grad_TE.to(logits_TE.dtype)
+
+
+def _balanced_forward_kernel(
+    logits_TE: Tensor,
+    num_topk: int,
+    num_groups: int,
+    num_groups_kept: int,
+    scale: float,
+    renormalize: bool,
+    num_sequences: int,
+) -> tuple[Tensor, ...]:
+    if logits_TE.dtype == torch.float64:
+        options = (num_topk, num_groups, num_groups_kept, scale, renormalize, num_sequences)
+        return _balanced_forward(logits_TE, *options)
+    weight_TK, idx_TK = _forward_fake(logits_TE, num_topk)
+    logits = logits_TE.float().contiguous()
+    buffers = balance_buffers(logits, num_sequences, num_groups)
+    native._C.moe_gate_with_balance_forward(
+        logits, idx_TK, weight_TK, buffers, num_groups, num_groups_kept, scale, renormalize
+    )
+    *_, terms_3, load_3BE = buffers
+    return weight_TK, idx_TK, terms_3, load_3BE
+
+
+def _balanced_backward_kernel(
+    grad_weight_TK: Tensor,
+    grad_terms: Tensor,
+    logits_TE: Tensor,
+    idx_TK: Tensor,
+    load_3BE: Tensor,
+    scale: float,
+    renormalize: bool,
+) -> Tensor:
+    if logits_TE.dtype == torch.float64:
+        saved = (logits_TE, idx_TK, load_3BE)
+        return _balanced_backward(grad_weight_TK, grad_terms, *saved, scale, renormalize)
+    logits = logits_TE.float().contiguous()
+    grad_logits = torch.empty_like(logits)
+    grads = (grad_weight_TK.contiguous(), grad_terms.contiguous())
+    native._C.moe_gate_with_balance_backward(logits, idx_TK, grads, load_3BE, grad_logits, scale, renormalize)
+    return grad_logits.to(logits_TE.dtype)
+
+
+def _balanced_fake(logits_TE: Tensor, num_topk: int, *options: Any) -> tuple[Tensor, ...]:
+    weight_TK, idx_TK = _forward_fake(logits_TE, num_topk)
+    load_shape = (3, options[-1], logits_TE.shape[1])
+    return weight_TK, idx_TK, weight_TK.new_empty(3), weight_TK.new_empty(load_shape)
+
+
+def _balanced_backward_fake(_grad: Tensor, _grad_terms: Tensor, logits_TE: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+def _balanced_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_TE, _, _, _, ctx.scale, ctx.renormalize, _ = inputs
+    _, idx_TK, _, load_3BE = output
+    ctx.save_for_backward(logits_TE, idx_TK, load_3BE)
+    ctx.mark_non_differentiable(idx_TK, load_3BE)
+
+
+def _balanced_differentiate(
+    ctx: Any, grad_weight_TK: Tensor, _idx: Tensor, grad_terms: Tensor, _load: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_logits = torch.ops.dscoder.moe_gate_with_balance_backward.default(
+        grad_weight_TK, grad_terms, *ctx.saved_tensors, ctx.scale, ctx.renormalize
+    )
+    return grad_logits, None, None, None, None, None, None
+
+
+define_op(
+    "moe_gate_with_balance(Tensor logits, int num_topk, int num_groups, int num_groups_kept, float scale,"
+    " bool renormalize, SymInt num_sequences) -> (Tensor weight, Tensor idx, Tensor terms, Tensor load)",
+    reference=_balanced_forward,
+    kernel=_balanced_forward_kernel,
+    fake=_balanced_fake,
+)
+define_op(
+    "moe_gate_with_balance_backward(Tensor grad_weight, Tensor grad_terms, Tensor logits, Tensor idx,"
+    " Tensor load, float scale, bool renormalize) -> Tensor",
+    reference=_balanced_backward,
+    kernel=_balanced_backward_kernel,
+    fake=_balanced_backward_fake,
+)
+define_gradient("moe_gate_with_balance", save=_balanced_save, backward=_balanced_differentiate)
