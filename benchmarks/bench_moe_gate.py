@@ -1,86 +1,75 @@
-"""moe_gate, forward and with backward, beside transformers' router (its formula, eager and compiled)."""
+"""moe_gate beside transformers' router (its formula, eager and compiled)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.shapes import DEVICE, IS_ON_GPU, LAYERS, TOKENS, ExpertLayer, routed_sizes
 from dscoder import ops
-from dscoder.runtime import native
 from dscoder.testing import cases
-from dscoder.testing.timing import Call, Work, compare
-
-IS_ON_GPU = torch.cuda.is_available() and native.has_kernels()
-DEVICE = "cuda" if IS_ON_GPU else "cpu"
-TOKENS = (128, 8192, 131072) if IS_ON_GPU else (128, 8192)
+from dscoder.testing.measure import Problem
+from dscoder.testing.results import Case
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Router:
-    num_experts: int
-    num_topk: int = 6
-    num_groups: int = 1
-    num_groups_kept: int = 1
-    scale: float = 1.0
-
-    def ours(self, logits_TE: Tensor) -> Tensor:
-        return ops.moe_gate(
-            logits_TE,
-            num_topk=self.num_topk,
-            num_groups=self.num_groups,
-            num_groups_kept=self.num_groups_kept,
-            scale=self.scale,
-        )[1]
-
-    def transformers(self, logits_TE: Tensor) -> Tensor:
-        """What DeepseekV2TopkRouter computes after its projection; sorted, so that weights compare."""
-        scores = logits_TE.softmax(dim=-1, dtype=torch.float32)
-        if self.num_groups_kept < self.num_groups:
-            groups = scores.view(len(scores), self.num_groups, -1)
-            best = groups.max(dim=-1).values.topk(self.num_groups_kept, dim=-1).indices
-            mask = torch.zeros(groups.shape[:2], device=scores.device).scatter_(1, best, 1)
-            scores = groups.masked_fill(mask.unsqueeze(-1) == 0, 0.0).flatten(1)
-        return scores.topk(self.num_topk, dim=-1).values * self.scale
+def options(layer: ExpertLayer) -> dict[str, int | float]:
+    return {
+        "num_topk": layer.num_topk,
+        "num_groups": layer.num_groups,
+        "num_groups_kept": layer.num_groups_kept,
+        "scale": layer.scale,
+    }
 
 
-ROUTERS = {
-    "v2_lite": Router(num_experts=64),
-    "v2": Router(num_experts=160, num_groups=8, num_groups_kept=3, scale=16.0),
-}
+def formula(
+    logits_TE: Tensor, *, num_topk: int, num_groups: int, num_groups_kept: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What transformers' DeepseekV2TopkRouter computes after its projection; sorted, to be compared."""
+    scores = logits_TE.softmax(dim=-1, dtype=torch.float32)
+    if num_groups_kept < num_groups:
+        groups = scores.view(len(scores), num_groups, -1)
+        best = groups.max(dim=-1).values.topk(num_groups_kept, dim=-1).indices
+        mask = torch.zeros(groups.shape[:2], device=scores.device).scatter_(1, best, 1)
+        scores = groups.masked_fill(mask.unsqueeze(-1) == 0, 0.0).flatten(1)
+    weight_TK, idx_TK = scores.topk(num_topk, dim=-1)
+    return idx_TK.to(torch.int32), weight_TK * scale
 
 
-def run(benchmark: BenchmarkFixture, name: str, num_tokens: int, *, is_training: bool) -> None:
-    router = ROUTERS[name]
-    logits = cases.randn(cases.generator(name), num_tokens, router.num_experts).to(DEVICE)
-    grad = torch.ones(num_tokens, router.num_topk, device=DEVICE)
-
-    def call(function: Callable[[Tensor], Tensor]) -> Call:
-        if not is_training:
-            return lambda: function(logits)
-        leaf = logits.detach().requires_grad_()
-        return lambda: torch.autograd.grad(function(leaf), leaf, grad)
-
-    peers = {"transformers": call(router.transformers)}
-    if IS_ON_GPU:
-        peers["compiled"] = call(torch.compile(router.transformers, fullgraph=True))
-    # Forward reads the logits and writes K indices and weights; backward reads both and as many gradients,
-    # and writes one for each logit.
-    elements = num_tokens * (router.num_experts + 2 * router.num_topk)
-    elements += is_training * num_tokens * (2 * router.num_experts + 2 * router.num_topk)
-    shape = f"T {num_tokens}, E {router.num_experts}, K {router.num_topk}, groups {router.num_groups}"
-    compare(benchmark, call(router.ours), peers, Work(shape=shape, num_bytes=4.0 * elements))
+COMPILED = torch.compile(formula, fullgraph=True, dynamic=False)
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
-@pytest.mark.parametrize("name", ROUTERS)
-def test_forward(benchmark: BenchmarkFixture, name: str, num_tokens: int) -> None:
-    run(benchmark, name, num_tokens, is_training=False)
+def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
+    """Forward reads the logits and writes K indices and weights; backward reads the logits, the indices and
+    the weights' gradients and writes a gradient for each logit.
+    """
+    logits, chosen = 4 * num_tokens * layer.num_experts, 4 * num_tokens * layer.num_topk
+    forward, backward = logits + 2 * chosen, 2 * logits + 2 * chosen
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[step]
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
-@pytest.mark.parametrize("name", ROUTERS)
-def test_forward_and_backward(benchmark: BenchmarkFixture, name: str, num_tokens: int) -> None:
-    run(benchmark, name, num_tokens, is_training=True)
+@pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
+@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes(many=True))
+def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
+    layer = LAYERS[model]
+    rng = cases.generator(f"{model} {routing}", DEVICE)
+    logits = cases.routing_logits(
+        rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
+    )
+    others = {"transformers": formula}
+    if IS_ON_GPU and num_tokens == TOKENS:
+        others["torch.compile"] = COMPILED
+    case = Case(
+        op="moe_gate",
+        step=step,
+        model=model,
+        routing=routing,
+        shape=layer.shape(num_tokens, width=False),
+        dtype=torch.float32,
+        num_bytes=num_bytes(step, num_tokens, layer),
+    )
+    grad = cases.randn(rng, num_tokens, layer.num_topk)
+    problem = Problem(args=(logits,), num_leaves=1, grads=(grad,))
+    bound = {name: partial(function, **options(layer)) for name, function in others.items()}
+    measure(case, problem, partial(ops.moe_gate, **options(layer)), bound)

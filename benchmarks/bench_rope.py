@@ -1,55 +1,75 @@
-"""rope, forward and backward, beside transformers' functions for both pairings."""
+"""rope beside the formulas of transformers (complex numbers for interleaved pairs, halves for Llama's), eager
+and compiled.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM
 from dscoder import ops
 from dscoder.testing import cases
-from dscoder.testing.timing import Work, compare
+from dscoder.testing.measure import Problem
+from dscoder.testing.results import Case
 
-SHAPES = {  # T, query heads, key heads, width, interleaved
-    "tiny_moe": (4096, 4, 1, 16, True),
-    "v2_lite": (4096, 16, 1, 64, True),
-    "v2": (1024, 128, 1, 64, True),
-    "coder_33b": (1024, 56, 8, 128, False),
+SHAPES = {  # query heads, key heads, width, interleaved
+    "v2_lite": (16, 1, 64, True),
+    "v2": (128, 1, 64, True),
+    "coder_33b": (56, 8, 128, False),
 }
+NUM_TOKENS = 8192 if IS_ON_GPU else 512
 
 
-def theirs(q: Tensor, k: Tensor, angle: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-    q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))  # [1, heads, T, r]
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     if interleaved:
-        out = apply_rotary_emb(q, k, torch.polar(torch.ones_like(angle), angle).unsqueeze(0))
-    else:
-        both = torch.cat([angle, angle], dim=-1).unsqueeze(0)
-        out = apply_rotary_pos_emb(q, k, both.cos(), both.sin())
-    q, k = (x.squeeze(0).transpose(0, 1) for x in out)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2)
+        return turned.to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    half = torch.cat([-second, first], dim=-1)
+    both_cos, both_sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (cos, sin))
+    return (x.float() * both_cos + half * both_sin).to(x.dtype)
+
+
+def formula(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    q, k = (rotated(x, cos[positions], sin[positions], interleaved=interleaved) for x in (q, k))
     return q, k
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_forward_and_backward(benchmark: BenchmarkFixture, name: str) -> None:
-    num_tokens, num_heads, num_key_heads, width, interleaved = SHAPES[name]
-    rng = cases.generator(name)
-    q = cases.randn(rng, num_tokens, num_heads, width).requires_grad_()
-    k = cases.randn(rng, num_tokens, num_key_heads, width).requires_grad_()
-    grads = [cases.randn(rng, *x.shape) for x in (q, k)]
-    frequency = 10000.0 ** -(torch.arange(0, width, 2) / width)
-    positions = torch.arange(num_tokens)
+COMPILED = torch.compile(formula, fullgraph=True, dynamic=False)
+
+
+@pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
+@pytest.mark.parametrize("model", SHAPES)
+def test_step(measure: Callable[..., None], model: str, step: str) -> None:
+    num_heads, num_key_heads, width, interleaved = SHAPES[model]
+    rng = cases.generator(model, DEVICE)
+    q = cases.randn(rng, NUM_TOKENS, num_heads, width, dtype=DTYPE)
+    k = cases.randn(rng, NUM_TOKENS, num_key_heads, width, dtype=DTYPE)
+    frequency = 10000.0 ** -(torch.arange(0, width, 2, device=DEVICE) / width)
+    positions = torch.arange(NUM_TOKENS, device=DEVICE)
     angle = positions[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    compare(
-        benchmark,
-        lambda: torch.autograd.grad(
-            ops.rope(q, k, cos, sin, positions, interleaved=interleaved), (q, k), grads
-        ),
-        {
-            "transformers": lambda: torch.autograd.grad(
-                theirs(q, k, angle, interleaved=interleaved), (q, k), grads
-            )
-        },
-        Work(shape=str(SHAPES[name]), num_bytes=4 * 4 * num_tokens * width * (num_heads + num_key_heads)),
+    one_way = 2 * ITEM * NUM_TOKENS * width * (num_heads + num_key_heads) + 4 * NUM_TOKENS * width
+    case = Case(
+        op="rope",
+        step=step,
+        model=model,
+        shape=f"T={NUM_TOKENS} H={num_heads}/{num_key_heads} r={width}",
+        dtype=DTYPE,
+        # Reads and writes every element, and reads the tables.
+        num_bytes=one_way * (2 if step == "forward + backward" else 1),
     )
+    problem = Problem(
+        args=(q, k, angle.cos(), angle.sin(), positions),
+        num_leaves=2,
+        grads=(cases.randn(rng, *q.shape, dtype=DTYPE), cases.randn(rng, *k.shape, dtype=DTYPE)),
+    )
+    peers = {"transformers": partial(formula, interleaved=interleaved)}
+    if IS_ON_GPU:
+        peers["torch.compile"] = partial(COMPILED, interleaved=interleaved)
+    measure(case, problem, partial(ops.rope, interleaved=interleaved), peers)

@@ -1,20 +1,31 @@
-"""What several benchmarks share: real source code to measure on, and a line of results for each."""
+"""What the benchmarks share: the engine with this machine's clock, real source code, a line a result."""
 
+import functools
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._functorch.config as functorch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import dscoder.testing.measure
+from benchmarks.shapes import DEVICE
 from dscoder.testing import results
+from dscoder.testing.timing import clock_for
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHOWN = ("us", "call_us", "TFLOP/s", "GB/s", "share", "MB/s", "tokens/s")
+
+# The backward step runs a compiled peer's backward several times over what one forward has kept.
+functorch.donated_buffer = False
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """A stored run says what it ran on."""
-    results.describe_machine(machine_info, results.measured_device())
+    results.describe_machine(machine_info, DEVICE, CHECKOUT)
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -22,13 +33,25 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     results.drop_rounds(output_json)
 
 
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture) -> Callable[..., None]:
+    """`measure(case, problem, ours, peers)` of dscoder.testing.measure, on this machine's clock."""
+    return functools.partial(dscoder.testing.measure.measure, benchmark, clock_for(DEVICE))
+
+
 @pytest.fixture(autouse=True)
 def shown(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[None]:
-    """Prints what a benchmark stores beside its times (pytest-benchmark shows the times alone)."""
+    """Writes the figures of a benchmark as soon as it is done."""
     yield
     if not benchmark.disabled:
-        figures = ", ".join(f"{name} {value}" for name, value in benchmark.extra_info.items())
-        sys.stdout.write(f"\n{request.node.name}: {figures}\n")
+        kept = benchmark.extra_info
+        figures = [f"{name} {kept[name]}" for name in SHOWN if name in kept]
+        figures += [
+            f"{name} {peer['ratio']}x" if "ratio" in peer else f"{name} failed ({peer['error']})"
+            for name, peer in kept.get("peers", {}).items()
+        ]
+        name = request.node.nodeid.rpartition("/")[2].removeprefix("bench_")
+        sys.stdout.write(f"\n{name}: {', '.join(figures)}\n")
 
 
 @pytest.fixture(scope="session")

@@ -5,21 +5,71 @@ import zlib
 import torch
 from torch import Tensor
 
+ROUTINGS = ("uniform", "skewed", "one_hot", "half_empty")
+CONCENTRATION = 2.0  # of the Dirichlet distribution that skewed routing draws the experts' shares from
+_FAR = 40.0  # added to a logit: farther than noise ever carries
 
-def generator(name: str) -> torch.Generator:
-    """A generator seeded by a test id, so that a test draws the same numbers alone and in company."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by a test id, so that a test draws the same numbers alone and in company.
+
+    What is drawn from it lies on `device`.
+    """
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
 
 
 def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers, drawn in float32 (float64 for float64) and rounded."""
     drawn = torch.promote_types(dtype, torch.float32)
-    return torch.randn(shape, generator=rng, dtype=drawn).to(dtype)
+    return torch.randn(shape, generator=rng, dtype=drawn, device=rng.device).to(dtype)
 
 
-def routing(rng: torch.Generator, *, num_tokens: int, num_experts: int, num_topk: int) -> Tensor:
-    """idx_TK: distinct experts for every token, in random order."""
-    return torch.rand(num_tokens, num_experts, generator=rng).argsort(dim=1)[:, :num_topk].to(torch.int32)
+def _expert_logits(rng: torch.Generator, num_experts: int, num_topk: int, kind: str) -> Tensor:
+    """What every token's logits have in common, [E]."""
+    logits_E = torch.zeros(num_experts, device=rng.device)
+    if kind == "skewed":
+        # torch has no Dirichlet draw with a generator: gamma(2) is the sum of two exponentials.
+        gamma_E = torch.zeros(num_experts, device=rng.device)
+        for _ in range(int(CONCENTRATION)):
+            gamma_E += torch.empty_like(gamma_E).exponential_(generator=rng)
+        return (gamma_E / gamma_E.sum()).log()
+    if kind == "one_hot":
+        logits_E[:num_topk] = _FAR
+    elif kind == "half_empty":
+        logits_E[: max(num_experts // 2, num_topk)] = _FAR
+    elif kind != "uniform":
+        raise ValueError(f"kind must be one of {', '.join(ROUTINGS)}, got {kind!r}")
+    return logits_E
+
+
+def routing_logits(
+    rng: torch.Generator, *, num_tokens: int, num_experts: int, num_topk: int, kind: str = "uniform"
+) -> Tensor:
+    """float32 logits_TE whose K largest are a routing of this kind; no two in a row are equal.
+
+    uniform: every expert as likely as the others. skewed: the experts' shares are drawn from a Dirichlet
+    distribution of concentration 2 (the busiest of 64 gets about three times the mean), and a token
+    draws K distinct experts by those shares. one_hot: every token chooses experts 0 to K - 1, in an order of
+    its own. half_empty: only the first half of the experts (K of them if that is more) is ever chosen.
+    """
+    # Gumbel noise on log shares: the K largest are K draws by those shares without replacement.
+    noise_TE = torch.empty(num_tokens, num_experts, device=rng.device).exponential_(generator=rng)
+    logits_TE = _expert_logits(rng, num_experts, num_topk, kind) - noise_TE.clamp(min=1e-9).log()
+    # No ties: a coarse grid, and for every expert a step of its own within it.
+    step = 2.0**-8 / 2 ** max(num_experts - 1, 1).bit_length()
+    grid_TE: Tensor = (logits_TE * 2**8).round() / 2**8
+    grid_TE += torch.arange(num_experts, device=rng.device) * step
+    return grid_TE
+
+
+def routing(
+    rng: torch.Generator, *, num_tokens: int, num_experts: int, num_topk: int, kind: str = "uniform"
+) -> Tensor:
+    """idx_TK: distinct experts for every token, in random order; `kind` as in `routing_logits`."""
+    logits_TE = routing_logits(
+        rng, num_tokens=num_tokens, num_experts=num_experts, num_topk=num_topk, kind=kind
+    )
+    return logits_TE.topk(num_topk, dim=1).indices.to(torch.int32)
 
 
 def cu_seqlens(lengths: list[int]) -> Tensor:

@@ -26,7 +26,8 @@ def assert_close(actual: Tensor, wanted: Tensor, *, dtype: torch.dtype | None = 
     """
     assert actual.shape == wanted.shape, f"shape {tuple(actual.shape)}, wanted {tuple(wanted.shape)}"
     dtype = actual.dtype if dtype is None else dtype
-    got, want = actual.detach().double().cpu(), wanted.detach().double().cpu()
+    want = wanted.detach().double()
+    got = actual.detach().to(want.device).double()
     is_finite = want.isfinite()
     assert_same(got.masked_fill(is_finite, 0.0), want.masked_fill(is_finite, 0.0))
     got, want = got[is_finite], want[is_finite]

@@ -1,38 +1,164 @@
-"""Where a run of the benchmarks is stored, and what of pytest-benchmark's report.
+"""What a benchmark stores: the record of one case, the machine of a run, and where a run is kept.
 
 `python -m dscoder.testing.results` makes the folder of this machine's device below benchmarks/results and
 writes the path of one run's file, named by the time, for --benchmark-json.
 """
 
+import functools
+import platform
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dscoder.testing.timing import device_name
+from dscoder.runtime import native
+from dscoder.testing.timing import Ceilings, device_name
 
 RESULTS = Path("benchmarks/results")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One thing to measure, and what a call of it has to do at the least."""
+
+    op: str
+    step: str  # "forward", "backward", "forward + backward", or what the op calls a part of itself
+    shape: str  # "T=8192 D=2048 E=64 K=6"
+    dtype: torch.dtype
+    model: str | None = None
+    routing: str | None = None
+    flops: float = 0.0
+    num_bytes: float = 0.0
+
+    def names(self) -> dict[str, str]:
+        """What tells the case from others in a record."""
+        found = {"op": self.op, "step": self.step, "model": self.model, "routing": self.routing}
+        found |= {"shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Median seconds of one contender, or why there are none."""
+
+    seconds: float = 0.0
+    method: str = ""
+    error: str | None = None
+
+
+def record(
+    case: Case,
+    *,
+    device: torch.device,
+    ours: Timing,
+    peers: Mapping[str, Timing],
+    ceilings: Ceilings,
+    call_seconds: float | None = None,
+) -> dict[str, Any]:
+    """The `extra_info` of one benchmark; docs/benchmarks.md lists what it holds."""
+    kept: dict[str, Any] = {
+        **case.names(),
+        "device": device_name(device),
+        "method": ours.method,
+        "us": _rounded(ours.seconds * 1e6),
+    }
+    if call_seconds is not None:
+        kept["call_us"] = _rounded(call_seconds * 1e6)
+    if case.flops:
+        kept["TFLOP/s"] = _rounded(case.flops / ours.seconds / 1e12)
+    if case.num_bytes:
+        kept["GB/s"] = _rounded(case.num_bytes / ours.seconds / 1e9)
+    at_best = {
+        "memory": case.num_bytes / ceilings.bytes_per_second,
+        "compute": case.flops / ceilings.flops_per_second,
+    }
+    bound = max(at_best, key=lambda name: at_best[name])
+    if at_best[bound]:
+        kept["share"] = round(100 * at_best[bound] / ours.seconds, 2)
+        kept["bound"] = bound
+    kept["ceiling_TFLOP/s"] = _rounded(ceilings.flops_per_second / 1e12)
+    kept["ceiling_GB/s"] = _rounded(ceilings.bytes_per_second / 1e9)
+    kept["has_kernel"] = device.type == "cuda" and native.has_kernels() and case.op in native.kernel_ops()
+    kept["peers"] = {name: _beside(timing, ours) for name, timing in peers.items()}
+    return kept
+
+
+def _beside(peer: Timing, ours: Timing) -> dict[str, Any]:
+    if peer.error is not None:
+        return {"error": peer.error}
+    entry: dict[str, Any] = {
+        "us": _rounded(peer.seconds * 1e6),
+        "ratio": _rounded(peer.seconds / ours.seconds),
+    }
+    # A peer that waits for the GPU cannot be captured: its time holds the wait.
+    return entry if peer.method == ours.method else {**entry, "method": peer.method}
+
+
+def _rounded(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
 def measured_device() -> torch.device:
-    """What the benchmarks of this machine run on: its first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What benchmarks run on here: the first GPU if this build has kernels for it, else the CPU."""
+    if torch.cuda.is_available() and native.arch_for(torch.cuda.get_device_capability()) is not None:
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def device_folder(device: torch.device) -> str:
+    """The folder of a device's results, such as nvidia_h200; all CPUs share one."""
+    name = device_name(device) if device.type == "cuda" else "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def result_file(root: Path, device: torch.device, now: datetime) -> Path:
     """The file of a run that begins `now` on `device`, such as nvidia_h200/2026-11-20T11-30-00.json."""
-    name = device_name(device) if device.type == "cuda" else "cpu"
-    folder = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return root / folder / f"{now.astimezone(UTC):%Y-%m-%dT%H-%M-%S}.json"
+    return root / device_folder(device) / f"{now.astimezone(UTC):%Y-%m-%dT%H-%M-%S}.json"
 
 
-def describe_machine(machine: dict[str, Any], device: torch.device) -> None:
-    """Name `device` and torch in pytest-benchmark's machine_info, which has neither; drop the host's name."""
-    machine.pop("node", None)
-    machine.update(device=device_name(device), torch=torch.__version__, cuda=torch.version.cuda)
+def _output(command: list[str]) -> str | None:
+    """What a program that is there and succeeds prints, else None."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def machine(device: torch.device, checkout: Path) -> dict[str, Any]:
+    """Device, versions, and the commit of `checkout`; what cannot be known is None."""
+    driver = None
+    if device.type == "cuda":
+        found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        driver = found.splitlines()[0] if found else None
+    git = ["git", "-C", str(checkout)]
+    # A repository above an installed package is somebody else's.
+    is_ours = (checkout / ".git").exists()
+    changes = _output([*git, "status", "--porcelain", "--untracked-files=no"]) if is_ours else None
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        "python": platform.python_version(),
+        "commit": _output([*git, "rev-parse", "HEAD"]) if is_ours else None,
+        "is_dirty": None if changes is None else bool(changes),
+    }
+
+
+def describe_machine(info: dict[str, Any], device: torch.device, checkout: Path) -> None:
+    """Put `machine` into pytest-benchmark's machine_info; drop the host's name and the CPU's flags."""
+    info.pop("node", None)
+    info.get("cpu", {}).pop("flags", None)
+    info.update(machine(device, checkout))
 
 
 def drop_rounds(report: dict[str, Any]) -> None:

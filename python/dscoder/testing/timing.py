@@ -1,61 +1,72 @@
-"""One op beside its peers in one run: interleaved, so that a noisy machine is noisy for all of them alike.
+"""Clocks: how long a call takes on this machine, and the ceilings that it is measured against.
 
-On a GPU a call is timed by events, behind a flush of the L2 cache that also hides the launch. The roofline
-is measured on the machine itself: a large copy and a large matrix product (bfloat16 on a GPU, else float32).
+On a GPU a call is captured into a CUDA graph, several times on inputs of its own, and a replay is timed
+behind a read of memory much larger than the L2 cache: every call finds its inputs and outputs in DRAM, the
+launches cost nothing on the host, and the read leaves no dirty lines for the call to write back. What cannot
+be captured (it waits for the GPU) is timed by events behind the same read. On a CPU it is wall time.
 """
 
 import functools
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from dscoder.testing.compare import assert_close
+Call = Callable[[], Any]
 
-Call = Callable[[], Tensor | Sequence[Tensor]]
+FLUSH_BYTES = 2**30
+MAX_COPIES = 64
+MIN_COPIES = 4
+MAX_ROUNDS = 50
+MIN_ROUNDS = 3
+MAX_EAGER_CALLS = 50
+EAGER_SECONDS = 0.02  # that queued calls take in all, about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """What one call has to do at the least."""
+class Ceilings:
+    """What this machine reaches: a large matrix product, and a large copy (bytes read and written)."""
 
-    shape: str
-    flops: float = 0.0
-    num_bytes: float = 0.0
+    flops_per_second: float
+    bytes_per_second: float
 
 
-def compare(
-    benchmark: BenchmarkFixture, ours: Call, peers: Mapping[str, Call], work: Work, *, num_rounds: int = 9
-) -> None:
-    """Check that the peers compute what `ours` does, time all, store the medians and the ratios.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """A call made ready: `seconds` runs it and gives the time of one call."""
 
-    `benchmark.extra_info` gets the shape, the device, microseconds, TFLOP/s, GB/s and share of the roofline
-    of ours and, for every peer, how many times our time it takes.
-    """
-    results = [_as_tuple(call()) for call in (ours, *peers.values())]
-    for result in results[1:]:
-        for actual, wanted in zip(result, results[0], strict=True):
-            assert_close(actual, wanted)
-    device = results[0][0].device
-    benchmark.pedantic(ours, rounds=num_rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
-    if benchmark.disabled:
-        return
-    seconds = _median_seconds({"": ours, **peers}, num_rounds, device)
-    benchmark.extra_info.update(shape=work.shape, device=device_name(device), us=round(seconds[""] * 1e6, 1))
-    for unit, amount in (("TFLOP/s", work.flops / 1e12), ("GB/s", work.num_bytes / 1e9)):
-        if amount:
-            benchmark.extra_info[unit] = round(amount / seconds[""], 3)
-    flops_a_second, bytes_a_second = _peaks(device)
-    at_best = max(work.flops / flops_a_second, work.num_bytes / bytes_a_second)
-    if at_best:
-        benchmark.extra_info["% of roofline"] = round(100 * at_best / seconds[""], 1)
-    for peer in peers:
-        benchmark.extra_info[f"{peer} / ours"] = round(seconds[peer] / seconds[""], 2)
+    method: str  # "graph", "events" or "wall"
+    seconds: Callable[[], float]
+
+
+class Clock(Protocol):
+    """What `measure` needs of a device."""
+
+    device: torch.device
+    budget: float  # seconds that the rounds of one benchmark may take
+
+    def num_copies(self, num_bytes: int) -> int:
+        """How many copies of inputs and outputs of `num_bytes` a measurement goes through."""
+
+    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+        """`make()`, run where its calls will run."""
+
+    def run(self, call: Call) -> Any:
+        """The result of one call, finished."""
+
+    def runner(self, calls: Sequence[Call]) -> Runner:
+        """Times the calls, each of which does the same work on a copy of its own."""
+
+    def call_seconds(self, calls: Sequence[Call]) -> float | None:
+        """Wall time of one eager call, launches included; None where the runner's time is that already."""
+
+    def ceilings(self) -> Ceilings:
+        """Measured once a run."""
 
 
 def device_name(device: torch.device) -> str:
@@ -65,45 +76,202 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def copies_for(num_bytes: int, *, cache_bytes: int, free_bytes: int) -> int:
+    """Copies in one graph: four times the cache in all, so that starting the graph weighs little.
+
+    No more than fit into an eighth of the free memory.
+    """
+    wanted = max(MIN_COPIES, min(MAX_COPIES, -(-4 * cache_bytes // max(num_bytes, 1))))
+    return max(1, min(wanted, free_bytes // 8 // max(num_bytes, 1)))
 
 
-def _cpu_seconds(call: Call) -> float:
+def rounds_for(round_seconds: float, budget: float) -> int:
+    """As many rounds as the budget allows, an odd number so that the median is one of them."""
+    affordable = int(budget / round_seconds) if round_seconds > 0 else MAX_ROUNDS
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, affordable)) | 1
+
+
+def interleaved_medians(runners: Mapping[str, Runner], budget: float) -> dict[str, float]:
+    """Median seconds of each, measured in turns: a noisy machine is noisy for all of them alike.
+
+    How long the first round took says how many fit into `budget` seconds; it counts only where it alone
+    exceeds the budget, and where waking up caches and clocks does not matter.
+    """
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    seconds = {name: [runner.seconds()] for name, runner in runners.items()}
+    round_seconds = time.perf_counter() - start
+    num_rounds = rounds_for(round_seconds, budget)
+    if round_seconds < budget:
+        seconds = {name: [] for name in runners}
+    while len(next(iter(seconds.values()))) < num_rounds:
+        for name, runner in runners.items():
+            seconds[name].append(runner.seconds())
+    return {name: statistics.median(rounds) for name, rounds in seconds.items()}
 
 
-def _gpu_seconds(call: Call, device: torch.device) -> float:
-    """GPU time of one call that finds nothing of its own in L2."""
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-    start, end = events
-    torch.empty(2**30, dtype=torch.uint8, device=device).zero_()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+def _measured_ceilings(clock: Clock, size: int, num_bytes: int, dtype: torch.dtype) -> Ceilings:
+    a, b = torch.randn(2, size, size, device=clock.device, dtype=dtype)
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    runners = {"product": clock.runner([lambda: a @ b]), "copy": clock.runner([lambda: target.copy_(source)])}
+    seconds = interleaved_medians(runners, 0.5)
+    return Ceilings(
+        flops_per_second=2 * size**3 / seconds["product"], bytes_per_second=2 * num_bytes / seconds["copy"]
+    )
 
 
-def _median_seconds(calls: Mapping[str, Call], num_rounds: int, device: torch.device) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(num_rounds):
-        for name, call in calls.items():
-            is_cuda = device.type == "cuda"
-            seconds[name].append(_gpu_seconds(call, device) if is_cuda else _cpu_seconds(call))
-    return {name: sorted(rounds)[num_rounds // 2] for name, rounds in seconds.items()}
+class WallClock:
+    """Wall time on the CPU; inputs are as warm as the machine's caches keep them from call to call."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.budget = 0.5
+
+    def num_copies(self, num_bytes: int) -> int:
+        """One: a caller on a CPU has its inputs in the cache too."""
+        return 1
+
+    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+        """`make()`."""
+        return make()
+
+    def run(self, call: Call) -> Any:
+        """The result of one call."""
+        return call()
+
+    def runner(self, calls: Sequence[Call]) -> Runner:
+        """Times the first call."""
+        call = calls[0]
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return Runner(method="wall", seconds=seconds)
+
+    def call_seconds(self, calls: Sequence[Call]) -> float | None:
+        """None: the wall time is what a caller sees."""
+        return None
+
+    @functools.cached_property
+    def _ceilings(self) -> Ceilings:
+        return _measured_ceilings(self, 1024, 2**27, torch.float32)
+
+    def ceilings(self) -> Ceilings:
+        """A float32 product and a copy of 128 MiB."""
+        return self._ceilings
+
+
+class GpuClock:
+    """GPU time of calls that find nothing of their own in L2, all on one stream of the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.budget = 0.25
+        self._cache_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+
+    def num_copies(self, num_bytes: int) -> int:
+        """See `copies_for`."""
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return copies_for(num_bytes, cache_bytes=self._cache_bytes, free_bytes=free_bytes)
+
+    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+        """`make()` on the clock's stream: a backward pass runs on the stream of its forward pass."""
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._stream):
+            return make()
+
+    def run(self, call: Call) -> Any:
+        """The result of one call on the clock's stream, finished."""
+        with torch.cuda.stream(self._stream):
+            result = call()
+        self._stream.synchronize()
+        return result
+
+    def runner(self, calls: Sequence[Call]) -> Runner:
+        """Replays of a graph of all the calls; events round one call a time if they cannot be captured."""
+        replay = self._captured(calls)
+        if replay is not None:
+            return Runner(method="graph", seconds=lambda: self._seconds(replay) / len(calls))
+        turn = iter(range(2**62))
+        return Runner(method="events", seconds=lambda: self._seconds(calls[next(turn) % len(calls)]))
+
+    def call_seconds(self, calls: Sequence[Call]) -> float | None:
+        """Calls queued one after the other with no graph, divided by their number; median of five."""
+
+        def seconds(num_calls: int) -> float:
+            start = time.perf_counter()
+            for i in range(num_calls):
+                calls[i % len(calls)]()
+            self._stream.synchronize()
+            return (time.perf_counter() - start) / num_calls
+
+        with torch.cuda.stream(self._stream):
+            num_calls = max(1, min(MAX_EAGER_CALLS, int(EAGER_SECONDS / seconds(1))))
+            return statistics.median(seconds(num_calls) for _ in range(5))
+
+    @functools.cached_property
+    def _ceilings(self) -> Ceilings:
+        return _measured_ceilings(self, 8192, 2**30, torch.bfloat16)
+
+    def ceilings(self) -> Ceilings:
+        """A bfloat16 product of cuBLAS and a copy of 1 GiB."""
+        return self._ceilings
+
+    def _seconds(self, work: Call) -> float:
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        start, end = events
+        with torch.cuda.stream(self._stream):
+            # Takes long enough for the host to queue the work behind it.
+            torch.max(self._flushed)
+            start.record()
+            work()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def _captured(self, calls: Sequence[Call]) -> Call | None:
+        """Replays the calls; their results stay alive, so that each call writes memory of its own."""
+        if self._waits(calls[0]):
+            return None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                results = [call() for call in calls]
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return None
+
+        def replay() -> list[Any]:
+            graph.replay()
+            return results
+
+        return replay
+
+    def _waits(self, call: Call) -> bool:
+        """Whether the call makes the host wait for the GPU, which a capture would fail at."""
+        previous = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(self._stream):
+                call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+        return False
 
 
 @functools.cache
-def _peaks(device: torch.device) -> tuple[float, float]:
-    """(floating-point operations, bytes) a second that this machine reaches."""
-    is_cuda = device.type == "cuda"
-    size, num_bytes = (8192, 2**30) if is_cuda else (1024, 2**26)
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if is_cuda else torch.float32)
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    calls: dict[str, Call] = {"product": lambda: a @ a, "copy": lambda: target.copy_(source)}
-    seconds = _median_seconds(calls, 9, device)
-    return 2 * size**3 / seconds["product"], 2 * num_bytes / seconds["copy"]
+def clock_for(device: torch.device) -> Clock:
+    """The clock of `device`, one for the whole run."""
+    return GpuClock(device) if device.type == "cuda" else WallClock()
+
+
+def tensor_bytes(tensors: Sequence[Any]) -> int:
+    """Bytes of those among the values that are tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
