@@ -11,7 +11,6 @@ A peer whose step is "backward" is differentiable: run it on inputs that require
 for groups, other widths), raises when it is prepared; an adapter's docstring says what is timed and what not.
 """
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from benchmarks.peers import (
     deep_gemm,
     eager,
+    eager_attention,
     flash_attention,
     flash_mla,
     flashinfer,
@@ -49,50 +49,49 @@ class Row:
     adapter: Callable[..., Run]
 
 
-# What vLLM's expert layers live in, and our own Triton kernels.
 _VLLM = "vllm.model_executor.layers.fused_moe"
 _TE = "transformer_engine.pytorch"
 _TRITON = "benchmarks.peers.triton"
 
 TABLE = (
     Row("moe_gate", "backward", "torch", "torch", eager.eager(eager.gate)),
-    Row("moe_gate", "backward", "compiled", "triton", compiled(eager.gate)),
+    Row("moe_gate", "backward", "torch.compile", "triton", compiled(eager.gate)),
     Row("moe_gate", "backward", "triton", f"{_TRITON}_gate", triton_calls.gate),
     Row("moe_gate", "forward", "vllm", "vllm._custom_ops", vllm.gate),
     Row("moe_gate", "forward", "vllm_grouped", f"{_VLLM}.router.grouped_topk_router", vllm.grouped_gate),
     Row("moe_gate", "forward", "sgl_kernel", "sgl_kernel", sgl_kernel.gate),
     Row("moe_gate", "backward", "te", f"{_TE}.router", transformer_engine.gate),
     Row("moe_permute", "maps", "torch", "torch", eager.eager(eager.maps)),
-    Row("moe_permute", "maps", "compiled", "triton", compiled(eager.maps)),
-    Row("moe_permute", "maps", "triton", f"{_TRITON}_permute", triton_calls.maps),
+    Row("moe_permute", "maps", "torch.compile", "triton", compiled(eager.maps)),
+    Row("moe_permute", "maps", "triton", f"{_TRITON}_maps", triton_calls.maps),
     Row("moe_permute", "maps", "vllm", f"{_VLLM}.moe_align_block_size", vllm.maps),
     Row("moe_permute", "maps", "sgl_kernel", "sgl_kernel", sgl_kernel.maps),
     Row("moe_permute", "backward", "torch", "torch", eager.eager(eager.permute, eager.first)),
-    Row("moe_permute", "backward", "compiled", "triton", compiled(eager.permute, eager.first)),
+    Row("moe_permute", "backward", "torch.compile", "triton", compiled(eager.permute, eager.first)),
     Row("moe_permute", "backward", "triton", f"{_TRITON}_permute", triton_calls.permute),
     Row("moe_permute", "forward", "vllm", f"{_VLLM}.moe_permute_unpermute", vllm.permute),
     Row("moe_permute", "backward", "te_index", f"{_TE}.permutation", transformer_engine.permute_by_index),
     Row("moe_permute", "backward", "te_mask", f"{_TE}.permutation", transformer_engine.permute_by_mask),
     Row("moe_unpermute", "backward", "torch", "torch", eager.eager(eager.unpermute)),
-    Row("moe_unpermute", "backward", "compiled", "triton", compiled(eager.unpermute)),
+    Row("moe_unpermute", "backward", "torch.compile", "triton", compiled(eager.unpermute)),
     Row("moe_unpermute", "backward", "triton", f"{_TRITON}_permute", triton_calls.unpermute),
     Row("moe_unpermute", "forward", "vllm", f"{_VLLM}.moe_permute_unpermute", vllm.unpermute),
     Row("moe_unpermute", "backward", "te_index", f"{_TE}.permutation", transformer_engine.unpermute),
     Row("moe_balance_loss", "backward", "torch", "torch", eager.eager(eager.balance_loss)),
-    Row("moe_balance_loss", "backward", "compiled", "triton", compiled(eager.balance_loss)),
+    Row("moe_balance_loss", "backward", "torch.compile", "triton", compiled(eager.balance_loss)),
     Row("moe_balance_loss", "backward", "te", f"{_TE}.router", transformer_engine.balance_loss),
     Row("grouped_gemm", "backward", "torch", "torch", eager.eager(eager.grouped_gemm)),
     Row("grouped_gemm", "forward", "deep_gemm", "deep_gemm", deep_gemm.grouped_gemm),
-    Row("mla_decode", "forward", "torch", "torch", eager.eager(eager.mla_decode)),
-    Row("mla_decode", "forward", "compiled", "triton", compiled(eager.mla_decode)),
+    Row("mla_decode", "forward", "torch", "torch", eager.eager(eager_attention.mla_decode)),
+    Row("mla_decode", "forward", "torch.compile", "triton", compiled(eager_attention.mla_decode)),
     Row("mla_decode", "forward", "flash_mla", "flash_mla", flash_mla.mla_decode),
     Row("mla_decode", "forward", "flashinfer", "flashinfer.mla", flashinfer.mla_decode),
-    Row("mla_prefill", "backward", "torch", "torch", eager.mla_prefill),
+    Row("mla_prefill", "backward", "torch", "torch", eager_attention.mla_prefill),
     Row("mla_prefill", "backward", "fa3", "flash_attn_interface", flash_attention.mla_prefill_3),
     Row("mla_prefill", "backward", "fa2", "flash_attn", flash_attention.mla_prefill_2),
     Row("mla_prefill", "forward", "flashinfer", "flashinfer.prefill", flashinfer.mla_prefill),
-    Row("rope", "backward", "torch", "torch", eager.eager(eager.rope)),
-    Row("rope", "backward", "compiled", "triton", compiled(eager.rope)),
+    Row("rope", "backward", "torch", "torch", eager.eager(eager_attention.rope)),
+    Row("rope", "backward", "torch.compile", "triton", compiled(eager_attention.rope)),
 )
 
 
@@ -122,7 +121,6 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(_library(module)) is not None
 
 
-@functools.cache
 def _load(module: str) -> ModuleType:
     """The one place that imports an optional library."""
     return importlib.import_module(module)

@@ -1,8 +1,7 @@
 """moe_permute and moe_unpermute in Triton, with gradients; no choice may be dropped.
 
-The maps take three launches: every chunk of choices counts its experts, the counts of each expert are summed
-over the chunks, every chunk places its choices. Copies go token by token: a row is read once and written K
-times, or K rows are read and summed in float32. Block size and warps are tuned on the first call.
+Copies go token by token: a row is read once and written K times, or K rows are read and summed in float32.
+Block size and warps are tuned on the first call.
 """
 
 from typing import Any
@@ -14,69 +13,11 @@ from torch import Tensor
 from triton import Config
 
 from benchmarks.peers.triton_gate import clock, configs
-
-CHUNK = 128  # choices that a program counts and ranks
-SUM_BLOCK = 1024  # chunks summed at once
+from benchmarks.peers.triton_maps import maps
 
 _BLOCKS_AND_WARPS = ((1024, 4), (1024, 2), (2048, 4), (2048, 8), (512, 2), (8192, 8))
 COPY_CONFIGS = configs([Config({"BLOCK": block}, num_warps=warps) for block, warps in _BLOCKS_AND_WARPS])
 ROW_CONFIGS = configs([Config({}, num_warps=warps) for warps in (4, 2, 8, 16)])
-
-
-@triton.jit
-def count_kernel(
-    idx, counts, num_choices, num_chunks, EXPERTS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr
-):
-    chunk = tl.program_id(0)
-    choice = chunk * CHUNK + tl.arange(0, CHUNK)
-    is_real = choice < num_choices
-    expert = tl.load(idx + choice, mask=is_real, other=0)
-    column = tl.arange(0, PADDED)
-    count = tl.histogram(expert, PADDED, mask=is_real)
-    tl.store(counts + column * num_chunks + chunk, count, mask=column < EXPERTS)
-
-
-@triton.jit
-def sum_kernel(counts, totals, num_chunks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts [E, chunks] -> how many choices of the expert come in earlier chunks, in place; totals [E]."""
-    expert = tl.program_id(0)
-    running = 0
-    for block in range(BLOCKS):
-        chunk = block * BLOCK + tl.arange(0, BLOCK)
-        place = counts + expert * num_chunks + chunk
-        count = tl.load(place, mask=chunk < num_chunks, other=0)
-        tl.store(place, running + tl.cumsum(count, axis=0) - count, mask=chunk < num_chunks)
-        running += tl.sum(count, axis=0)
-    tl.store(totals + expert, running)
-
-
-@triton.jit
-def place_kernel(
-    idx,
-    counts,
-    totals,
-    offsets,
-    row,
-    num_choices,
-    num_chunks,
-    EXPERTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    chunk = tl.program_id(0)
-    column = tl.arange(0, PADDED)
-    total = tl.load(totals + column, mask=column < EXPERTS, other=0)
-    end = tl.cumsum(total, axis=0)
-    if chunk == 0:
-        tl.store(offsets + column, end, mask=column < EXPERTS)
-    local = tl.arange(0, CHUNK)
-    choice = chunk * CHUNK + local
-    is_real = choice < num_choices
-    expert = tl.load(idx + choice, mask=is_real, other=0)
-    is_earlier = (expert[None, :] == expert[:, None]) & (local[None, :] < local[:, None])
-    rank = tl.sum(is_earlier.to(tl.int32), axis=1)
-    rank += tl.load(counts + expert * num_chunks + chunk, mask=is_real, other=0)
-    tl.store(row + choice, tl.gather(end - total, expert, axis=0) + rank, mask=is_real)
 
 
 @triton.autotune(COPY_CONFIGS, key=["num_tokens", "width", "K"], do_bench=clock)
@@ -123,21 +64,6 @@ def collect_backward_kernel(
         value = tl.load(y + m * width + d, mask=d < width, other=0.0).to(tl.float32)
         tl.store(grad_weight + t * K + k, tl.sum(g * value, axis=0))
         tl.store(grad_y + m * width + d, g * tl.load(weight + t * K + k), mask=d < width)
-
-
-def maps(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(offsets_E, row_TK) in int32, an expert's rows in the order of the tokens."""
-    num_choices = idx_TK.numel()
-    num_chunks = triton.cdiv(num_choices, CHUNK)
-    counts = idx_TK.new_empty(num_experts, num_chunks)
-    totals, offsets_E = idx_TK.new_empty(2, num_experts)
-    row_TK = torch.empty_like(idx_TK)
-    sizes = {"EXPERTS": num_experts, "PADDED": triton.next_power_of_2(num_experts), "CHUNK": CHUNK}
-    count_kernel[(num_chunks,)](idx_TK, counts, num_choices, num_chunks, **sizes)
-    num_blocks = triton.cdiv(num_chunks, SUM_BLOCK)
-    sum_kernel[(num_experts,)](counts, totals, num_chunks, BLOCKS=num_blocks, BLOCK=SUM_BLOCK)
-    place_kernel[(num_chunks,)](idx_TK, counts, totals, offsets_E, row_TK, num_choices, num_chunks, **sizes)
-    return offsets_E, row_TK
 
 
 def _grid(num_tokens: int, width: int) -> Any:

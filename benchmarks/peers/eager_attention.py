@@ -1,0 +1,88 @@
+"""Attention and rotation in the fewest torch calls; what eager.py is for the expert layer."""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dscoder.testing.peer import Run
+
+
+def mla_decode(
+    q_BSHd: Tensor,
+    cache_PLd: Tensor,
+    page_table_BN: Tensor,
+    seq_lens_B: Tensor,
+    *,
+    value_dim: int,
+    scale: float,
+) -> Tensor:
+    """Gather every sequence's pages, then two products and a softmax in q's dtype."""
+    num_new = q_BSHd.shape[1]
+    rows = cache_PLd[page_table_BN.clamp(0, len(cache_PLd) - 1).long()].flatten(1, 2)
+    position = torch.arange(rows.shape[1], device=rows.device)
+    rows = rows.masked_fill((position >= seq_lens_B.unsqueeze(1)).unsqueeze(-1), 0)
+    num_seen_BS = seq_lens_B.unsqueeze(1) - num_new + 1 + torch.arange(num_new, device=rows.device)
+    scores = torch.einsum("bshd,brd->bshr", q_BSHd, rows).float() * scale
+    scores = scores.masked_fill((position >= num_seen_BS.unsqueeze(-1)).unsqueeze(2), -torch.inf)
+    probs = scores.softmax(dim=-1).to(rows.dtype)
+    return torch.einsum("bshr,brc->bshc", probs, rows[..., :value_dim])
+
+
+def rope(
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    *,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Two products and a sum on the halves of each pair, in float32."""
+    cos, sin = cos_Lf[positions_T].unsqueeze(1), sin_Lf[positions_T].unsqueeze(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        left, right = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+        halves = (left * cos - right * sin, right * cos + left * sin)
+        both = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
+        return both.to(x.dtype)
+
+    return rotated(q_THr), rotated(k_TGr)
+
+
+def mla_prefill(
+    _: Any,
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+) -> Run:
+    """torch's fused attention: one batch where all sequences are equally long, else one masked window.
+
+    Reading the lengths and making the mask is not timed. It computes no log-sum-exp.
+    """
+    ends = cu_seqlens_q.tolist()
+    if ends != cu_seqlens_k.tolist():
+        raise ValueError("torch: sequences must be as long in q as in k")
+    lengths = {end - start for start, end in itertools.pairwise(ends)}
+    num_sequences = len(ends) - 1 if len(lengths) == 1 else 1
+    mask = None
+    if num_sequences == 1 and len(ends) > 2:
+        row = torch.arange(len(q_THd), device=q_THd.device)
+        document = torch.searchsorted(cu_seqlens_q, row, right=True)
+        mask = document.unsqueeze(1) == document
+        mask = mask.tril() if causal else mask
+
+    def call() -> Tensor:
+        q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_THd, k_THd, v_THv))
+        is_causal = causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return Run(call=call)

@@ -1,0 +1,325 @@
+"""Stand-ins for the libraries of benchmarks.peers: their signatures and layouts, computed by torch.
+
+Each refuses what the library refuses and writes what it writes, from the sources that the adapters name.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dscoder import ops
+
+
+def topk_softmax(weight: Tensor, idx: Tensor, source: Tensor, logits: Tensor, renormalize: bool) -> None:
+    """vLLM's, with positional arguments."""
+    assert (weight.dtype, idx.dtype, source.dtype) == (torch.float32, torch.int32, torch.int32)
+    weights, chosen = logits.float().softmax(dim=-1).topk(idx.shape[1])
+    weight.copy_(weights / weights.sum(dim=1, keepdim=True) if renormalize else weights)
+    idx.copy_(chosen)
+
+
+def grouped_topk(
+    *,
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    num_expert_group: int,
+    topk_group: int,
+    scoring_func: str,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """vLLM's without a bias: weights first, smallest first here, as its order is not promised."""
+    assert scoring_func == "softmax"
+    assert len(hidden_states) == len(gating_output)
+    idx, weight = ops.moe_gate(
+        gating_output,
+        num_topk=topk,
+        num_groups=num_expert_group,
+        num_groups_kept=topk_group,
+        scale=routed_scaling_factor,
+        renormalize=renormalize,
+    )
+    return weight.flip(1), idx.flip(1)
+
+
+def segments(idx: Tensor, block_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every expert's choices, last first, padded to the block with an index past the last choice."""
+    slots: list[int] = []
+    blocks = []
+    for expert in range(num_experts):
+        slots += (idx.flatten() == expert).nonzero().flatten().flip(0).tolist()
+        num_padding = -len(slots) % block_size
+        slots += [idx.numel()] * num_padding
+        blocks += [expert] * (len(slots) // block_size - len(blocks))
+    wild = [-(2**31)] * block_size  # behind the end nothing is written
+    return (
+        torch.tensor(slots + wild, dtype=torch.int32),
+        torch.tensor(blocks, dtype=torch.int32),
+        torch.tensor([len(slots)], dtype=torch.int32),
+    )
+
+
+def sgl_topk_softmax(
+    topk_weights: Tensor, topk_ids: Tensor, gating_output: Tensor, renormalize: bool = False
+) -> None:
+    """sgl-kernel's: no third output."""
+    topk_softmax(topk_weights, topk_ids, topk_ids.clone(), gating_output, renormalize)
+
+
+def sgl_align(
+    idx: Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_slots: Tensor,
+    block_expert: Tensor,
+    num_padded: Tensor,
+    cumsum: Tensor,
+    pad_sorted_token_ids: bool,
+) -> None:
+    """sgl-kernel's: outputs come in; expert 0 is for choices of none, so there is one more."""
+    assert len(cumsum) == num_experts + 1
+    assert pad_sorted_token_ids
+    slots, blocks, count = segments(idx, block_size, num_experts - 1)
+    assert len(sorted_slots) >= int(count)
+    assert len(block_expert) >= len(blocks)
+    sorted_slots.fill_(idx.numel())
+    sorted_slots[: int(count)] = slots[: int(count)]
+    num_padded.copy_(count)
+
+
+def vllm_permute(
+    hidden_states: Tensor,
+    a1q_scale: Tensor | None,
+    topk_ids: Tensor,
+    n_expert: int,
+    scratch: object | None = None,
+) -> tuple[Any, ...]:
+    """Rows, scales, START offsets in int64, the row of each choice, the choice of each row."""
+    assert a1q_scale is None
+    assert scratch == ("scratch", n_expert)
+    x_MD, handle = ops.moe_permute(hidden_states, topk_ids, num_experts=n_expert)
+    starts = F.pad(handle.offsets_E.long(), (1, 0))
+    return x_MD, None, starts, handle.row_TK.flatten(), handle.row_TK.flatten().argsort()
+
+
+def vllm_unpermute(out: Tensor, y: Tensor, weight: Tensor, row: Tensor, starts: Tensor) -> None:
+    """The output comes in."""
+    assert starts.dtype == torch.int64
+    assert starts[0] == 0
+    assert starts[-1] == len(y)
+    rows = y[row.long()].view(*weight.shape, -1)
+    out.copy_((rows * weight.unsqueeze(-1)).sum(dim=1))
+
+
+def fused_topk(
+    *,
+    logits: Tensor,
+    topk: int,
+    use_pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float,
+    score_function: str,
+    expert_bias: Tensor | None,
+    topk_indices: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """TransformerEngine's: a [T, E] map of weights; the indices in no order."""
+    assert use_pre_softmax
+    assert score_function == "softmax"
+    assert expert_bias is None
+    assert num_groups is None or topk // (group_topk or 1) == 1, "another rule than V2's"
+    groups = (num_groups or 1, group_topk or 1)
+    idx, weight = ops.moe_gate(
+        logits, num_topk=topk, num_groups=groups[0], num_groups_kept=groups[1], scale=scaling_factor
+    )
+    topk_indices.copy_(idx.flip(1))
+    return torch.zeros_like(logits).scatter(1, idx.long(), weight), topk_indices
+
+
+def te_permute(
+    inp: Tensor, routing_map: Tensor, num_out_tokens: int, max_token_num: int = -1, map_type: str = "mask"
+) -> tuple[Tensor, Tensor]:
+    """TransformerEngine's, both kinds of map."""
+    assert routing_map.dtype == torch.int32
+    assert num_out_tokens > 0
+    if map_type == "mask":
+        expert, token = routing_map.t().nonzero(as_tuple=True)
+        assert len(expert) == num_out_tokens
+        return inp[token], torch.empty(0)
+    x_MD, handle = ops.moe_permute(inp, routing_map, num_experts=int(routing_map.max()) + 1)
+    return x_MD, handle.row_TK.t().flatten()
+
+
+def te_unpermute(inp: Tensor, row_id_map: Tensor, merging_probs: Tensor, *, map_type: str) -> Tensor:
+    """TransformerEngine's index map: all first choices first."""
+    assert map_type == "index"
+    assert merging_probs.dtype == torch.float32
+    assert row_id_map.is_contiguous()
+    rows = inp[row_id_map.long()].view(merging_probs.shape[1], len(merging_probs), -1)
+    return (rows * merging_probs.t().unsqueeze(-1)).sum(dim=0)
+
+
+def fused_aux_loss(
+    *,
+    probs: Tensor,
+    tokens_per_expert: Tensor,
+    total_num_tokens: int,
+    num_experts: int,
+    topk: int,
+    coeff: float,
+) -> Tensor:
+    """TransformerEngine's; more columns than experts are more sequences."""
+    assert probs.is_contiguous()
+    assert probs.shape[1] % num_experts == 0
+    factor = num_experts * coeff / topk / total_num_tokens / total_num_tokens
+    return factor * (probs.sum(dim=0) * tokens_per_expert).sum()
+
+
+def m_grouped_gemm(a: Tensor, b: Tensor, d: Tensor, layout: Tensor) -> None:
+    """DeepGEMM's: a block of 128 rows belongs to its first row's expert, -1 is skipped."""
+    assert a.dtype == b.dtype == d.dtype == torch.bfloat16
+    assert layout.dtype == torch.int32
+    assert len(a) % 128 == 0
+    for start in range(0, len(a), 128):
+        block = slice(start, start + 128)
+        expert = int(layout[start])
+        assert set(layout[block].tolist()) <= {expert, -1}
+        d[block] = a[block] @ b[expert].t()
+
+
+def get_mla_metadata(seq_lens: Tensor, num_rows: int, num_key_heads: int) -> tuple[list[int], None]:
+    """FlashMLA's: filled by the first call."""
+    return [], None
+
+
+def flash_mla(
+    q: Tensor,
+    cache: Tensor,
+    table: Tensor,
+    seq_lens: Tensor,
+    value_dim: int,
+    metadata: list[int],
+    num_splits: None,
+    *,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """FlashMLA's: one key head, log-sum-exp [B, H, S]."""
+    assert cache.shape[1:] == (64, 1, 576)
+    assert value_dim == 512
+    assert causal
+    assert num_splits is None
+    metadata.append(1)
+    out, lse = ops.mla_decode(q, cache.squeeze(2), table, seq_lens, value_dim=value_dim, scale=softmax_scale)
+    return out, lse.transpose(1, 2)
+
+
+class LatentWrapper:
+    """flashinfer's BatchMLAPagedAttentionWrapper."""
+
+    def __init__(self, workspace: Tensor, *, backend: str) -> None:
+        assert workspace.numel() == 128 * 2**20
+        assert backend == "auto"
+
+    def plan(self, **plan: Any) -> None:
+        """What `run` needs."""
+        assert all(plan[name].dtype == torch.int32 for name in ("qo_indptr", "kv_indptr", "kv_indices"))
+        self.at = SimpleNamespace(**plan)
+
+    def run(
+        self, q_latent: Tensor, q_rotated: Tensor, latent: Tensor, rotated: Tensor, *, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Queries of all sequences one after the other, pages by a list with START offsets."""
+        at = self.at
+        assert return_lse
+        assert (q_latent.shape[-1], q_rotated.shape[-1]) == (at.head_dim_ckv, at.head_dim_kpe)
+        q = torch.cat([q_latent, q_rotated], dim=-1)
+        cache = torch.cat([latent, rotated], dim=-1)
+        outs = []
+        for b, length in enumerate(at.kv_len_arr):
+            table = at.kv_indices[at.kv_indptr[b] : at.kv_indptr[b + 1]].unsqueeze(0)
+            mine = q[at.qo_indptr[b] : at.qo_indptr[b + 1]].unsqueeze(0)
+            out, _ = ops.mla_decode(
+                mine, cache, table, length.view(1), value_dim=at.head_dim_ckv, scale=at.sm_scale
+            )
+            outs.append(out[0])
+        return torch.cat(outs), torch.empty(0)
+
+
+class RaggedWrapper:
+    """flashinfer's BatchPrefillWithRaggedKVCacheWrapper."""
+
+    def __init__(self, workspace: Tensor, layout: str, *, backend: str) -> None:
+        assert workspace.numel() == 128 * 2**20
+        assert layout == "NHD"
+        assert backend == "auto"
+
+    def plan(self, **plan: Any) -> None:
+        """What `run` needs."""
+        self.at = SimpleNamespace(**plan)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> tuple[Tensor, Tensor]:
+        """The plan's lengths."""
+        at = self.at
+        assert return_lse
+        assert q.shape[1:] == (at.num_qo_heads, at.head_dim_qk)
+        assert v.shape[1:] == (at.num_kv_heads, at.head_dim_vo)
+        return ops.mla_prefill(q, k, v, at.qo_indptr, at.kv_indptr, scale=at.sm_scale, causal=at.causal)
+
+
+def flash_attention_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    return_attn_probs: bool,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention 3's; log-sum-exp [H, T]."""
+    assert return_attn_probs
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    out, lse = ops.mla_prefill(q, k, v, cu_q, cu_k, scale=softmax_scale, causal=causal)
+    return out, lse.t()
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """FlashAttention 2's: values as wide as keys, a third result."""
+    assert v.shape[2] == q.shape[2]
+    return *flash_attention_3(q, k, v, *args, **kwargs), None
+
+
+_VLLM = "vllm.model_executor.layers.fused_moe"
+MODULES: dict[str, dict[str, Any]] = {
+    "vllm._custom_ops": {"topk_softmax": topk_softmax},
+    f"{_VLLM}.router.grouped_topk_router": {"grouped_topk": grouped_topk},
+    f"{_VLLM}.moe_align_block_size": {"moe_align_block_size": segments},
+    f"{_VLLM}.moe_permute_unpermute": {
+        "moe_permute": vllm_permute,
+        "moe_unpermute": vllm_unpermute,
+        "get_moe_permute_scratch": lambda num_experts, num_local_experts, device: ("scratch", num_experts),
+    },
+    "sgl_kernel": {"topk_softmax": sgl_topk_softmax, "moe_align_block_size": sgl_align},
+    "transformer_engine.pytorch.router": {
+        "fused_topk_with_score_function": fused_topk,
+        "fused_moe_aux_loss": fused_aux_loss,
+    },
+    "transformer_engine.pytorch.permutation": {"moe_permute": te_permute, "moe_unpermute": te_unpermute},
+    "deep_gemm": {
+        "m_grouped_bf16_gemm_nt_contiguous": m_grouped_gemm,
+        "get_mk_alignment_for_contiguous_layout": lambda: 128,
+    },
+    "flash_mla": {"flash_mla_with_kvcache": flash_mla, "get_mla_metadata": get_mla_metadata},
+    "flashinfer.mla": {"BatchMLAPagedAttentionWrapper": LatentWrapper},
+    "flashinfer.prefill": {"BatchPrefillWithRaggedKVCacheWrapper": RaggedWrapper},
+    "flash_attn_interface": {"flash_attn_varlen_func": flash_attention_3},
+    "flash_attn": {"flash_attn_varlen_func": flash_attention_2},
+}
