@@ -189,12 +189,17 @@ def digest() -> str:
     return state.hexdigest()[:16]
 
 
-def compile_kernels() -> str:
+def cmake_and_ninja() -> tuple[str, str]:
     scripts = sysconfig.get_path("scripts")
     search = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     cmake, ninja = shutil.which("cmake", path=search), shutil.which("ninja", path=search)
     assert cmake is not None, "cmake is missing: install the build tools of pyproject.toml"
     assert ninja is not None, "ninja is missing: install the build tools of pyproject.toml"
+    return cmake, ninja
+
+
+def compile_kernels() -> str:
+    cmake, ninja = cmake_and_ninja()
     run(
         *(
             cmake,
@@ -275,6 +280,30 @@ def test_a_kernel_keeps_its_contract(
     assert broken(kernel, usage, sass[name, arch], may_spill=SPILLS.get(name, 0)) == []
     if kernel.is_overlapped and arch == "sm_90a":
         assert broken_overlap(sass[name, arch]) == []
+
+
+@needs_nvcc
+def test_the_objects_make_an_extension_where_there_is_no_nvcc(report: str, tmp_path: Path) -> None:
+    """Those that the contract compiled, stamped; of the toolkit, headers and libraries are seen alone."""
+    assert report
+    toolkit = re.search(r"#\$ TOP=(.+)", run(NVCC or "nvcc", "--dryrun", "-c", "x.cu"))
+    assert toolkit is not None
+    for part in ("include", "lib64"):
+        (tmp_path / part).symlink_to(Path(toolkit[1]).resolve() / part)
+    cmake, ninja = cmake_and_ninja()
+    with open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(cmake, "--build", BUILD, "--target", "kernel_objects")
+        for name in ("libdscoder_kernels.a", "kernel-objects.json"):
+            shutil.copy(BUILD / name, tmp_path)
+    settings = {"CMAKE_MAKE_PROGRAM": ninja, "Python_EXECUTABLE": sys.executable, "DSCODER_CUDA": "on"}
+    settings |= {"pybind11_DIR": pybind11.get_cmake_dir(), "DSCODER_KERNEL_OBJECTS": tmp_path}
+    without_nvcc = ("env", "-u", "CUDACXX", "-u", "CUDA_PATH", f"CUDA_HOME={tmp_path}", "PATH=/usr/bin:/bin")
+    options = [f"-D{name}={value}" for name, value in settings.items()]
+    run(*without_nvcc, cmake, "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", *options)
+    run(*without_nvcc, cmake, "--build", tmp_path / "build", "--target", "_C")
+    look = f"import sys; sys.path.insert(0, {str(tmp_path / 'build')!r}); import _C; print(_C.cuda_archs)"
+    assert run(sys.executable, "-c", look).strip() == str(tuple(arch.removeprefix("sm_") for arch in ARCHS))
 
 
 # ---- the contract catches planted faults ----
