@@ -35,4 +35,9 @@ void register_moe_permute(py::module_& module) {
     define_absent(module, "moe_unpermute", {"moe_unpermute_forward", "moe_unpermute_backward"});
 }
 
+void register_gemm(py::module_& module) {
+    define_absent(module, "grouped_gemm", {"grouped_gemm_forward", "grouped_gemm_weight_gradient"});
+    define_absent(module, "grouped_swiglu", {"grouped_swiglu_forward", "grouped_swiglu_backward"});
+}
+
 }  // namespace dsc

@@ -37,6 +37,8 @@ void translate(std::exception_ptr error) {
 
 void register_moe(py::module_& module);
 void register_moe_permute(py::module_& module);
+void register_gemm(py::module_& module);
+void register_gemm_plan(py::module_& module);
 void register_text(py::module_& module);
 
 }  // namespace dsc
@@ -51,5 +53,7 @@ PYBIND11_MODULE(DSC_MODULE, module) {
     py::register_exception_translator(dsc::translate);
     dsc::register_moe(module);
     dsc::register_moe_permute(module);
+    dsc::register_gemm(module);
+    dsc::register_gemm_plan(module);
     dsc::register_text(module);
 }

@@ -1,98 +1,99 @@
-// What becomes of a tile's sums on sm_80: rounded into shared memory, over the ring of the product, then
-// moved row by row in words of 16 bytes. A tile writes the rows and columns that exist, nothing else: the
-// rows behind an expert's last are the next expert's.
+// What becomes of a tile's sums on sm_80: rounded into shared memory, over the ring's stages but the first,
+// then moved row by row in words of 16 bytes. A tile writes the rows and columns that exist, nothing else:
+// the rows behind an expert's last are the next expert's.
 #pragma once
 
 #include "core/math.h"
 #include "core/vec.h"
-#include "gemm/grouped_gemm_schedule.cuh"
 #include "gemm/tile_product_sm80.cuh"
 
 namespace dsc {
 
-// Words of a staged row are swizzled as those of a stage: word w of row r lies at w ^ (r % 8).
-template <typename Out, int kColumns>
-__device__ __forceinline__ Out* staged_word(Out* staged, int row, int word) {
-    return staged + row * kColumns + (word ^ (row % 8)) * kPerWord<Out>;
+// Stage 0 already takes in the next tile.
+template <typename S>
+__device__ __forceinline__ typename S::T* staged_sums(typename S::T* ring) {
+    static_assert(S::kM * S::kN <= (S::kStages - 1) * S::kStageElements);
+    return ring + S::kStageElements;
 }
 
-// All threads; a barrier before it (nobody reads the ring any more) and one after it.
-template <typename S, typename Out>
-__device__ __forceinline__ void stage_sums(Out* staged, const Accumulators<S>& acc) {
+// store(row, column, low, high) for each pair of sums that a thread holds, `column` the first's.
+template <typename S, typename Store>
+__device__ __forceinline__ void for_each_pair(const Accumulators<S>& acc, const Store& store) {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int first_row = warp / S::kWarpsN * S::kWarpM + lane / 4;
     const int first_column = warp % S::kWarpsN * S::kWarpN + 2 * (lane % 4);
     DSC_UNROLL
     for (int i = 0; i < S::kFragmentsM; ++i) {
         DSC_UNROLL
-        for (int j = 0; j < S::kFragmentsN; ++j) {
+        for (int half = 0; half < 2; ++half) {
             DSC_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int row = first_row + 16 * i + 8 * half, column = first_column + 8 * j;
-                Out* const pair =
-                    staged_word<Out, S::kN>(staged, row, column / kPerWord<Out>) + column % kPerWord<Out>;
-                const float low = acc[i][j][2 * half], high = acc[i][j][2 * half + 1];
-                if constexpr (std::is_same_v<Out, float>) {
-                    *reinterpret_cast<float2*>(pair) = make_float2(low, high);
-                } else {
-                    *reinterpret_cast<uint32_t*>(pair) = rounded_pair<Out>(low, high);
-                }
+            for (int j = 0; j < S::kFragmentsN; ++j) {
+                store(first_row + 16 * i + 8 * half, first_column + 8 * j, acc[i][j][2 * half],
+                      acc[i][j][2 * half + 1]);
             }
         }
     }
 }
 
-// store(row, column, words) for each kWords neighbouring words of the tile, `column` in elements.
-template <typename S, typename Out, int kWords, typename Store>
-__device__ __forceinline__ void for_each_word(Out* staged, int num_rows, const Store& store) {
-    constexpr int kRowItems = S::kN / kPerWord<Out> / kWords;
-    for (int item = threadIdx.x; item < num_rows * kRowItems; item += S::kNumThreads) {
-        const int row = item / kRowItems, word = item % kRowItems * kWords;
-        Word words[kWords];
-        DSC_UNROLL
-        for (int i = 0; i < kWords; ++i) {
-            words[i] = *reinterpret_cast<const Word*>(staged_word<Out, S::kN>(staged, row, word + i));
-        }
-        store(row, word * kPerWord<Out>, words);
-    }
+// Words of a staged row are swizzled as those of a stage: word w of row r lies at w ^ (r % 8).
+template <typename S>
+__device__ __forceinline__ typename S::T* staged_word(typename S::T* staged, int row, int word) {
+    return staged + row * S::kN + (word ^ (row % 8)) * kChunk;
 }
+
+// All threads; a barrier before it (nobody reads the ring any more) and one after it.
+template <typename S>
+__device__ __forceinline__ void stage_sums(typename S::T* staged, const Accumulators<S>& acc) {
+    for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
+        typename S::T* const pair = staged_word<S>(staged, row, column / kChunk) + column % kChunk;
+        *reinterpret_cast<uint32_t*>(pair) = rounded_pair<typename S::T>(low, high);
+    });
+}
+
+// The words of a staged tile as its threads take them: item i of thread t, each kWords neighbours in a row.
+template <typename S, int kWords>
+struct StagedWords {
+    static constexpr int kRowItems = S::kN / kChunk / kWords;
+    static constexpr int kItems = S::kM * kRowItems / S::kNumThreads;
+    static_assert(S::kM * kRowItems % S::kNumThreads == 0);
+
+    typename S::T* staged;
+
+    static __device__ __forceinline__ int row(int item) {
+        return (static_cast<int>(threadIdx.x) + item * S::kNumThreads) / kRowItems;
+    }
+    // Of the first word, in elements.
+    static __device__ __forceinline__ int column() {
+        static_assert(S::kNumThreads % kRowItems == 0);
+        return static_cast<int>(threadIdx.x) % kRowItems * kWords * kChunk;
+    }
+    __device__ __forceinline__ Word word(int item, int idx) const {
+        return *reinterpret_cast<const Word*>(staged_word<S>(staged, row(item), column() / kChunk + idx));
+    }
+};
 
 template <typename T>
 __device__ __forceinline__ Word& word_at(void* base, int64_t element) {
     return *reinterpret_cast<Word*>(static_cast<T*>(base) + element);
 }
 template <typename T>
-__device__ __forceinline__ Word word_at(const void* base, int64_t element) {
+__device__ __forceinline__ const Word& word_at(const void* base, int64_t element) {
     return *reinterpret_cast<const Word*>(static_cast<const T*>(base) + element);
 }
 
-// hidden = silu(gate) * up, a word of each.
-template <typename T>
-__device__ __forceinline__ Word swiglu(const Word& gate_word, const Word& up_word) {
-    float gate[kPerWord<T>], up[kPerWord<T>];
-    unpack<T>(gate_word, gate);
-    unpack<T>(up_word, up);
+// The tile's rows and columns that exist, to result [.., num_columns] from element `first` on.
+template <typename S>
+__device__ __forceinline__ void store_words(typename S::T* staged, void* result, int64_t first, int num_rows,
+                                            int num_valid_columns, int num_columns) {
+    const StagedWords<S, 1> words{staged};
+    const int column = words.column();
+    if (column >= num_valid_columns) return;
     DSC_UNROLL
-    for (int i = 0; i < kPerWord<T>; ++i) up[i] *= gate[i] / (1.0f + __expf(-gate[i]));
-    return pack<T>(up);
-}
-
-// The gradients of gate and up, in place of them.
-template <typename T>
-__device__ __forceinline__ void swiglu_backward(const Word& grad_word, Word& gate_word, Word& up_word) {
-    float grad[kPerWord<T>], gate[kPerWord<T>], up[kPerWord<T>];
-    unpack<T>(grad_word, grad);
-    unpack<T>(gate_word, gate);
-    unpack<T>(up_word, up);
-    DSC_UNROLL
-    for (int i = 0; i < kPerWord<T>; ++i) {
-        const float sigmoid = 1.0f / (1.0f + __expf(-gate[i]));
-        const float silu = gate[i] * sigmoid;
-        gate[i] = grad[i] * up[i] * (sigmoid + silu * (1.0f - sigmoid));
-        up[i] = grad[i] * silu;
+    for (int item = 0; item < words.kItems; ++item) {
+        const int row = words.row(item);
+        if (row >= num_rows) return;
+        word_at<typename S::T>(result, first + int64_t{row} * num_columns + column) = words.word(item, 0);
     }
-    gate_word = pack<T>(gate);
-    up_word = pack<T>(up);
 }
 
 }  // namespace dsc

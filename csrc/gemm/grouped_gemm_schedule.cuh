@@ -8,82 +8,81 @@
 
 #include "core/math.h"
 #include "core/warp.h"
-#include "gemm/gemm.h"
+#include "gemm/grouped_gemm_plan.h"
 
 namespace dsc {
 
 constexpr int kBandTiles = 8;
 
 struct GroupTable {
-    int64_t first_row[kGemmMaxExperts + 2];  // of expert e; [E]: of the rows of none; [E + 1]: M
-    int first_tile[kGemmMaxExperts + 2];     // row tiles before expert e's
+    int first_row[kGemmMaxExperts + 2];   // of expert e; [E]: of the rows of none; [E + 1]: M
+    int first_tile[kGemmMaxExperts + 2];  // row tiles before expert e's
 };
+static_assert(sizeof(GroupTable) == kGroupTableBytes);
 
 struct RowTile {
-    int group;             // expert, or E: rows of none
-    int64_t row, end_row;  // of the tile, and of its expert
-    int64_t group_row;     // the expert's first
+    int group;         // expert, or E: rows of none
+    int row, end_row;  // of the tile, and of its expert
     int column_tile;
 };
 
-// Called by all threads; a barrier ends it. Offsets that descend or leave [0, M] are clamped. A group of so
-// many rows has num_tiles_of(rows) tiles.
-template <typename Count>
-__device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* offsets, int num_experts,
-                                            int64_t num_rows, const Count& num_tiles_of) {
-    if (threadIdx.x < kWarpSize) {
-        const int lane = threadIdx.x;
-        int64_t row = 0;
-        int tile = 0;
-        for (int first = 0; first <= num_experts; first += kWarpSize) {
-            const int e = first + lane;
-            int64_t end = e < num_experts ? min(max(int64_t{offsets[e]}, int64_t{0}), num_rows) : num_rows;
-            end = max(end, row);
-            DSC_UNROLL
-            for (int step = 1; step < kWarpSize; step *= 2) {
-                const int64_t before = __shfl_up_sync(kAllLanes, static_cast<long long>(end), step);
-                if (lane >= step) end = max(end, before);
-            }
-            const int64_t shifted = __shfl_up_sync(kAllLanes, static_cast<long long>(end), 1);
-            const int64_t begin = lane == 0 ? row : shifted;
-            const int num_tiles = e <= num_experts ? num_tiles_of(end - begin) : 0;
-            int tiles_to_here = num_tiles;
-            DSC_UNROLL
-            for (int step = 1; step < kWarpSize; step *= 2) {
-                const int before = __shfl_up_sync(kAllLanes, tiles_to_here, step);
-                if (lane >= step) tiles_to_here += before;
-            }
-            if (e <= num_experts) {
-                table.first_row[e] = begin;
-                table.first_tile[e] = tile + tiles_to_here - num_tiles;
-            }
-            row = __shfl_sync(kAllLanes, static_cast<long long>(end), kWarpSize - 1);
-            tile += __shfl_sync(kAllLanes, tiles_to_here, kWarpSize - 1);
-        }
-        if (lane == 0) {
-            table.first_row[num_experts + 1] = num_rows;
-            table.first_tile[num_experts + 1] = tile;
-        }
+// What the lanes before this one hold together, by `combine`; `first` in lane 0.
+template <typename Combine>
+__device__ __forceinline__ int combined_before(int value, int first, const Combine& combine) {
+    const int lane = threadIdx.x % kWarpSize;
+    DSC_UNROLL
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, value, step);
+        if (lane >= step) value = combine(value, before);
     }
+    const int before = __shfl_up_sync(kAllLanes, value, 1);
+    return lane == 0 ? first : before;
+}
+
+// One warp turns each group's END row, as it came, into ascending ones and counts tiles. A lane takes
+// neighbouring groups.
+template <typename CountTiles>
+__device__ __forceinline__ void scan_groups(GroupTable& table, int num_groups,
+                                            const CountTiles& count_tiles) {
+    const int per_lane = ceil_div(num_groups, kWarpSize);
+    const int begin = static_cast<int>(threadIdx.x) * per_lane, end = min(begin + per_lane, num_groups);
+    int last_row = 0;
+    for (int g = begin; g < end; ++g) last_row = max(last_row, table.first_row[g + 1]);
+    int row = combined_before(last_row, 0, [](int a, int b) { return max(a, b); });
+    int num_tiles = 0;
+    for (int g = begin; g < end; ++g) {
+        const int end_row = max(row, table.first_row[g + 1]);
+        num_tiles += count_tiles(end_row - row);
+        table.first_row[g + 1] = row = end_row;
+        table.first_tile[g + 1] = num_tiles;
+    }
+    const int num_before = combined_before(num_tiles, 0, [](int a, int b) { return a + b; });
+    for (int g = begin; g < end; ++g) table.first_tile[g + 1] += num_before;
+    if (threadIdx.x == 0) table.first_row[0] = table.first_tile[0] = 0;
+}
+
+// Called by all threads; a barrier ends it. count_tiles(num_rows): the tiles of a group (in first_tile).
+template <typename CountTiles>
+__device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* offsets, int num_experts,
+                                            int num_rows, const CountTiles& count_tiles) {
+    for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
+        table.first_row[e + 1] = e < num_experts ? min(max(offsets[e], 0), num_rows) : num_rows;
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpSize) scan_groups(table, num_experts + 1, count_tiles);
     __syncthreads();
 }
 
-template <int kTileRows>
-__device__ __forceinline__ void fill_groups(GroupTable& table, const int32_t* offsets, int num_experts,
-                                            int64_t num_rows) {
-    fill_groups(table, offsets, num_experts, num_rows,
-                [](int64_t rows) { return static_cast<int>(ceil_div<int64_t>(rows, kTileRows)); });
-}
-
-// The last group that starts at or before the tile; empty ones start where the next does.
+// The group of the idx-th tile, where each of first_tile stands for num_column_tiles of them: the last that
+// starts there or before. Empty ones start where the next does.
 __device__ __forceinline__ int find_group(const GroupTable& table, int num_experts, int num_column_tiles,
-                                          int64_t idx) {
+                                          int idx) {
+    const int row_tile = idx / num_column_tiles;
     int group = 0;
+    DSC_UNROLL
     for (int step = kGemmMaxExperts; step > 0; step /= 2) {
         const int candidate = group + step;
-        if (candidate <= num_experts and int64_t{table.first_tile[candidate]} * num_column_tiles <= idx) {
-            group = candidate;
-        }
+        if (candidate <= num_experts and table.first_tile[candidate] <= row_tile) group = candidate;
     }
     return group;
 }
@@ -91,19 +90,17 @@ __device__ __forceinline__ int find_group(const GroupTable& table, int num_exper
 // The idx-th tile; idx < table.first_tile[E + 1] * num_column_tiles.
 template <int kTileRows>
 __device__ __forceinline__ RowTile find_tile(const GroupTable& table, int num_experts, int num_column_tiles,
-                                             int64_t idx) {
+                                             int idx) {
     const int group = find_group(table, num_experts, num_column_tiles, idx);
     const int first_tile = table.first_tile[group];
     const int num_row_tiles = table.first_tile[group + 1] - first_tile;
-    const int64_t place = idx - int64_t{first_tile} * num_column_tiles;
-    const int band = static_cast<int>(place / (kBandTiles * num_column_tiles));
-    const int in_band = static_cast<int>(place % (kBandTiles * num_column_tiles));
+    const int place = idx - first_tile * num_column_tiles;
+    const int band = place / (kBandTiles * num_column_tiles);
+    const int in_band = place - band * kBandTiles * num_column_tiles;
     const int height = min(kBandTiles, num_row_tiles - band * kBandTiles);
-    const int64_t group_row = table.first_row[group];
     return {.group = group,
-            .row = group_row + int64_t{band * kBandTiles + in_band % height} * kTileRows,
+            .row = table.first_row[group] + (band * kBandTiles + in_band % height) * kTileRows,
             .end_row = table.first_row[group + 1],
-            .group_row = group_row,
             .column_tile = in_band / height};
 }
 

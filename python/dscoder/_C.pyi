@@ -63,6 +63,55 @@ def moe_unpermute_backward(
     grad_y: Tensor,
     grad_weight: Tensor,
 ) -> None: ...
+def grouped_gemm_forward(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    offsets: Tensor,
+    row_idx: Tensor | None,
+    is_w_transposed: bool,
+    arch: str,
+    tile: str = "auto",
+) -> None: ...
+def grouped_gemm_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    grad_w: Tensor,
+    offsets: Tensor,
+    row_idx: Tensor | None,
+    accumulates: bool,
+    arch: str,
+    tile: str = "auto",
+) -> None: ...
+def grouped_swiglu_forward(
+    x: Tensor,
+    w: Tensor,
+    hidden: Tensor,
+    gate_up: Tensor | None,
+    offsets: Tensor,
+    row_idx: Tensor | None,
+    arch: str,
+    tile: str = "auto",
+) -> None: ...
+def grouped_swiglu_backward(
+    grad: Tensor,
+    w: Tensor,
+    gate_up: Tensor,
+    grad_gate_up: Tensor,
+    offsets: Tensor,
+    arch: str,
+    tile: str = "auto",
+) -> None: ...
+def grouped_gemm_plan(
+    step: str,
+    num_rows: int,
+    num_experts: int,
+    num_columns: int,
+    depth: int,
+    capability: tuple[int, int],
+    num_sms: int,
+    arch: str = "auto",
+) -> dict[str, str | int]: ...
 def fim_plan(
     texts: tuple[str, ...],
     keys: NDArray[np.uint64],

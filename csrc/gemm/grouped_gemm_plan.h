@@ -1,0 +1,235 @@
+// Which kernel a grouped product gets: the tile, the ring, how many blocks. Pure functions of the sizes and
+// of the device, in plain C++, so that a build without kernels answers too. Nothing here depends on how the
+// rows fall to the experts, which the device alone knows: a plan holds for all of them.
+//
+// The cost of a tile is what its SM spends on a block of the depth, the slowest of three: multiplying,
+// moving fragments through shared memory, bringing operands from L2. Rows that fill an expert's last tile in
+// part, columns past the end and the last wave count as what they keep busy.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "core/check.h"
+
+namespace dsc {
+
+constexpr int kGemmMaxExperts = 512;
+constexpr int kGemmDepthBlock = 64;                          // elements of the depth in one stage of a ring
+constexpr int kGroupTableBytes = 8 * (kGemmMaxExperts + 2);  // static shared memory of every kernel
+
+enum class GemmArch { kAuto, kSm80, kSm90 };
+enum class GemmStep { kForward, kInputGradient, kSwiglu, kSwigluBackward, kWeightGradient };
+
+// The caller's wish: "auto", or a tile by its name.
+struct GemmChoice {
+    GemmArch arch = GemmArch::kAuto;
+    std::string_view tile = "auto";
+};
+
+// As in the params of gemm.h: the result has num_columns columns; a weight gradient has num_columns rows and
+// `depth` columns for each expert.
+struct GemmSizes {
+    GemmStep step;
+    int64_t num_rows;
+    int num_experts, num_columns, depth;
+};
+
+// ---- what a device has ----
+
+struct GemmDevice {
+    int num_sms;
+    int shared_per_sm, shared_per_block;  // bytes
+    int multiply_adds, l2_bytes;          // of one SM in one cycle: by mma.sync; read by all SMs at once
+};
+
+constexpr int kRegistersPerSm = 65536, kThreadsPerSm = 2048;
+constexpr int kSharedPerBlock = 1024;  // that the system takes
+
+inline GemmDevice gemm_device(int major, int minor, int num_sms) {
+    const bool is_small = major == 8 and (minor == 6 or minor == 9);
+    DSC_CHECK(major == 8 or (major == 9 and minor == 0),
+              "grouped_gemm: there are kernels for compute capability 8.x and 9.0, got ", major, ".", minor);
+    DSC_CHECK(num_sms > 0, "grouped_gemm: num_sms must be > 0, got ", num_sms);
+    const int shared_per_sm = 1024 * (major == 9 ? 228 : is_small ? 100 : 164);
+    return {.num_sms = num_sms,
+            .shared_per_sm = shared_per_sm,
+            .shared_per_block = shared_per_sm - kSharedPerBlock,
+            .multiply_adds = major == 9 ? 1280
+                             : is_small ? 512
+                                        : 1024,
+            .l2_bytes = major == 9 ? 32 : 40};
+}
+
+// ---- what a tile takes ----
+
+// A tile of kernels on mma.sync. `registers`: a thread's, at most, which the build contract holds them to.
+struct Sm80Tile {
+    const char* name;
+    int rows, columns, warps_m, warps_n, num_stages, registers;
+
+    constexpr int num_threads() const { return 32 * warps_m * warps_n; }
+    constexpr int stage_bytes() const { return (rows + columns) * kGemmDepthBlock * 2; }
+    constexpr int ring_bytes() const { return num_stages * stage_bytes(); }
+};
+
+// For decoding, for a few hundred rows an expert, and for many.
+constexpr std::array<Sm80Tile, 3> kSm80Tiles{{
+    {.name = "16x128",
+     .rows = 16,
+     .columns = 128,
+     .warps_m = 1,
+     .warps_n = 4,
+     .num_stages = 4,
+     .registers = 128},
+    {.name = "64x128",
+     .rows = 64,
+     .columns = 128,
+     .warps_m = 2,
+     .warps_n = 2,
+     .num_stages = 3,
+     .registers = 192},
+    {.name = "128x256",
+     .rows = 128,
+     .columns = 256,
+     .warps_m = 2,
+     .warps_n = 4,
+     .num_stages = 3,
+     .registers = 255},
+}};
+
+// The first tile that a step has: the gradients come with many rows.
+constexpr int first_sm80_tile(GemmStep step) {
+    return step == GemmStep::kForward or step == GemmStep::kSwiglu ? 0 : 1;
+}
+
+// 0: the tile does not fit the device.
+constexpr int blocks_per_sm(const Sm80Tile& tile, const GemmDevice& device) {
+    const int shared_bytes = tile.ring_bytes() + kGroupTableBytes;
+    if (shared_bytes > device.shared_per_block) return 0;
+    const int registers = (tile.registers + 7) / 8 * 8 * tile.num_threads();
+    return std::min({device.shared_per_sm / (shared_bytes + kSharedPerBlock), kRegistersPerSm / registers,
+                     kThreadsPerSm / tile.num_threads()});
+}
+
+// ---- what a tile costs ----
+
+constexpr int64_t parts_of(int64_t size, int64_t part) {
+    return (size + part - 1) / part;
+}
+
+// Columns of the result that a tile of `columns` columns of w makes: a SwiGLU takes two for each.
+constexpr int result_columns(GemmStep step, int columns) {
+    return step == GemmStep::kSwiglu ? columns / 2 : columns;
+}
+
+// Tiles of all experts, on average over how the rows may fall: an expert's last one is half full.
+constexpr double expected_tiles(const GemmSizes& sizes, int rows, int columns) {
+    if (sizes.step == GemmStep::kWeightGradient) {
+        return static_cast<double>(sizes.num_experts) *
+               static_cast<double>(parts_of(sizes.num_columns, rows)) *
+               static_cast<double>(parts_of(sizes.depth, columns));
+    }
+    const auto num_rows = static_cast<double>(sizes.num_rows);
+    const double num_used = std::min(num_rows, static_cast<double>(std::max(sizes.num_experts, 1)));
+    const double row_tiles = std::max(num_used, num_rows / rows + num_used / 2);
+    return row_tiles * static_cast<double>(parts_of(sizes.num_columns, result_columns(sizes.step, columns)));
+}
+
+// At most, however the rows fall.
+constexpr int64_t most_tiles(const GemmSizes& sizes, int rows, int columns) {
+    if (sizes.step == GemmStep::kWeightGradient) {
+        return sizes.num_experts * parts_of(sizes.num_columns, rows) * parts_of(sizes.depth, columns);
+    }
+    const int64_t num_groups = std::min<int64_t>(sizes.num_rows, sizes.num_experts + 1);
+    const int64_t row_tiles = std::min(sizes.num_rows, sizes.num_rows / rows + num_groups);
+    return row_tiles * parts_of(sizes.num_columns, result_columns(sizes.step, columns));
+}
+
+// Blocks of the depth in one tile, on average.
+constexpr double expected_depth_blocks(const GemmSizes& sizes) {
+    if (sizes.step != GemmStep::kWeightGradient)
+        return static_cast<double>(parts_of(sizes.depth, kGemmDepthBlock));
+    const double num_rows = static_cast<double>(sizes.num_rows) / std::max(sizes.num_experts, 1);
+    return num_rows / kGemmDepthBlock + 0.5;
+}
+
+// Cycles until the last SM is done. Blocks that share an SM hide each other's ends of tiles.
+constexpr double sm80_cycles(const GemmSizes& sizes, const Sm80Tile& tile, const GemmDevice& device) {
+    constexpr double kSharedBytes = 128;  // of an SM in one cycle
+    constexpr double kEndOfTile = 3000;   // to fill the ring and to store the sums
+    const int num_resident = blocks_per_sm(tile, device);
+    const double multiply =
+        static_cast<double>(tile.rows) * tile.columns * kGemmDepthBlock / device.multiply_adds;
+    const double fragment_bytes =
+        (tile.rows * tile.warps_n + tile.columns * tile.warps_m) * kGemmDepthBlock * 2.0;
+    const double shared = (fragment_bytes + tile.stage_bytes()) / kSharedBytes;
+    const double l2 = static_cast<double>(tile.stage_bytes()) / device.l2_bytes;
+    const double cycles = expected_depth_blocks(sizes) * std::max({multiply, shared, l2}) +
+                          kEndOfTile / (num_resident * num_resident);
+    const double num_waves = expected_tiles(sizes, tile.rows, tile.columns) / (device.num_sms * num_resident);
+    return std::max(1.0, num_waves + 0.5) * num_resident * cycles;
+}
+
+// ---- the plan ----
+
+struct GemmPlan {
+    GemmArch arch;
+    std::string_view tile;
+    int tile_idx;  // in the arch's table
+    int num_stages, cluster, num_threads, registers;
+    int shared_bytes;               // dynamic; the table of groups comes on top
+    int blocks_per_sm, num_blocks;  // 0: nothing to do
+};
+
+inline GemmPlan sm80_plan(const GemmSizes& sizes, const GemmDevice& device, int tile_idx) {
+    const Sm80Tile& tile = kSm80Tiles[tile_idx];
+    const int num_resident = blocks_per_sm(tile, device);
+    const int64_t num_tiles = most_tiles(sizes, tile.rows, tile.columns);
+    DSC_CHECK(num_resident > 0, "grouped_gemm: a tile of ", tile.name, " needs ",
+              tile.ring_bytes() + kGroupTableBytes, " bytes of shared memory, the device has ",
+              device.shared_per_block);
+    DSC_CHECK(num_tiles < int64_t{1} << 30, "grouped_gemm: at most 2^30 tiles, got ", num_tiles, " of ",
+              tile.name);
+    const int64_t most_blocks = int64_t{num_resident} * device.num_sms;
+    return {.arch = GemmArch::kSm80,
+            .tile = tile.name,
+            .tile_idx = tile_idx,
+            .num_stages = tile.num_stages,
+            .cluster = 1,
+            .num_threads = tile.num_threads(),
+            .registers = tile.registers,
+            .shared_bytes = tile.ring_bytes(),
+            .blocks_per_sm = num_resident,
+            .num_blocks = static_cast<int>(std::min(num_tiles, most_blocks))};
+}
+
+// The cheapest tile that fits, or the one asked for.
+inline GemmPlan plan_sm80(const GemmSizes& sizes, const GemmDevice& device, std::string_view wanted) {
+    int best = -1;
+    double fewest = 0;
+    for (int idx = first_sm80_tile(sizes.step); idx < static_cast<int>(kSm80Tiles.size()); ++idx) {
+        if (wanted == kSm80Tiles[idx].name) return sm80_plan(sizes, device, idx);
+        if (blocks_per_sm(kSm80Tiles[idx], device) == 0) continue;
+        const double cycles = sm80_cycles(sizes, kSm80Tiles[idx], device);
+        if (best < 0 or cycles < fewest) {
+            best = idx;
+            fewest = cycles;
+        }
+    }
+    DSC_CHECK(wanted == "auto", "grouped_gemm: there is no tile of ", wanted, " for this step on sm80");
+    return sm80_plan(sizes, device, best);
+}
+
+inline GemmPlan plan_gemm(const GemmSizes& sizes, const GemmDevice& device, const GemmChoice& choice) {
+    DSC_CHECK(sizes.num_rows >= 0 and sizes.num_experts >= 0 and sizes.num_columns >= 0 and sizes.depth >= 0,
+              "grouped_gemm: sizes must be >= 0, got ", sizes.num_rows, " rows, ", sizes.num_experts,
+              " experts, ", sizes.num_columns, " columns, depth ", sizes.depth);
+    DSC_CHECK(choice.arch != GemmArch::kSm90, "grouped_gemm: this build has no kernels of arch sm90");
+    return plan_sm80(sizes, device, choice.tile);
+}
+
+}  // namespace dsc

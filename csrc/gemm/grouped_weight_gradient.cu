@@ -1,0 +1,113 @@
+// The weight gradient: for every expert, grad^T x over its rows. The rows are the depth of the product here,
+// and both operands lie with it outermost, so ldmatrix transposes both; every expert has the same tiles, of
+// unequal depth, none of it zero-padded in memory.
+#include "gemm/grouped_gemm_launch.cuh"
+
+namespace dsc {
+namespace {
+
+struct ExpertTile {
+    int expert, row, column;
+    int first_row, depth;  // the expert's rows
+};
+
+// The result of the elements' type that is not accumulated goes through shared memory in words; float32 and
+// sums onto what is there go straight from registers, four lanes a sector.
+template <typename S_, bool kGathers>
+struct WeightGradient {
+    using S = S_;
+    using T = typename S::T;
+    GroupedWeightGradientParams p;
+
+    __device__ __forceinline__ int num_tiles(const GroupTable&) const {
+        return p.num_experts * ceil_div(p.num_columns, S::kM) * ceil_div(p.depth, S::kN);
+    }
+
+    __device__ __forceinline__ ExpertTile find(const GroupTable& table, int idx) const {
+        const int num_row_tiles = ceil_div(p.num_columns, S::kM);
+        const int num_expert_tiles = num_row_tiles * ceil_div(p.depth, S::kN);
+        const int expert = idx / num_expert_tiles, place = idx - expert * num_expert_tiles;
+        const int first_row = table.first_row[expert];
+        return {.expert = expert,
+                .row = place % num_row_tiles * S::kM,
+                .column = place / num_row_tiles * S::kN,
+                .first_row = first_row,
+                .depth = table.first_row[expert + 1] - first_row};
+    }
+
+    __device__ __forceinline__ int depth_of(const ExpertTile& tile) const { return tile.depth; }
+
+    __device__ __forceinline__ auto operands(const ExpertTile& tile) const {
+        const T* const grad = static_cast<const T*>(p.grad) + int64_t{tile.first_row} * p.num_columns;
+        const auto rows = depth_rows<T, S::kM, S::kNumThreads>(grad, tile.row, p.num_columns, tile.depth);
+        const T* const x = static_cast<const T*>(p.x);
+        if constexpr (kGathers) {
+            using Map = CopyMap<Major::kMN, S::kN, S::kNumThreads>;
+            const int first = tile.column + Map::chunk(threadIdx.x) * kChunk;
+            NumberedDepthRows<T, S::kN, S::kNumThreads> columns{.source = first < p.depth ? x + first : x,
+                                                                .row_idx = p.row_idx + tile.first_row,
+                                                                .num_source_rows = p.num_source_rows,
+                                                                .depth = tile.depth,
+                                                                .row_stride = p.depth,
+                                                                .is_inside = first < p.depth,
+                                                                .coming = -1};
+            columns.fetch(0);
+            return operands_of<S>(rows, columns);
+        } else {
+            return operands_of<S>(
+                rows, depth_rows<T, S::kN, S::kNumThreads>(x + int64_t{tile.first_row} * p.depth, tile.column,
+                                                           p.depth, tile.depth));
+        }
+    }
+
+    __device__ __forceinline__ bool is_staged() const { return not p.is_float32 and not p.accumulates; }
+
+    __device__ __forceinline__ int64_t first_element(const ExpertTile& tile) const {
+        return (int64_t{tile.expert} * p.num_columns + tile.row) * p.depth + tile.column;
+    }
+
+    __device__ __forceinline__ void stage(T* staged, const Accumulators<S>& acc,
+                                          const ExpertTile& tile) const {
+        if (is_staged()) return stage_sums<S>(staged, acc);
+        const int num_rows = p.num_columns - tile.row, num_columns = p.depth - tile.column;
+        const int64_t first = first_element(tile);
+        for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
+            if (row >= num_rows or column >= num_columns) return;
+            const int64_t at = first + int64_t{row} * p.depth + column;
+            if (p.is_float32) {
+                float2* const target = reinterpret_cast<float2*>(static_cast<float*>(p.grad_w) + at);
+                const float2 old = p.accumulates ? *target : make_float2(0.0f, 0.0f);
+                *target = make_float2(old.x + low, old.y + high);
+            } else {
+                uint32_t* const target = reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_w) + at);
+                const float2 old = floats_of<T>(*target);
+                *target = rounded_pair<T>(old.x + low, old.y + high);
+            }
+        });
+    }
+
+    __device__ __forceinline__ void store(T* staged, const ExpertTile& tile) const {
+        if (not is_staged()) return;
+        store_words<S>(staged, p.grad_w, first_element(tile), p.num_columns - tile.row, p.depth - tile.column,
+                       p.depth);
+    }
+};
+
+}  // namespace
+
+void launch_grouped_weight_gradient(const GroupedWeightGradientParams& p, const GemmChoice& choice,
+                                    cudaStream_t stream) {
+    constexpr GemmStep kStep = GemmStep::kWeightGradient;
+    const GemmPlan plan = plan_gemm({.step = kStep,
+                                     .num_rows = p.num_rows,
+                                     .num_experts = p.num_experts,
+                                     .num_columns = p.num_columns,
+                                     .depth = p.depth},
+                                    current_gemm_device(), choice);
+    with_shape<kStep, Major::kMN, Major::kMN>(plan, p.type, [&]<typename S>() {
+        if (p.row_idx != nullptr) return launch_job(plan, WeightGradient<S, true>{p}, stream);
+        launch_job(plan, WeightGradient<S, false>{p}, stream);
+    });
+}
+
+}  // namespace dsc
