@@ -1,8 +1,18 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dscoder import ops
+from dscoder.ops.grouped_gemm import (
+    KERNEL_EXPERTS,
+    kernel_refusal,
+    product_by_expert,
+    product_in_pieces,
+    stored_weights,
+)
+from dscoder.runtime import native
 from dscoder.testing.cases import randn
 from dscoder.testing.compare import assert_close, assert_gradients, assert_op_registered, assert_same
 from dscoder.testing.poison import poison_rows_from, with_strides
@@ -96,9 +106,15 @@ def test_it_is_a_proper_op(case: str, rng: torch.Generator) -> None:
     counts, num_spare = COUNTS[case]
     num_rows, offsets = sum(counts) + num_spare, offsets_of(counts)
     x, w = randn(rng, num_rows, 3).requires_grad_(), randn(rng, 5, 4, 3).requires_grad_()
-    assert_op_registered(torch.ops.dscoder.grouped_gemm.default, (x, w, offsets))
-    grad = randn(rng, num_rows, 4)
-    assert_op_registered(torch.ops.dscoder.grouped_gemm_weight_gradient.default, (grad, x.detach(), offsets))
+    assert_op_registered(torch.ops.dscoder.grouped_gemm.default, (x, w, offsets, "auto"))
+    grad, rows = randn(rng, num_rows, 4), x.detach()
+    assert_op_registered(
+        torch.ops.dscoder.grouped_gemm_weight_gradient.default, (grad, rows, offsets, None, "auto")
+    )
+    assert_op_registered(
+        torch.ops.dscoder.grouped_gemm_weight_gradient_into.default,
+        (torch.ones(5, 4, 3), grad, rows, offsets, None, True, "auto"),
+    )
 
 
 def test_it_compiles_whole_through_an_expert_layer(rng: torch.Generator) -> None:
@@ -120,7 +136,171 @@ def test_it_compiles_whole_through_an_expert_layer(rng: torch.Generator) -> None
         assert_same(got, want)
 
 
+def test_only_what_a_gradient_needs_is_kept(rng: torch.Generator) -> None:
+    x, w, offsets = randn(rng, 4, 3), randn(rng, 2, 5, 3), offsets_of([1, 3])
+    for frozen, trained in ((x, w), (w, x)):
+        trained.requires_grad_()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            ops.grouped_gemm(x, w, offsets)
+        assert [t.data_ptr() for t in kept] == [frozen.data_ptr(), offsets.data_ptr()]
+        trained.requires_grad_(False)
+
+
+def test_a_gradient_of_the_gradient_is_refused_by_name(rng: torch.Generator) -> None:
+    x, w = randn(rng, 4, 3).requires_grad_(), randn(rng, 2, 5, 3)
+    y = ops.grouped_gemm(x, w, offsets_of([1, 3]))
+    with pytest.raises(RuntimeError, match=r"^grouped_gemm: the gradient must not be differentiated again"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+# ---- the weight gradient by itself ----
+
+
+def gradient_by_expert(grad: Tensor, x: Tensor, counts: list[int]) -> Tensor:
+    """The definition, in float64."""
+    out = torch.zeros(len(counts), grad.shape[1], x.shape[1], dtype=torch.float64)
+    expert_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    for row, expert in enumerate(expert_of_row.tolist()):
+        out[expert] += torch.outer(grad[row].double(), x[row].double())
+    return out
+
+
+@pytest.mark.parametrize("case", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_weight_gradient_comes_in_the_inputs_dtype_or_wider(
+    case: str, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    counts, num_spare = COUNTS[case]
+    grad = poison_rows_from(randn(rng, sum(counts) + num_spare, 4, dtype=dtype), sum(counts))
+    x = poison_rows_from(randn(rng, sum(counts) + num_spare, 3, dtype=dtype), sum(counts))
+    wanted = gradient_by_expert(grad, x, counts)
+    got = ops.grouped_gemm_weight_gradient(grad, x, offsets_of(counts))
+    assert got.dtype == dtype
+    assert_close(got, wanted)
+    if dtype == torch.bfloat16:
+        wide = ops.grouped_gemm_weight_gradient(grad, x, offsets_of(counts), dtype=torch.float32)
+        assert wide.dtype == torch.float32
+        assert_close(wide, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_gradient_is_added_to_what_is_there_or_replaces_it(
+    dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    counts = [3, 0, 2]
+    grad, x, before = randn(rng, 5, 4, dtype=dtype), randn(rng, 5, 3, dtype=dtype), randn(rng, 3, 4, 3)
+    wanted = gradient_by_expert(grad, x, counts)
+    out = before.clone()
+    assert ops.grouped_gemm_weight_gradient(grad, x, offsets_of(counts), out=out, accumulate=True) is out
+    assert_close(out, before + wanted)
+    assert_same(out[1], before[1])
+    out.fill_(torch.nan)
+    ops.grouped_gemm_weight_gradient(grad, x, offsets_of(counts), out=out)
+    assert_close(out, wanted)
+
+
+def test_the_weight_gradient_compiles_in_place(rng: torch.Generator) -> None:
+    grad, x, offsets = randn(rng, 5, 4), randn(rng, 5, 3), offsets_of([2, 3])
+
+    def add_twice(out: Tensor) -> Tensor:
+        for _ in range(2):
+            ops.grouped_gemm_weight_gradient(grad, x, offsets, out=out, accumulate=True)
+        return out + 1
+
+    eager, compiled = torch.zeros(2, 2, 4, 3).unbind()
+    wanted = add_twice(eager)
+    assert_same(torch.compile(add_twice, fullgraph=True, backend="aot_eager")(compiled), wanted)
+    assert_same(compiled, eager)
+
+
 X, W, OFFSETS = torch.zeros(4, 3), torch.zeros(2, 5, 3), torch.zeros(2, dtype=torch.int32)
+GRAD, OUT = torch.zeros(4, 5), torch.zeros(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"grad": torch.zeros(4, 5).int()}, TypeError, "grad must be float32 or .*, got int32"),
+        ({"x": torch.zeros(4, 3).half()}, TypeError, "x must be float32, got float16"),
+        ({"x": torch.zeros(3, 3)}, ValueError, r"x must have shape \(4, 3\), got \(3, 3\)"),
+        ({"offsets": torch.zeros(2)}, TypeError, "offsets must be int32, got float32"),
+        ({"x": torch.zeros(4, 3, device="meta")}, ValueError, "x must be on cpu like grad, got meta"),
+        ({"dtype": torch.bfloat16}, TypeError, "dtype must be float32, got bfloat16"),
+        ({"out": OUT.double()}, TypeError, "out must be float32, got float64"),
+        ({"out": OUT, "dtype": torch.float64}, TypeError, "out must be float64, got float32"),
+        ({"out": OUT[:1]}, ValueError, r"out must have shape \(2, 5, 3\), got \(1, 5, 3\)"),
+        ({"out": OUT.to("meta")}, ValueError, "out must be on cpu like grad, got meta"),
+        (
+            {"out": torch.zeros(2, 3, 5).mT},
+            ValueError,
+            r"out must be contiguous, got strides \(15, 1, 5\)",
+        ),
+        ({"accumulate": True}, ValueError, "accumulate needs out, got accumulate=True and out=None"),
+        ({"arch": "sm80"}, ValueError, "arch must be auto or reference on cpu, got sm80"),
+    ],
+)
+def test_wrong_arguments_of_the_weight_gradient_are_named(
+    changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"grad": GRAD, "x": X, "offsets": OFFSETS, **changed}
+    tensors = [arguments.pop(name) for name in ("grad", "x", "offsets")]
+    with pytest.raises(error, match=f"^grouped_gemm_weight_gradient: {message}$"):
+        ops.grouped_gemm_weight_gradient(*tensors, **arguments)
+
+
+# ---- on a GPU: what kernels cannot do, and where they are chosen ----
+
+
+@pytest.mark.parametrize(
+    "offsets", [[-9, 2, 3], [2, 99, 2**31 - 1], [3, 1, 2], [0, 0, 7], [0, 0, 0], [5, 5, 7]]
+)
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 16])
+def test_pieces_of_equal_size_are_the_reference(
+    num_rows: int, offsets: list[int], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs in float32 and at odd widths, without the host knowing an offset."""
+    x, w, grad = randn(rng, num_rows, 3), randn(rng, 3, 4, 3), randn(rng, num_rows, 4)
+    ends = torch.tensor(offsets, dtype=torch.int32)
+    num_used = min(max(*offsets, 0), num_rows)
+    x, grad = poison_rows_from(x, num_used), poison_rows_from(grad, num_used)
+    assert_close(product_in_pieces(x, w, ends), ops.grouped_gemm(x, w, ends))
+    for accumulate in (False, True):
+        got, wanted = torch.ones(2, *w.shape).unbind()
+        key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        monkeypatch.setattr(native._C, "has_cuda", True)
+        args = (grad, x, ends, None, accumulate, "auto")
+        torch.ops.dscoder.grouped_gemm_weight_gradient_into.default.redispatch(key, got, *args)
+        ops.grouped_gemm_weight_gradient(grad, x, ends, out=wanted, accumulate=accumulate)
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_experts", "widths", "wanted"),
+    [
+        (torch.bfloat16, 64, {"N": 2816, "K": 2048}, None),
+        (torch.float16, KERNEL_EXPERTS, {"N": 8, "K": 8}, None),
+        (torch.float32, 64, {"N": 8, "K": 8}, "x of bfloat16 or float16, got float32"),
+        (torch.float64, 64, {"N": 8, "K": 8}, "x of bfloat16 or float16, got float64"),
+        (torch.bfloat16, KERNEL_EXPERTS + 1, {"N": 8, "K": 8}, "1 to 512 experts, got 513"),
+        (torch.bfloat16, 0, {"N": 8, "K": 8}, "1 to 512 experts, got 0"),
+        (torch.bfloat16, 64, {"N": 12, "K": 8}, "N to be a positive multiple of 8, got 12"),
+        (torch.bfloat16, 64, {"N": 8, "K": 0}, "K to be a positive multiple of 8, got 0"),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_do(
+    dtype: torch.dtype, num_experts: int, widths: dict[str, int], wanted: str | None
+) -> None:
+    assert kernel_refusal(dtype, num_experts, widths) == wanted
+
+
+def test_weights_are_copied_only_where_they_lie_in_neither_form(rng: torch.Generator) -> None:
+    w = randn(rng, 2, 8, 16)
+    assert stored_weights(w)[0].data_ptr() == stored_weights(w.mT)[0].data_ptr() == w.data_ptr()
+    assert [is_transposed for _, is_transposed in (stored_weights(w), stored_weights(w.mT))] == [False, True]
+    copy, is_transposed = stored_weights(with_strides(w))
+    assert not is_transposed
+    assert_same(copy, w)
 
 
 @pytest.mark.parametrize(
@@ -142,3 +322,24 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=f"^grouped_gemm: {message}$"):
         ops.grouped_gemm(x, w, offsets)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("sm70", "arch must be one of auto, sm80, sm90, reference, got 'sm70'"),
+        ("sm80", "arch must be auto or reference on cpu, got sm80"),
+        ("sm90", "arch must be auto or reference on cpu, got sm90"),
+    ],
+)
+def test_an_arch_that_cannot_be_had_is_named(arch: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^grouped_gemm: {message}$"):
+        ops.grouped_gemm(X, W, OFFSETS, arch=arch)
+
+
+@pytest.mark.parametrize("arch", ["auto", "reference"])
+def test_a_cpu_runs_the_reference(arch: str, rng: torch.Generator) -> None:
+    x, w = randn(rng, 4, 3), randn(rng, 2, 5, 3)
+    assert_same(
+        ops.grouped_gemm(x, w, offsets_of([1, 3]), arch=arch), product_by_expert(x, w, offsets_of([1, 3]))
+    )

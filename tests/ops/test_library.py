@@ -21,8 +21,12 @@ OPS = {
     "moe_unpermute_backward": lambda f, i: (f, f, f, i, i[0]),
     "moe_balance_loss": lambda f, i: (f, i, 1, 1, 1),
     "moe_balance_loss_backward": lambda f, i: (f[0], f[None], 1, torch.float32),
-    "grouped_gemm": lambda f, i: (f, f[None], i[0]),
-    "grouped_gemm_weight_gradient": lambda f, i: (f, f, i[0]),
+    "grouped_gemm": lambda f, i: (f, f[None], i[0], "auto"),
+    "grouped_gemm_weight_gradient": lambda f, i: (f, f, i[0], None, "auto"),
+    "grouped_gemm_weight_gradient_into": lambda f, i: (f.new_ones(1, 2, 2), f, f, i[0], None, False, "auto"),
+    "moe_experts": lambda f, i: (f, f[None].mT, f[None].mT, i[0], None, None, False, "auto"),
+    "moe_experts_gate_up_gradient": lambda f, i: (f, f[None].mT, f, i[0], "auto"),
+    "moe_experts_rows": lambda f, i: (f, i, i[0]),
     "rope": lambda f, i: (f[None], f[None], f, f, i[0], True, False),
     "mla_prefill": lambda f, i: (f[None], f[None], f[None], i[0], i[0], 1.0, True),
     "mla_prefill_backward": lambda f, i: (f[None], [f[None]] * 5, i[0], i[0], 1.0, True),
@@ -30,7 +34,7 @@ OPS = {
 }
 
 
-def on_cuda(op: str) -> object:
+def on_cuda(op: str) -> Any:
     """Run the CUDA implementation of `op` on CPU tensors, as the dispatcher would with CUDA ones."""
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     args = OPS[op](torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int32))
@@ -53,9 +57,9 @@ def test_a_cuda_call_names_the_op_when_built_without_kernels(
 
 def test_an_op_without_a_kernel_runs_its_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native._C, "has_cuda", True)
-    out = on_cuda("grouped_gemm")
+    out, _ = on_cuda("mla_decode")
     assert isinstance(out, Tensor)
-    assert out.tolist() == [[0.0]]
+    assert out.tolist() == [[[[0.0]]]]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The kernel library: one op a file, each with its public function, reference, fake and gradient."""
 
-from dscoder.ops.grouped_gemm import grouped_gemm
+from dscoder.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from dscoder.ops.mla_decode import mla_decode
 from dscoder.ops.mla_prefill import mla_prefill
 from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms
+from dscoder.ops.moe_experts import moe_experts
 from dscoder.ops.moe_gate import moe_gate, moe_gate_with_balance
 from dscoder.ops.moe_permute import PermuteHandle, moe_permute, moe_permute_maps
 from dscoder.ops.moe_unpermute import moe_unpermute
@@ -12,10 +13,12 @@ from dscoder.ops.rope import rope
 __all__ = [
     "PermuteHandle",
     "grouped_gemm",
+    "grouped_gemm_weight_gradient",
     "mla_decode",
     "mla_prefill",
     "moe_balance_loss",
     "moe_balance_terms",
+    "moe_experts",
     "moe_gate",
     "moe_gate_with_balance",
     "moe_permute",
