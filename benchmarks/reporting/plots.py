@@ -15,13 +15,17 @@ MAX_BARS = 40  # results with the largest shapes first; the tables have them all
 
 def roofline(results: Sequence[Result], device: str) -> Figure:
     """One mark a result: arithmetic against intensity, and, for what only moves data, bandwidth alone."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 3])
     products = [result for result in results if "TFLOP/s" in result and "GB/s" in result]
     copies = [result for result in results if "TFLOP/s" not in result and "GB/s" in result]
-    _bandwidth(left, copies)
-    _intensity(right, products)
+    panels = [(_bandwidth, copies, 1), (_intensity, products, 3)]
+    shown = [panel for panel in panels if panel[1]]
+    figure = Figure(figsize=(4 + 3 * sum(width for _, _, width in shown), 5.5), layout="constrained")
     figure.suptitle(f"{device}: results under the ceilings measured in the same run")
+    if shown:
+        ratio = [width for _, _, width in shown]
+        (row,) = figure.subplots(1, len(shown), width_ratios=ratio, squeeze=False)
+        for axes, (draw, found, _) in zip(row, shown, strict=True):
+            draw(axes, found)
     return figure
 
 
@@ -52,13 +56,12 @@ def _intensity(axes: Axes, results: Sequence[Result]) -> None:
         ridge = peak / bandwidth
         x = np.geomspace(ridge / 1e3, ridge * 30, 200)
         axes.plot(x, np.minimum(peak, bandwidth * x), color="black", label="ceilings")
-    if results:
-        axes.set(xscale="log", yscale="log")
-        axes.legend(fontsize=8)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(fontsize=8)
 
 
 def ratios(results: Iterable[Result], device: str) -> Figure:
-    """Bars of each peer's time over ours, a group a result; the line at 1 is ours."""
+    """Bars from 1, which is ours, to each peer's time over ours; a group a result."""
     compared = [result for result in results if _ratios(result)]
     compared.sort(key=lambda result: -float(result["us"]))
     compared = sorted(compared[:MAX_BARS], key=label)
@@ -68,10 +71,11 @@ def ratios(results: Iterable[Result], device: str) -> Figure:
     height = 0.8 / max(1, len(peers))
     for place, name in enumerate(peers):
         rows = [row for row, result in enumerate(compared) if name in _ratios(result)]
-        widths = [_ratios(compared[row])[name] for row in rows]
-        axes.barh([row + place * height for row in rows], widths, height=height, label=name)
+        widths = [_ratios(compared[row])[name] - 1 for row in rows]
+        axes.barh([row + place * height for row in rows], widths, left=1, height=height, label=name)
     axes.axvline(1.0, color="black")
-    axes.set(xlabel="peer's time / ours (right of the line: ours is quicker)", title=device)
+    axes.set(xlabel="peer's time / ours (right of the line: ours is quicker)", title=device, xscale="log")
+    axes.margins(y=0.01)
     axes.set_yticks(
         [row + 0.4 - height / 2 for row in range(len(compared))], [label(one) for one in compared]
     )

@@ -1,5 +1,6 @@
 """One device's report in Markdown: what ran, the targets, and every op's results."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.reporting.records import Key, Result, Run, newest_results
@@ -8,6 +9,7 @@ from benchmarks.reporting.targets import read_targets, slower, standings
 PLOTS = ("roofline.png", "ratios.png")
 TOOL_NAMES = ("memcheck", "synccheck", "racecheck")
 FIGURES = ("us", "call_us", "TFLOP/s", "GB/s", "share")
+NUMBER = re.compile(r"[\d,]+(\.\d+)?|failed")  # a peer that failed stands among numbers
 HEADS = {"us": "us", "call_us": "us of a call", "TFLOP/s": "TFLOP/s", "GB/s": "GB/s", "share": "% of ceiling"}
 
 
@@ -17,7 +19,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["---"]
     for column in range(1, len(header)):
         cells = [row[column] for row in rows if row[column]]
-        is_number = bool(cells) and all(cell[0].isdigit() for cell in cells)
+        is_number = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
         rule.append("---:" if is_number else "---")
     lines = [header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -123,7 +125,11 @@ def _op_section(op: str, newest: Mapping[Key, tuple[Result, Run]]) -> str:
 
 
 def _figure(result: Result, name: str) -> str:
-    return f"{result[name]:.4g}" if name in result else ""
+    """Four digits, and no powers of ten."""
+    if name not in result:
+        return ""
+    value = float(result[name])
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _ratio(result: Result, name: str) -> str:

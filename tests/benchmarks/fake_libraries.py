@@ -119,18 +119,14 @@ def fused_topk(
     *,
     logits: Tensor,
     topk: int,
-    use_pre_softmax: bool,
     num_groups: int | None,
     group_topk: int | None,
     scaling_factor: float,
-    score_function: str,
-    expert_bias: Tensor | None,
     topk_indices: Tensor,
+    **softmax: Any,
 ) -> tuple[Tensor, Tensor]:
     """TransformerEngine's: a [T, E] map of weights; the indices in no order."""
-    assert use_pre_softmax
-    assert score_function == "softmax"
-    assert expert_bias is None
+    assert softmax == {"use_pre_softmax": True, "score_function": "softmax", "expert_bias": None}
     assert num_groups is None or topk // (group_topk or 1) == 1, "another rule than V2's"
     groups = (num_groups or 1, group_topk or 1)
     idx, weight = ops.moe_gate(
@@ -204,17 +200,17 @@ def flash_mla(
     value_dim: int,
     metadata: list[int],
     num_splits: None,
-    *,
-    softmax_scale: float,
-    causal: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """FlashMLA's: one key head, log-sum-exp [B, H, S]."""
     assert cache.shape[1:] == (64, 1, 576)
     assert value_dim == 512
-    assert causal
     assert num_splits is None
+    assert options.keys() == {"softmax_scale", "causal"}
+    assert options["causal"]
     metadata.append(1)
-    out, lse = ops.mla_decode(q, cache.squeeze(2), table, seq_lens, value_dim=value_dim, scale=softmax_scale)
+    scale = options["softmax_scale"]
+    out, lse = ops.mla_decode(q, cache.squeeze(2), table, seq_lens, value_dim=value_dim, scale=scale)
     return out, lse.transpose(1, 2)
 
 
@@ -279,15 +275,14 @@ def flash_attention_3(
     cu_k: Tensor,
     max_q: int,
     max_k: int,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    return_attn_probs: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention 3's; log-sum-exp [H, T]."""
-    assert return_attn_probs
+    assert options.keys() == {"softmax_scale", "causal", "return_attn_probs"}
+    assert options["return_attn_probs"]
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
-    out, lse = ops.mla_prefill(q, k, v, cu_q, cu_k, scale=softmax_scale, causal=causal)
+    scale, causal = options["softmax_scale"], options["causal"]
+    out, lse = ops.mla_prefill(q, k, v, cu_q, cu_k, scale=scale, causal=causal)
     return out, lse.t()
 
 

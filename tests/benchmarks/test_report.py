@@ -119,11 +119,11 @@ def test_every_result_has_one_mark_under_the_roof(make_result: Make) -> None:
 def test_every_ratio_has_a_bar_and_errors_have_none(make_result: Make) -> None:
     peers = {"torch": {"us": 1.0, "ratio": 3.0}, "triton": {"us": 1.0, "ratio": 0.5}}
     figure = ratios([make_result(), make_result(step="backward", peers=peers)], "NVIDIA H200")
-    assert sorted(bar.get_width() for bar in figure.axes[0].patches) == [0.5, 2.0, 3.0]
+    assert sorted(bar.get_x() + bar.get_width() for bar in figure.axes[0].patches) == [0.5, 2.0, 3.0]
 
 
 def test_no_results_make_empty_plots() -> None:
-    assert marks(roofline([], "cpu")) == [0, 0]
+    assert marks(roofline([], "cpu")) == []
     assert not ratios([], "cpu").axes[0].patches
 
 
