@@ -101,11 +101,10 @@ def balance_loss(
     idx_TK: Tensor,
     *,
     num_sequences: int = 1,
-    num_groups: int = 1,
-    num_groups_kept: int = 1,
     expert: float = 0.0,
     device: float = 0.0,
     communication: float = 0.0,
+    **_groups: int,  # of the other two terms
 ) -> Run:
     """`fused_moe_aux_loss`, the expert-level term alone.
 

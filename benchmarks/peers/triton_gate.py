@@ -27,23 +27,17 @@ TOKENS_AND_WARPS = ((4, 1), (2, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 4))
 CONFIGS = configs([Config({"BLOCK": tokens}, num_warps=warps) for tokens, warps in TOKENS_AND_WARPS])
 
 
-@triton.autotune(CONFIGS, key=["num_tokens", "EXPERTS", "GROUPS"], do_bench=clock)
+@triton.autotune(CONFIGS, key=["num_tokens", "SHAPE"], do_bench=clock)
 @triton.jit
-def forward_kernel(
-    logits,  # [T, E]
-    idx,  # [T, K]
-    weight,  # [T, K]
-    num_tokens,
-    scale,
-    EXPERTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    K: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def forward_kernel(tensors, num_tokens, scale, SHAPE: tl.constexpr, BLOCK: tl.constexpr):
+    logits, idx, weight = tensors  # [T, E], [T, K], [T, K]
+    EXPERTS: tl.constexpr = SHAPE[0]
+    GROUPS: tl.constexpr = SHAPE[1]
+    KEPT: tl.constexpr = SHAPE[2]
+    K: tl.constexpr = SHAPE[3]
     WIDTH: tl.constexpr = EXPERTS // GROUPS
+    PADDED_GROUPS: tl.constexpr = triton.next_power_of_2(GROUPS)
+    PADDED_WIDTH: tl.constexpr = triton.next_power_of_2(WIDTH)
     COLUMNS: tl.constexpr = PADDED_GROUPS * PADDED_WIDTH
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group, member = tl.arange(0, PADDED_GROUPS), tl.arange(0, PADDED_WIDTH)
@@ -73,20 +67,13 @@ def forward_kernel(
         tl.store(weight + t * K + k, tl.exp(value - top) / total * scale, mask=t < num_tokens)
 
 
-@triton.autotune(CONFIGS, key=["num_tokens", "EXPERTS"], do_bench=clock)
+@triton.autotune(CONFIGS, key=["num_tokens", "SHAPE"], do_bench=clock)
 @triton.jit
-def backward_kernel(
-    logits,  # [T, E]
-    idx,  # [T, K]
-    grad_weight,  # [T, K]
-    grad_logits,  # [T, E]
-    num_tokens,
-    scale,
-    EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def backward_kernel(tensors, num_tokens, scale, SHAPE: tl.constexpr, BLOCK: tl.constexpr):
+    logits, idx, grad_weight, grad_logits = tensors  # [T, E], [T, K], [T, K], [T, E]
+    EXPERTS: tl.constexpr = SHAPE[0]
+    K: tl.constexpr = SHAPE[1]
+    PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, PADDED)
     place = t.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
@@ -118,19 +105,9 @@ class Gate(torch.autograd.Function):
         weight_TK = torch.empty(num_tokens, num_topk, dtype=torch.float32, device=logits_TE.device)
         if num_groups_kept == num_groups:
             num_groups = num_groups_kept = 1
-        forward_kernel[_grid(num_tokens)](
-            logits_TE,
-            idx_TK,
-            weight_TK,
-            num_tokens,
-            scale,
-            EXPERTS=num_experts,
-            GROUPS=num_groups,
-            KEPT=num_groups_kept,
-            K=num_topk,
-            PADDED_GROUPS=triton.next_power_of_2(num_groups),
-            PADDED_WIDTH=triton.next_power_of_2(num_experts // num_groups),
-        )
+        shape = (num_experts, num_groups, num_groups_kept, num_topk)
+        tensors = (logits_TE, idx_TK, weight_TK)
+        forward_kernel[_grid(num_tokens)](tensors, num_tokens, scale, SHAPE=shape)
         ctx.scale = scale
         ctx.save_for_backward(logits_TE, idx_TK)
         ctx.mark_non_differentiable(idx_TK)
@@ -142,17 +119,8 @@ class Gate(torch.autograd.Function):
         logits_TE, idx_TK = ctx.saved_tensors
         (num_tokens, num_experts), num_topk = logits_TE.shape, idx_TK.shape[1]
         grad_logits_TE = torch.empty_like(logits_TE)
-        backward_kernel[_grid(num_tokens)](
-            logits_TE,
-            idx_TK,
-            grad_weight_TK.contiguous(),
-            grad_logits_TE,
-            num_tokens,
-            ctx.scale,
-            EXPERTS=num_experts,
-            K=num_topk,
-            PADDED=triton.next_power_of_2(num_experts),
-        )
+        tensors = (logits_TE, idx_TK, grad_weight_TK.contiguous(), grad_logits_TE)
+        backward_kernel[_grid(num_tokens)](tensors, num_tokens, ctx.scale, SHAPE=(num_experts, num_topk))
         return grad_logits_TE, None, None, None, None
 
 

@@ -14,9 +14,8 @@ SUM_BLOCK = 1024  # chunks summed at once
 
 
 @triton.jit
-def count_kernel(
-    idx, counts, num_choices, num_chunks, EXPERTS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr
-):
+def count_kernel(idx, counts, num_choices, num_chunks, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
     chunk = tl.program_id(0)
     choice = chunk * CHUNK + tl.arange(0, CHUNK)
     is_real = choice < num_choices
@@ -41,18 +40,9 @@ def sum_kernel(counts, totals, num_chunks, BLOCKS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def place_kernel(
-    idx,
-    counts,
-    totals,
-    offsets,
-    row,
-    num_choices,
-    num_chunks,
-    EXPERTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def place_kernel(tensors, num_choices, num_chunks, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    idx, counts, totals, offsets, row = tensors
+    PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
     chunk = tl.program_id(0)
     column = tl.arange(0, PADDED)
     total = tl.load(totals + column, mask=column < EXPERTS, other=0)
@@ -76,9 +66,10 @@ def maps(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     counts = idx_TK.new_empty(num_experts, num_chunks)
     totals, offsets_E = idx_TK.new_empty(2, num_experts)
     row_TK = torch.empty_like(idx_TK)
-    sizes = {"EXPERTS": num_experts, "PADDED": triton.next_power_of_2(num_experts), "CHUNK": CHUNK}
+    sizes = {"EXPERTS": num_experts, "CHUNK": CHUNK}
     count_kernel[(num_chunks,)](idx_TK, counts, num_choices, num_chunks, **sizes)
     num_blocks = triton.cdiv(num_chunks, SUM_BLOCK)
     sum_kernel[(num_experts,)](counts, totals, num_chunks, BLOCKS=num_blocks, BLOCK=SUM_BLOCK)
-    place_kernel[(num_chunks,)](idx_TK, counts, totals, offsets_E, row_TK, num_choices, num_chunks, **sizes)
+    tensors = (idx_TK, counts, totals, offsets_E, row_TK)
+    place_kernel[(num_chunks,)](tensors, num_choices, num_chunks, **sizes)
     return offsets_E, row_TK

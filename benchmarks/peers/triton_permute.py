@@ -34,17 +34,15 @@ def spread_kernel(x, row, out, num_tokens, width, K: tl.constexpr, BLOCK: tl.con
 
 @triton.autotune(COPY_CONFIGS, key=["num_tokens", "width", "K"], do_bench=clock)
 @triton.jit
-def collect_kernel(
-    y, weight, row, out, num_tokens, width, K: tl.constexpr, IS_WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[t] = sum over k of weight[t, k] * y[row[t, k]], or of the rows alone."""
+def collect_kernel(y, weight, row, out, num_tokens, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over k of weight[t, k] * y[row[t, k]]; weight None: of the rows alone."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         m = tl.load(row + t * K + k).to(tl.int64)
         value = tl.load(y + m * width + d, mask=d < width, other=0.0).to(tl.float32)
-        if IS_WEIGHTED:
+        if weight is not None:
             value *= tl.load(weight + t * K + k)
         total += value
     tl.store(out + t * width + d, total, mask=d < width)
@@ -52,10 +50,9 @@ def collect_kernel(
 
 @triton.autotune(ROW_CONFIGS, key=["num_tokens", "width", "K"], do_bench=clock)
 @triton.jit
-def collect_backward_kernel(
-    grad, y, weight, row, grad_y, grad_weight, num_tokens, width, K: tl.constexpr, PADDED: tl.constexpr
-):
+def collect_backward_kernel(tensors, num_tokens, width, K: tl.constexpr, PADDED: tl.constexpr):
     """A program keeps the gradient of a whole token: read once for K rows and K dot products."""
+    grad, y, weight, row, grad_y, grad_weight = tensors
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PADDED)
     g = tl.load(grad + t * width + d, mask=d < width, other=0.0).to(tl.float32)
@@ -73,11 +70,7 @@ def _grid(num_tokens: int, width: int) -> Any:
 def _collect(y_MD: Tensor, weight_TK: Tensor | None, row_TK: Tensor) -> Tensor:
     (num_tokens, num_topk), width = row_TK.shape, y_MD.shape[1]
     out_TD = y_MD.new_empty(num_tokens, width)
-    weight = row_TK if weight_TK is None else weight_TK  # not read where there is none
-    is_weighted = weight_TK is not None
-    collect_kernel[_grid(num_tokens, width)](
-        y_MD, weight, row_TK, out_TD, num_tokens, width, K=num_topk, IS_WEIGHTED=is_weighted
-    )
+    collect_kernel[_grid(num_tokens, width)](y_MD, weight_TK, row_TK, out_TD, num_tokens, width, K=num_topk)
     return out_TD
 
 
@@ -114,18 +107,9 @@ class Collect(torch.autograd.Function):
         y_MD, weight_TK, row_TK = ctx.saved_tensors
         (num_tokens, num_topk), width = row_TK.shape, y_MD.shape[1]
         grad_y, grad_weight = torch.empty_like(y_MD), torch.empty_like(weight_TK)
-        collect_backward_kernel[(num_tokens,)](
-            grad_TD.contiguous(),
-            y_MD,
-            weight_TK,
-            row_TK,
-            grad_y,
-            grad_weight,
-            num_tokens,
-            width,
-            K=num_topk,
-            PADDED=triton.next_power_of_2(width),
-        )
+        tensors = (grad_TD.contiguous(), y_MD, weight_TK, row_TK, grad_y, grad_weight)
+        padded = triton.next_power_of_2(width)
+        collect_backward_kernel[(num_tokens,)](tensors, num_tokens, width, K=num_topk, PADDED=padded)
         return grad_y, grad_weight, None
 
 
