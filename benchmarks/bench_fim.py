@@ -1,6 +1,7 @@
 """Fill-in-the-middle on real source code, one core. Wanted: well over 100 MB/s."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -16,28 +17,25 @@ CONFIGS = {
 }
 
 
-def record(benchmark: BenchmarkFixture, megabytes: float, **more: object) -> None:
-    benchmark.extra_info.update({"MB": round(megabytes, 1), **more})
-    if benchmark.stats is not None:
-        benchmark.extra_info["MB/s"] = round(megabytes / benchmark.stats.stats.median)
+Store = Callable[..., None]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plan(
-    benchmark: BenchmarkFixture, source_texts: list[str], source_megabytes: float, name: str
+    benchmark: BenchmarkFixture, store: Store, source_texts: list[str], source_megabytes: float, name: str
 ) -> None:
     ids = range(len(source_texts))
     plan = benchmark(plan_fim, source_texts, document_ids=ids, config=CONFIGS[name], seed=0)
-    record(benchmark, source_megabytes, **plan.counts())
+    store("fim", f"plan {name}", f"files={len(source_texts)}", plan.counts(), {"MB": source_megabytes})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_apply(
-    benchmark: BenchmarkFixture, source_texts: list[str], source_megabytes: float, name: str
+    benchmark: BenchmarkFixture, store: Store, source_texts: list[str], source_megabytes: float, name: str
 ) -> None:
     ids = range(len(source_texts))
     benchmark(apply_fim, source_texts, document_ids=ids, config=CONFIGS[name], seed=0)
-    record(benchmark, source_megabytes)
+    store("fim", f"apply {name}", f"files={len(source_texts)}", {}, {"MB": source_megabytes})
 
 
 def python_fim(texts: list[str]) -> list[tuple[str, str, str]]:
@@ -54,7 +52,7 @@ def python_fim(texts: list[str]) -> list[tuple[str, str, str]]:
 
 
 def test_baseline_in_python(
-    benchmark: BenchmarkFixture, source_texts: list[str], source_megabytes: float
+    benchmark: BenchmarkFixture, store: Store, source_texts: list[str], source_megabytes: float
 ) -> None:
     benchmark(python_fim, source_texts)
-    record(benchmark, source_megabytes)
+    store("fim", "in Python", f"files={len(source_texts)}", {}, {"MB": source_megabytes})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, peers_of
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -46,10 +46,6 @@ def loop(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([F.linear(piece, w_e) for piece, w_e in zip(pieces, w, strict=True)])
 
 
-def torch_grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(x, w.transpose(1, 2), offs=offsets)
-
-
 @pytest.mark.parametrize("step", NUM_PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", SHAPES)
@@ -74,7 +70,7 @@ def test_step(measure: Callable[..., None], model: str, dtype: torch.dtype, step
         num_bytes=NUM_PRODUCTS[step] * dtype.itemsize * one_product,
     )
     problem = Problem(args=(rows, w, handle.offsets_E), num_leaves=2, grads=(grad,))
-    measure(case, problem, ops.grouped_gemm, {"torch": torch_grouped, "loop": loop})
+    measure(case, problem, ops.grouped_gemm, {**peers_of("grouped_gemm", step), "loop": loop})
 
 
 def expert_layer(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Batches from windows on disk: reading in shuffled order, and seeking far into a run."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -24,15 +26,14 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
     return Windows(directory)
 
 
-def test_shuffled_batch(benchmark: BenchmarkFixture, windows: Windows) -> None:
+def test_shuffled_batch(benchmark: BenchmarkFixture, store: Callable[..., None], windows: Windows) -> None:
     batch = benchmark(shuffled_batch, windows, position=12345, count=SEQUENCES, seed=0)
-    benchmark.extra_info["tokens"] = batch.tokens_BS.numel()
-    if benchmark.stats is not None:
-        benchmark.extra_info["tokens/s"] = round(batch.tokens_BS.numel() / benchmark.stats.stats.median)
+    store("loader", "batch", f"B={SEQUENCES} S={WINDOW}", {}, {"tokens": batch.tokens_BS.numel()})
 
 
 @pytest.mark.parametrize("size", [10**3, 10**9])
-def test_seek(benchmark: BenchmarkFixture, size: int) -> None:
+def test_seek(benchmark: BenchmarkFixture, store: Callable[..., None], size: int) -> None:
     """The order of one batch of an epoch of `size` windows, ten epochs into a run."""
     order = benchmark(window_order, 10 * size + size // 2, SEQUENCES, size=size, seed=0)
     assert len(order) == SEQUENCES
+    store("loader", "seek", f"B={SEQUENCES} windows={size}", {}, {})

@@ -1,14 +1,13 @@
-"""mla_decode beside transformers' way: expand every cached latent to keys and values, then attend."""
+"""mla_decode, and attention with it beside transformers' way: expand every cached latent, then attend."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, peers_of
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -43,8 +42,42 @@ def expanded(q: Tensor, rows: Tensor, key_up: Tensor, value_up: Tensor, *, scale
     return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
+def latent_case(model: str, op: str) -> Case:
+    """Scores and outputs in the latent space; every cached row is read once."""
+    num_sequences, num_new, num_heads, _, rope, _, latent, length = SHAPES[model]
+    return Case(
+        op=op,
+        step="forward",
+        model=model,
+        shape=f"B={num_sequences} S={num_new} H={num_heads} C={latent} r={rope} rows={length}",
+        dtype=DTYPE,
+        flops=2 * num_sequences * num_new * num_heads * length * (2 * latent + rope),
+        num_bytes=ITEM * num_sequences * length * (latent + rope),
+    )
+
+
+def attended(*args: Tensor, value_dim: int, scale: float) -> Tensor:
+    """The log-sum-exp is made too; not every peer gives it."""
+    return ops.mla_decode(*args, value_dim=value_dim, scale=scale)[0]
+
+
 @pytest.mark.parametrize("model", SHAPES)
 def test_forward(measure: Callable[..., None], model: str) -> None:
+    num_sequences, num_new, num_heads, nope, rope, _, latent, length = SHAPES[model]
+    rng = cases.generator(model)
+    rows = cases.randn(rng, num_sequences, length, latent + rope, dtype=DTYPE)
+    cache, table = cases.paged(list(rows), page_size=PAGE_SIZE, num_spare_pages=3, rng=rng)
+    q = cases.randn(rng, num_sequences, num_new, num_heads, latent + rope, dtype=DTYPE)
+    seq_lens = torch.full((num_sequences,), length, dtype=torch.int32)
+    problem = Problem(
+        args=tuple(x.to(DEVICE) for x in (q, cache, table, seq_lens)),
+        kwargs={"value_dim": latent, "scale": (nope + rope) ** -0.5},
+    )
+    measure(latent_case(model, "mla_decode"), problem, attended, peers_of("mla_decode", "forward"))
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_whole_attention(measure: Callable[..., None], model: str) -> None:
     num_sequences, num_new, num_heads, nope, rope, value, latent, length = SHAPES[model]
     rng = cases.generator(model)
     rows = cases.randn(rng, num_sequences, length, latent + rope, dtype=DTYPE)
@@ -65,17 +98,10 @@ def test_forward(measure: Callable[..., None], model: str) -> None:
         out, _ = ops.mla_decode(query, cache, table, ends, value_dim=latent, scale=scale)
         return torch.einsum("bshc,hvc->bshv", out, value_up)
 
-    case = Case(
-        op="mla_decode",
-        step="forward",
-        model=model,
-        shape=f"B={num_sequences} S={num_new} H={num_heads} C={latent} r={rope} rows={length}",
-        dtype=DTYPE,
-        flops=2 * num_sequences * num_new * num_heads * length * (2 * latent + rope),
-        num_bytes=ITEM * num_sequences * length * (latent + rope),
-    )
-    args = (q, rows, key_up, value_up, cache, table, seq_lens)
-    peer = partial(expanded, scale=scale)
+    args = tuple(x.to(DEVICE) for x in (q, rows, key_up, value_up, cache, table, seq_lens))
     measure(
-        case, Problem(args=tuple(x.to(DEVICE) for x in args)), ours, {"expanded": lambda *a: peer(*a[:4])}
+        latent_case(model, "mla_decode_attention"),
+        Problem(args=args),
+        ours,
+        {"expanded": lambda *args: expanded(*args[:4], scale=scale)},
     )

@@ -1,24 +1,17 @@
-"""mla_prefill beside torch's attention, which transformers calls, on the same rows.
-
-The peers see every sequence of one length as a batch; where sequences differ, torch has only a mask over
-the whole window. "fused" is torch's fused attention, which wants values as wide as keys: padded.
-"""
+"""mla_prefill on sequences of one length and on packed ones."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, peers_of
 from dscoder import ops
 from dscoder.testing import cases
-from dscoder.testing.measure import Problem
+from dscoder.testing.measure import Contender, Problem
 from dscoder.testing.results import Case
 
-WINDOW = 512  # that sequences of different lengths are packed into
 SHAPES: dict[str, tuple[int, int, int, list[int]]] = (  # heads, key width, value width, lengths
     {
         "v2_lite": (16, 192, 128, [4096] * 2),
@@ -36,22 +29,17 @@ SHAPES: dict[str, tuple[int, int, int, list[int]]] = (  # heads, key width, valu
 )
 
 
-def batched(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, pad: bool) -> Tensor:
-    """Windows under a mask if the lengths differ, else one batch."""
-    window = lengths[0] if len(set(lengths)) == 1 else WINDOW
-    q_B, k_B, v_B = (x.view(-1, window, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    if pad:
-        v_B = F.pad(v_B, (0, q.shape[2] - v.shape[2]))
-    mask = None
-    if window != lengths[0]:
-        document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).view(-1, window)
-        mask = (document[:, None, :, None] == document[:, None, None, :]).tril().to(q.device)
-    out = F.scaled_dot_product_attention(q_B, k_B, v_B, attn_mask=mask, is_causal=mask is None)
-    return out[..., : v.shape[2]].transpose(1, 2).reshape(v.shape)
+def padded(q: Tensor, k: Tensor, v: Tensor, *_: Tensor, num_sequences: int, scale: float) -> Tensor:
+    """Values as wide as the keys, with which torch has a fused CPU kernel; sequences of one length."""
+    wide = F.pad(v, (0, q.shape[2] - v.shape[2]))
+    batches = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q, k, wide))
+    out = F.scaled_dot_product_attention(*batches, is_causal=True, scale=scale)
+    return out[..., : v.shape[2]].transpose(1, 2).flatten(0, 1)
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
-    return ops.mla_prefill(q, k, v, ends, ends, scale=q.shape[2] ** -0.5)[0]
+def attention(q: Tensor, k: Tensor, v: Tensor, *ends: Tensor, scale: float) -> Tensor:
+    """The log-sum-exp is made too; not every peer gives it."""
+    return ops.mla_prefill(q, k, v, *ends, scale=scale)[0]
 
 
 @pytest.mark.parametrize("step", ["forward", "backward"])
@@ -79,9 +67,10 @@ def test_step(measure: Callable[..., None], model: str, step: str) -> None:
         flops=num_heads * products * sum(n * n for n in lengths),
         num_bytes=ITEM * elements * 2 * (width + value_width),
     )
-    problem = Problem(args=(*inputs, cases.cu_seqlens(lengths).to(DEVICE)), num_leaves=3, grads=(grad,))
-    peers = {
-        name: partial(lambda q, k, v, _, pad: batched(q, k, v, lengths, pad=pad), pad=pad)
-        for name, pad in (("torch", False), ("fused", True))
-    }
-    measure(case, problem, ours, peers)
+    ends = cases.cu_seqlens(lengths).to(DEVICE)
+    scale = width**-0.5
+    problem = Problem(args=(*inputs, ends, ends), kwargs={"scale": scale}, num_leaves=3, grads=(grad,))
+    others: dict[str, Contender] = dict(peers_of("mla_prefill", step))
+    if len(set(lengths)) == 1:
+        others["torch padded"] = lambda *x, scale: padded(*x, num_sequences=len(lengths), scale=scale)
+    measure(case, problem, attention, others)

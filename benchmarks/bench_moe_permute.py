@@ -1,40 +1,21 @@
-"""moe_permute beside the sort and gather of transformers' expert layers, eager and compiled."""
+"""moe_permute: its maps alone, the rows with them, and the way back."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, LAYERS, TOKENS, ExpertLayer, routed_sizes
+from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_sizes
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
 from dscoder.testing.results import Case
 
 
-def ours(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    x_MD, handle = ops.moe_permute(x_TD, idx_TK, num_experts=num_experts)
-    return x_MD, handle.offsets_E, handle.row_TK
-
-
-def sorted_maps(idx_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """END offsets, the row of every choice, and the choice of every row, by torch's sort."""
-    expert_M, choice_M = idx_TK.flatten().sort(stable=True)
-    experts = torch.arange(num_experts, dtype=torch.int32, device=idx_TK.device)
-    offsets_E = torch.searchsorted(expert_M, experts, right=True, out_int32=True)
-    rows = torch.arange(len(choice_M), dtype=torch.int32, device=idx_TK.device)
-    row_TK = torch.empty_like(rows).scatter_(0, choice_M, rows).view(idx_TK.shape)
-    return offsets_E, row_TK, choice_M
-
-
-def gather(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    offsets_E, row_TK, choice_M = sorted_maps(idx_TK, num_experts=num_experts)
-    return x_TD[choice_M // idx_TK.shape[1]], offsets_E, row_TK
-
-
-COMPILED = torch.compile(gather, fullgraph=True, dynamic=False)
+def rows(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> Tensor:
+    """The maps are made too, and not compared: every library has its own."""
+    return ops.moe_permute(x_TD, idx_TK, num_experts=num_experts)[0]
 
 
 def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
@@ -54,9 +35,6 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
     idx = cases.routing(
         rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
     )
-    others = {"torch": gather}
-    if IS_ON_GPU and num_tokens == TOKENS:
-        others["torch.compile"] = COMPILED
     case = Case(
         op="moe_permute",
         step=step,
@@ -68,8 +46,30 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
     )
     problem = Problem(
         args=(cases.randn(rng, num_tokens, layer.width, dtype=DTYPE), idx),
+        kwargs={"num_experts": layer.num_experts},
         num_leaves=1,
         grads=(cases.randn(rng, num_tokens * layer.num_topk, layer.width, dtype=DTYPE),),
     )
-    bound = {name: partial(function, num_experts=layer.num_experts) for name, function in others.items()}
-    measure(case, problem, partial(ours, num_experts=layer.num_experts), bound)
+    measure(case, problem, rows, peers_of("moe_permute", step, num_tokens))
+
+
+@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes(many=True))
+def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str) -> None:
+    """Counts, END offsets and the row of every choice."""
+    layer = LAYERS[model]
+    rng = cases.generator(f"{model} {routing}", DEVICE)
+    idx = cases.routing(
+        rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
+    )
+    case = Case(
+        op="moe_permute",
+        step="maps",
+        model=model,
+        routing=routing,
+        shape=layer.shape(num_tokens, width=False),
+        dtype=torch.int32,
+        # Reads an index and writes a row for every choice, and the offsets.
+        num_bytes=4 * (2 * idx.numel() + layer.num_experts),
+    )
+    problem = Problem(args=(idx,), kwargs={"num_experts": layer.num_experts})
+    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", "maps", num_tokens))

@@ -1,32 +1,14 @@
-"""moe_unpermute beside transformers' weighted gather and sum, eager and compiled."""
+"""moe_unpermute: every token's weighted sum, and the gradients of rows and weights."""
 
 from collections.abc import Callable
 
 import pytest
-import torch
-from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, LAYERS, TOKENS, ExpertLayer, routed_sizes
+from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_sizes
 from dscoder import ops
-from dscoder.ops import PermuteHandle
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
 from dscoder.testing.results import Case
-
-Unpermute = Callable[[Tensor, Tensor, PermuteHandle], Tensor]
-
-
-def weigh_and_sum(y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Tensor:
-    rows_TKD = y_MD[handle.row_TK.long()]
-    return (rows_TKD * weight_TK.unsqueeze(-1)).sum(dim=1).to(y_MD.dtype)
-
-
-COMPILED = torch.compile(weigh_and_sum, fullgraph=True, dynamic=False)
-
-
-def flat(function: Unpermute) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """With the handle's tensors as arguments of their own, so that they are copied like the others."""
-    return lambda y, weight, offsets, row: function(y, weight, PermuteHandle(offsets_E=offsets, row_TK=row))
 
 
 def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
@@ -46,11 +28,7 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
     idx = cases.routing(
         rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
     )
-    x = cases.randn(rng, num_tokens, 8, dtype=DTYPE)
-    _, handle = ops.moe_permute(x, idx, num_experts=layer.num_experts)
-    others: dict[str, Unpermute] = {"torch": weigh_and_sum}
-    if IS_ON_GPU and num_tokens == TOKENS:
-        others["torch.compile"] = COMPILED
+    handle = ops.moe_permute_maps(idx, num_experts=layer.num_experts)
     case = Case(
         op="moe_unpermute",
         step=step,
@@ -63,13 +41,8 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
     y = cases.randn(rng, num_tokens * layer.num_topk, layer.width, dtype=DTYPE)
     weight = cases.randn(rng, num_tokens, layer.num_topk).softmax(dim=-1)
     problem = Problem(
-        args=(y, weight, handle.offsets_E, handle.row_TK),
+        args=(y, weight, handle),
         num_leaves=2,
         grads=(cases.randn(rng, num_tokens, layer.width, dtype=DTYPE),),
     )
-    measure(
-        case,
-        problem,
-        flat(ops.moe_unpermute),
-        {name: flat(function) for name, function in others.items()},
-    )
+    measure(case, problem, ops.moe_unpermute, peers_of("moe_unpermute", step, num_tokens))

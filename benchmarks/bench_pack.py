@@ -1,6 +1,7 @@
 """Packing of real document lengths, one core. Wanted: well over 100 MB/s of the text behind them."""
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from dscoder.text.pack import pack
 
 BYTES_PER_TOKEN = 3  # of source code, about; see bench_tokenizer.py
 NUM_RESAMPLED = 1_000_000
+
+Store = Callable[..., None]
 
 
 @pytest.fixture(scope="module", params=["files", "million"])
@@ -34,21 +37,15 @@ def next_fit_padding(lengths: NDArray[np.int64], window: int) -> float:
 
 
 @pytest.mark.parametrize("window", [4096, 16384])
-def test_best_fit(benchmark: BenchmarkFixture, lengths: NDArray[np.int64], window: int) -> None:
+def test_best_fit(benchmark: BenchmarkFixture, store: Store, lengths: NDArray[np.int64], window: int) -> None:
     plan = benchmark(pack, lengths, window=window)
+    figures = {
+        "padding": f"{plan.padding_share:.5%}",
+        "padding of next-fit": f"{next_fit_padding(lengths, window):.3%}",
+    }
     megabytes = plan.num_tokens * BYTES_PER_TOKEN / 1e6
-    benchmark.extra_info.update(
-        {
-            "documents": len(lengths),
-            "MB": round(megabytes),
-            "padding": f"{plan.padding_share:.5%}",
-            "padding of next-fit": f"{next_fit_padding(lengths, window):.3%}",
-        }
-    )
-    if benchmark.stats is not None:
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info["MB/s"] = round(megabytes / seconds)
-        benchmark.extra_info["million documents/s"] = round(len(lengths) / seconds / 1e6, 1)
+    shape = f"documents={len(lengths)} window={window}"
+    store("pack", "best fit", shape, figures, {"MB": megabytes, "documents": len(lengths)})
 
 
 def python_best_fit(lengths: list[int], window: int) -> int:
@@ -67,10 +64,11 @@ def python_best_fit(lengths: list[int], window: int) -> int:
 
 
 @pytest.mark.parametrize("window", [4096, 16384])
-def test_baseline_in_python(benchmark: BenchmarkFixture, source_texts: list[str], window: int) -> None:
+def test_baseline_in_python(
+    benchmark: BenchmarkFixture, store: Store, source_texts: list[str], window: int
+) -> None:
     lengths = [len(text.encode("utf-8")) // BYTES_PER_TOKEN for text in source_texts]
     benchmark(python_best_fit, lengths, window)
-    if benchmark.stats is not None:
-        benchmark.extra_info["MB/s"] = round(
-            sum(lengths) * BYTES_PER_TOKEN / 1e6 / benchmark.stats.stats.median
-        )
+    megabytes = sum(lengths) * BYTES_PER_TOKEN / 1e6
+    shape = f"documents={len(lengths)} window={window}"
+    store("pack", "in Python", shape, {}, {"MB": megabytes, "documents": len(lengths)})

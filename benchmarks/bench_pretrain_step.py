@@ -1,5 +1,7 @@
 """One optimizer step of the tiny models: forward, loss, backward, clip, AdamW."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -29,19 +31,19 @@ def random_batch(vocab_size: int) -> Batch:
 
 
 @pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
-def test_step(benchmark: BenchmarkFixture, name: str) -> None:
+def test_step(benchmark: BenchmarkFixture, store: Callable[..., None], name: str) -> None:
     config = preset(name)
     batch = random_batch(config.vocab_size)
     with deterministic(seed=0, num_threads=available_threads()):
         model = Transformer(config).train()
         optimizer = MasterAdamW(model, OptimizerConfig())
         benchmark(train_step, model, optimizer, [batch], lr=1e-4, step=0)
-    if benchmark.stats is not None:
-        benchmark.extra_info["tokens/s"] = round(batch.tokens_BS.numel() / benchmark.stats.stats.median)
+    shape = f"B={SEQUENCES} S={WINDOW}"
+    store("pretrain_step", f"step of {name}", shape, {}, {"tokens": batch.tokens_BS.numel()})
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole_logits"])
-def test_loss(benchmark: BenchmarkFixture, chunked: bool) -> None:
+def test_loss(benchmark: BenchmarkFixture, store: Callable[..., None], chunked: bool) -> None:
     """Cross-entropy with its gradients, against torch's on whole logits."""
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(4096, 256, generator=generator, requires_grad=True)
@@ -57,3 +59,5 @@ def test_loss(benchmark: BenchmarkFixture, chunked: bool) -> None:
         torch.autograd.grad(total, (hidden_TD, weight_VD))
 
     benchmark(run)
+    step = "loss in chunks" if chunked else "loss of whole logits"
+    store("pretrain_step", step, "T=4096 D=256 V=4096", {}, {"tokens": len(labels_T)})

@@ -1,15 +1,11 @@
-"""rope beside the formulas of transformers (complex numbers for interleaved pairs, halves for Llama's), eager
-and compiled.
-"""
+"""rope in both pairings: the V2 models' interleaved one and Llama's halves."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU, ITEM, peers_of
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -21,27 +17,6 @@ SHAPES = {  # query heads, key heads, width, interleaved
     "coder_33b": (56, 8, 128, False),
 }
 NUM_TOKENS = 8192 if IS_ON_GPU else 512
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    if interleaved:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2)
-        return turned.to(x.dtype)
-    first, second = x.float().chunk(2, dim=-1)
-    half = torch.cat([-second, first], dim=-1)
-    both_cos, both_sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (cos, sin))
-    return (x.float() * both_cos + half * both_sin).to(x.dtype)
-
-
-def formula(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    q, k = (rotated(x, cos[positions], sin[positions], interleaved=interleaved) for x in (q, k))
-    return q, k
-
-
-COMPILED = torch.compile(formula, fullgraph=True, dynamic=False)
 
 
 @pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
@@ -66,10 +41,8 @@ def test_step(measure: Callable[..., None], model: str, step: str) -> None:
     )
     problem = Problem(
         args=(q, k, angle.cos(), angle.sin(), positions),
+        kwargs={"interleaved": interleaved},
         num_leaves=2,
         grads=(cases.randn(rng, *q.shape, dtype=DTYPE), cases.randn(rng, *k.shape, dtype=DTYPE)),
     )
-    peers = {"transformers": partial(formula, interleaved=interleaved)}
-    if IS_ON_GPU:
-        peers["torch.compile"] = partial(COMPILED, interleaved=interleaved)
-    measure(case, problem, partial(ops.rope, interleaved=interleaved), peers)
+    measure(case, problem, ops.rope, peers_of("rope", step))

@@ -1,5 +1,7 @@
 """Training, encoding and decoding on real source code, on all cores (RAYON_NUM_THREADS limits them)."""
 
+from collections.abc import Callable
+
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -9,6 +11,8 @@ from dscoder.text.tokenizer import Tokenizer
 VOCAB_SIZE = 32000
 NUM_TEXTS = 100
 
+Store = Callable[..., None]
+
 
 @pytest.fixture(scope="module")
 def texts(source_texts: list[str]) -> list[str]:
@@ -17,34 +21,41 @@ def texts(source_texts: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=sorted(FLAVORS))
-def tokenizer(request: pytest.FixtureRequest, texts: list[str]) -> Tokenizer:
-    return Tokenizer.train(texts, vocab_size=VOCAB_SIZE, flavor=request.param)
+def flavor(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def record(benchmark: BenchmarkFixture, texts: list[str], **more: object) -> None:
-    megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
-    benchmark.extra_info.update({"MB": round(megabytes, 1), **more})
-    if benchmark.stats is not None:
-        benchmark.extra_info["MB/s"] = round(megabytes / benchmark.stats.stats.median, 2)
+@pytest.fixture(scope="module")
+def tokenizer(flavor: str, texts: list[str]) -> Tokenizer:
+    return Tokenizer.train(texts, vocab_size=VOCAB_SIZE, flavor=flavor)
 
 
-@pytest.mark.parametrize("flavor", sorted(FLAVORS))
-def test_train(benchmark: BenchmarkFixture, texts: list[str], flavor: str) -> None:
+def megabytes(texts: list[str]) -> float:
+    return sum(len(text.encode("utf-8")) for text in texts) / 1e6
+
+
+def test_train(benchmark: BenchmarkFixture, store: Store, texts: list[str], flavor: str) -> None:
     benchmark.pedantic(Tokenizer.train, (texts,), {"vocab_size": VOCAB_SIZE, "flavor": flavor}, rounds=1)
-    record(benchmark, texts)
+    store("tokenizer", f"train {flavor}", f"V={VOCAB_SIZE}", {}, {"MB": megabytes(texts)})
 
 
-def test_encode(benchmark: BenchmarkFixture, tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_encode(
+    benchmark: BenchmarkFixture, store: Store, tokenizer: Tokenizer, texts: list[str], flavor: str
+) -> None:
     rows = benchmark.pedantic(tokenizer.encode_batch, (texts,), rounds=2, warmup_rounds=1)
-    num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    record(benchmark, texts, **{"bytes per token": round(num_bytes / sum(map(len, rows)), 2)})
+    figures = {"bytes per token": round(1e6 * megabytes(texts) / sum(map(len, rows)), 2)}
+    step = f"encode {flavor}"
+    store("tokenizer", step, f"V={tokenizer.vocab_size}", figures, {"MB": megabytes(texts)})
 
 
-def test_decode(benchmark: BenchmarkFixture, tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_decode(
+    benchmark: BenchmarkFixture, store: Store, tokenizer: Tokenizer, texts: list[str], flavor: str
+) -> None:
     rows = tokenizer.encode_batch(texts)
 
     def decode_all() -> list[str]:
         return [tokenizer.decode(row) for row in rows]
 
     assert benchmark.pedantic(decode_all, rounds=2, warmup_rounds=1) == texts
-    record(benchmark, texts)
+    step = f"decode {flavor}"
+    store("tokenizer", step, f"V={tokenizer.vocab_size}", {}, {"MB": megabytes(texts)})

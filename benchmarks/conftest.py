@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._functorch.config as functorch
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import dscoder.testing.measure
 from benchmarks.shapes import DEVICE
 from dscoder.testing import results
-from dscoder.testing.timing import clock_for
+from dscoder.testing.timing import clock_for, device_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SHOWN = ("us", "call_us", "TFLOP/s", "GB/s", "share", "MB/s", "tokens/s")
-
-# The backward step runs a compiled peer's backward several times over what one forward has kept.
-functorch.donated_buffer = False
+SHOWN = ("us", "call_us", "TFLOP/s", "GB/s", "share", "MB/s", "tokens/s", "documents/s")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -37,6 +34,25 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 def measure(benchmark: BenchmarkFixture) -> Callable[..., None]:
     """`measure(case, problem, ours, peers)` of dscoder.testing.measure, on this machine's clock."""
     return functools.partial(dscoder.testing.measure.measure, benchmark, clock_for(DEVICE))
+
+
+@pytest.fixture
+def store(benchmark: BenchmarkFixture) -> Callable[..., None]:
+    """`store(op, step, shape, figures, rate)`: the record of what is no op and has no peers, after it ran.
+
+    `rate` names an amount, such as {"tokens": 4096}: tokens/s of the median go into the record.
+    """
+
+    def run(op: str, step: str, shape: str, figures: dict[str, Any], rate: dict[str, float]) -> None:
+        names = {"op": op, "step": step, "shape": shape, "device": device_name(torch.device("cpu"))}
+        benchmark.extra_info.update(names, method="wall", has_kernel=False, peers={}, **figures)
+        if benchmark.stats is not None:
+            seconds = benchmark.stats.stats.median
+            benchmark.extra_info["us"] = float(f"{seconds * 1e6:.4g}")
+            rates = {f"{name}/s": float(f"{amount / seconds:.4g}") for name, amount in rate.items()}
+            benchmark.extra_info.update(rates)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.peers import Peer, peers
 from dscoder.testing.cases import ROUTINGS
 from dscoder.testing.results import measured_device
 
@@ -50,3 +51,9 @@ def routed_sizes(*, many: bool = False) -> list[tuple[str, int, str]]:
     if many:
         sizes.append((MANY_TOKENS, "uniform"))
     return [(model, num_tokens, kind) for model in LAYERS for num_tokens, kind in sizes]
+
+
+def peers_of(op: str, step: str, num_tokens: int = TOKENS) -> dict[str, Peer]:
+    """The peers here; torch.compile, which takes seconds for each shape, at the usual batch alone."""
+    found = peers(op, step, DEVICE)
+    return {name: peer for name, peer in found.items() if name != "torch.compile" or num_tokens == TOKENS}

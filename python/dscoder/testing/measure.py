@@ -1,7 +1,7 @@
 """One op beside its peers in one run: same inputs, results compared, times taken in turns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -9,10 +9,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dscoder.testing.compare import assert_close, assert_same
+from dscoder.testing.peer import Peer, Run
 from dscoder.testing.results import Case, Timing, record
-from dscoder.testing.timing import Call, Clock, Runner, interleaved_medians, tensor_bytes
+from dscoder.testing.timing import Clock, Runner, interleaved_medians
 
-Function = Callable[..., Any]
+Contender = Callable[..., Any] | Peer
 
 NUM_WALL_ROUNDS = 3
 MAX_ERROR_LENGTH = 200
@@ -27,45 +28,69 @@ class Problem:
     """
 
     args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     num_leaves: int = 0
     grads: tuple[Tensor, ...] = ()
 
     def copy(self) -> "Problem":
         """The same values in memory of their own."""
-        args = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in self.args)
-        grads = tuple(grad.clone() for grad in self.grads)
-        return Problem(args=args, num_leaves=self.num_leaves, grads=grads)
+        return replace(self, args=_copied(self.args), grads=_copied(self.grads))
+
+    def tensors(self) -> list[Tensor]:
+        """All that a call touches, save its results."""
+        return _tensors((self.args, self.grads))
 
 
-def as_tuple(result: Any) -> tuple[Any, ...]:
-    """The results of a call, one or several."""
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+def _copied(value: Any) -> Any:
+    """The value with a clone of every tensor in it, those in tuples and records (an op's handle) too."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple):
+        return tuple(_copied(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _copied(getattr(value, item.name)) for item in fields(value)})
+    return value
 
 
-def _gradients(outputs: Any, leaves: Sequence[Tensor], problem: Problem, *, keep: bool) -> tuple[Tensor, ...]:
-    differentiable = [y for y in as_tuple(outputs) if isinstance(y, Tensor) and y.requires_grad]
-    return torch.autograd.grad(differentiable, leaves, problem.grads, retain_graph=keep)
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if is_dataclass(value):
+        return [tensor for item in fields(value) for tensor in _tensors(getattr(value, item.name))]
+    return []
 
 
-def call_for(function: Function, problem: Problem, step: str) -> Call:
-    """One call of `function` on `problem`; of "backward" the forward pass is done here, once."""
+def run_for(contender: Contender, problem: Problem, step: str) -> Run:
+    """`contender` on `problem`, ready to be timed; of "backward" the forward pass is done here, once."""
     if "backward" not in step:
-        return lambda: function(*problem.args)
+        return _bound(contender, problem.args, problem.kwargs)
     leaves = [x.detach().requires_grad_() for x in problem.args[: problem.num_leaves]]
-    args = (*leaves, *problem.args[problem.num_leaves :])
+    run = _bound(contender, (*leaves, *problem.args[problem.num_leaves :]), problem.kwargs)
+
+    def gradients(outputs: Any, *, keep: bool) -> tuple[Tensor, ...]:
+        differentiable = [y for y in _tensors(outputs) if y.requires_grad]
+        return torch.autograd.grad(differentiable, leaves, problem.grads, retain_graph=keep)
+
     if step == "backward":
-        outputs = function(*args)
-        return lambda: _gradients(outputs, leaves, problem, keep=True)
-    return lambda: _gradients(function(*args), leaves, problem, keep=False)
+        outputs = run()
+        return Run(call=lambda: gradients(outputs, keep=True))
+    return Run(call=lambda: gradients(run(), keep=False))
+
+
+def _bound(contender: Contender, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    if isinstance(contender, Peer):
+        return contender.prepare(*args, **kwargs)
+    return Run(call=lambda: contender(*args, **kwargs))
 
 
 def check_results(actual: Any, wanted: Any, dtype: torch.dtype) -> None:
     """Integers bit for bit, floats within the tolerance of `dtype`, the coarsest of the inputs."""
-    actual, wanted = as_tuple(actual), as_tuple(wanted)
+    actual, wanted = _tensors(actual), _tensors(wanted)
     assert len(actual) == len(wanted), f"{len(actual)} results, wanted {len(wanted)}"
     for got, want in zip(actual, wanted, strict=True):
-        is_float = isinstance(want, Tensor) and want.is_floating_point()
-        if not is_float:
+        if not want.is_floating_point():
             assert_same(got, want)
         elif not torch.equal(got, want):
             assert_close(got, want, dtype=dtype)
@@ -78,35 +103,33 @@ def _short(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contest:
+    """One case, and the problem with copies of it in memory of their own."""
+
     clock: Clock
-    step: str
-    copies: Sequence[Problem]
+    case: Case
+    problems: Sequence[Problem]
 
-    def calls(self, function: Function) -> Sequence[Call]:
-        return self.clock.prepare(lambda: [call_for(function, copy, self.step) for copy in self.copies])
+    def runs(self, contender: Contender) -> Sequence[Run]:
+        """The contender on every copy."""
+        return self.clock.prepare(
+            lambda: [run_for(contender, problem, self.case.step) for problem in self.problems]
+        )
 
-
-def _contest(clock: Clock, case: Case, problem: Problem, num_copies: int) -> _Contest:
-    """The problem and copies of it, `num_copies` in all."""
-    copies = [problem, *(problem.copy() for _ in range(num_copies - 1))]
-    return _Contest(clock=clock, step=case.step, copies=copies)
-
-
-def _enter(
-    contest: _Contest, peers: Mapping[str, Function], wanted: Any, dtype: torch.dtype, *, is_strict: bool
-) -> tuple[dict[str, Runner], dict[str, Timing]]:
-    """Runners of the peers that compute what was wanted, and what is to be said of the others."""
-    runners, failed = {}, {}
-    for name, function in peers.items():
-        try:
-            calls = contest.calls(function)
-            check_results(contest.clock.run(calls[0]), wanted, dtype)
-            runners[name] = contest.clock.runner(calls)
-        except Exception as error:  # whatever a peer does wrong, ours is measured
-            if is_strict:
-                raise
-            failed[name] = Timing(error=_short(error))
-    return runners, failed
+    def runners(
+        self, peers: Mapping[str, Contender], wanted: Any, *, is_strict: bool
+    ) -> tuple[dict[str, Runner], dict[str, Timing]]:
+        """Runners of the peers that compute what was wanted, and what is to be said of the others."""
+        runners, failed = {}, {}
+        for name, peer in peers.items():
+            try:
+                runs = self.runs(peer)
+                check_results(self.clock.run(runs[0]), wanted, self.case.dtype)
+                runners[name] = self.clock.runner([run.call for run in runs])
+            except Exception as error:  # whatever a peer does wrong, ours is measured
+                if is_strict:
+                    raise
+                failed[name] = Timing(error=_short(error))
+        return runners, failed
 
 
 def measure(
@@ -114,26 +137,27 @@ def measure(
     clock: Clock,
     case: Case,
     problem: Problem,
-    ours: Function,
-    peers: Mapping[str, Function],
+    ours: Contender,
+    peers: Mapping[str, Contender],
 ) -> None:
     """Check that the peers compute what `ours` does, time all of them, store the record in `extra_info`.
 
     A peer that raises or computes something else is named in the record and left out; with benchmarks
     disabled, where nothing is timed, it fails the test.
     """
-    first = _contest(clock, case, problem, 1)
-    result = clock.run(first.calls(ours)[0])
+    first = _Contest(clock=clock, case=case, problems=[problem])
+    result = clock.run(first.runs(ours)[0])
     if benchmark.disabled:
-        _enter(first, peers, result, case.dtype, is_strict=True)
+        first.runners(peers, result, is_strict=True)
         benchmark.pedantic(lambda: None)  # type: ignore[no-untyped-call]
         return
-    touched = tensor_bytes(problem.args) + tensor_bytes(problem.grads) + tensor_bytes(as_tuple(result))
-    contest = _contest(clock, case, problem, clock.num_copies(touched))
-    calls = contest.calls(ours)
+    num_copies = clock.num_copies(sum(x.nbytes for x in [*problem.tensors(), *_tensors(result)]))
+    copies = [problem, *(problem.copy() for _ in range(num_copies - 1))]
+    contest = _Contest(clock=clock, case=case, problems=copies)
     ceilings = clock.ceilings()
+    calls = [run.call for run in contest.runs(ours)]
     runner = clock.runner(calls)
-    runners, failed = _enter(contest, peers, result, case.dtype, is_strict=False)
+    runners, failed = contest.runners(peers, result, is_strict=False)
     seconds = interleaved_medians({"": runner, **runners}, clock.budget)
     timings = {
         name: failed.get(name) or Timing(seconds=seconds[name], method=runners[name].method) for name in peers

@@ -1,7 +1,7 @@
 """What a benchmark stores: the record of one case, the machine of a run, and where a run is kept.
 
-`python -m dscoder.testing.results` makes the folder of this machine's device below benchmarks/results and
-writes the path of one run's file, named by the time, for --benchmark-json.
+`python -m dscoder.testing.results [root]` makes the folder of this machine's device below root, by default
+benchmarks/results, and writes the path of one run's file, named by the time, for --benchmark-json.
 """
 
 import functools
@@ -168,6 +168,7 @@ def drop_rounds(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    path = result_file(RESULTS, measured_device(), datetime.now(UTC))
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    path = result_file(root, measured_device(), datetime.now(UTC))
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(f"{path}\n")

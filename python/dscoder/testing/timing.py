@@ -12,12 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 Call = Callable[[], Any]
+Made = TypeVar("Made")
 
 FLUSH_BYTES = 2**30
 MAX_COPIES = 64
@@ -53,7 +53,7 @@ class Clock(Protocol):
     def num_copies(self, num_bytes: int) -> int:
         """How many copies of inputs and outputs of `num_bytes` a measurement goes through."""
 
-    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+    def prepare(self, make: Callable[[], Made]) -> Made:
         """`make()`, run where its calls will run."""
 
     def run(self, call: Call) -> Any:
@@ -131,7 +131,7 @@ class WallClock:
         """One: a caller on a CPU has its inputs in the cache too."""
         return 1
 
-    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+    def prepare(self, make: Callable[[], Made]) -> Made:
         """`make()`."""
         return make()
 
@@ -179,7 +179,7 @@ class GpuClock:
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         return copies_for(num_bytes, cache_bytes=self._cache_bytes, free_bytes=free_bytes)
 
-    def prepare(self, make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+    def prepare(self, make: Callable[[], Made]) -> Made:
         """`make()` on the clock's stream: a backward pass runs on the stream of its forward pass."""
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._stream):
@@ -270,8 +270,3 @@ class GpuClock:
 def clock_for(device: torch.device) -> Clock:
     """The clock of `device`, one for the whole run."""
     return GpuClock(device) if device.type == "cuda" else WallClock()
-
-
-def tensor_bytes(tensors: Sequence[Any]) -> int:
-    """Bytes of those among the values that are tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
