@@ -24,10 +24,6 @@ INSTALLED := --installed
 endif
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f 2>/dev/null)
 
-# Prints every result and stores the run under benchmarks/results/<device>/.
-BENCH = $(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -s \
-	--benchmark-json="$$($(PY) -m dscoder.testing.results)"
-
 .PHONY: demo test lint bench gpu-check kernel-objects
 .DELETE_ON_ERROR:
 
@@ -43,8 +39,9 @@ lint: $(READY)
 	$(PY) -m mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs -r $(dir $(PY))clang-format --dry-run --Werror
 
+# All of them, or OPS="moe_gate rope"; keeps the run under benchmarks/results/<device>/.
 bench: $(READY)
-	$(BENCH)
+	$(PY) -m dscoder bench $(OPS) --out "$$($(PY) -m dscoder.testing.results)"
 
 # The environment of make has an up-to-date dscoder; for any other Python it is built below build/gpu-check.
 gpu-check: $(READY)

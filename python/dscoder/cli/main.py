@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import demo, generate, infill, info, prepare, pretrain, tokenizer
+from dscoder.cli import bench, demo, generate, infill, info, prepare, pretrain, tokenizer
 from dscoder.cli.arguments import check_files, spelled
 
 Verb = Callable[[Sequence[str]], None]
@@ -17,6 +17,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": pretrain.main,
     "generate": generate.main,
     "infill": infill.main,
+    "bench": bench.main,
     "info": info.main,
 }
 

@@ -1,0 +1,138 @@
+"""`dscoder bench`: which files it runs, what it says when it cannot, what it stores."""
+
+import importlib.util
+import json
+import tomllib
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dscoder.cli import bench
+from dscoder.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = {
+    "op": "moe_gate",
+    "step": "forward",
+    "model": "v2",
+    "routing": "one_hot",
+    "shape": "T=128 E=160 K=6",
+    "us": 12.5,
+    "share": 7.0,
+    "peers": {"torch": {"us": 25.0, "ratio": 2.0}, "vllm": {"error": "RuntimeError: no"}},
+}
+# One benchmark as the real ones are written, on sizes that take no time.
+BENCHMARK = """
+import pytest
+import torch
+from dscoder.testing.measure import Problem
+from dscoder.testing.results import Case
+
+@pytest.mark.parametrize("model", ["small", "large"])
+def test_step(measure, model):
+    case = Case(op="add", step="forward", model=model, shape="T=2", dtype=torch.float32, num_bytes=24.0)
+    measure(case, Problem(args=(torch.randn(2), torch.randn(2))), torch.add, {"sub": torch.sub})
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A checkout with one benchmark in it."""
+    folder = tmp_path / "home" / "benchmarks"
+    folder.mkdir(parents=True)
+    for name in ("__init__.py", "conftest.py", "shapes.py", "pytest.ini"):
+        (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
+    (folder / "peers").symlink_to(ROOT / "benchmarks" / "peers")
+    (folder / "bench_add.py").write_text(BENCHMARK)
+    (folder / "bench_broken.py").write_text("def test_it(benchmark):\n    benchmark(lambda: 1 / 0)\n")
+    return folder.parent
+
+
+def test_every_op_of_the_checkout_can_be_chosen() -> None:
+    files = bench.benchmarks_of(bench.find_home(bench.HOMES))
+    assert {"moe_gate", "moe_permute", "grouped_gemm", "fim"} <= set(files)
+    assert bench.chosen(files, ["rope", "moe_gate"]) == [files["rope"], files["moe_gate"]]
+    assert len(bench.chosen(files, [])) == len(files)
+
+
+def test_the_wheel_brings_what_the_verb_looks_for() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"][
+        "packages"
+    ]
+    assert packages[f"dscoder/{bench.HOMES[0].name}/benchmarks"] == "benchmarks"
+    assert bench.HOMES[0].parent == ROOT / "python" / "dscoder"
+
+
+def test_the_package_comes_before_a_checkout(home: Path, tmp_path: Path) -> None:
+    assert bench.find_home((tmp_path / "absent", home, ROOT)) == home
+    with pytest.raises(RuntimeError, match=r"^the benchmarks must be in one of .*absent, found in none$"):
+        bench.find_home((tmp_path / "absent",))
+
+
+def test_an_unknown_op_is_named_beside_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "moe_gate", "warp_drive"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("dscoder bench: op must be one of fim, ")
+    assert message.endswith(", got warp_drive\n")
+
+
+def test_what_is_missing_is_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert main(["bench", "rope"]) == 1
+    assert capsys.readouterr().err == (
+        "dscoder bench: pytest and pytest-benchmark must be installed to run benchmarks: "
+        "pip install 'dscoder[bench]'\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_is_shown_and_stored(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "HOMES", (home,))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")  # of the caller, not ours
+    out = tmp_path / "kept" / "run.json"
+    assert main(["bench", "add", "--only", "small", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    [kept] = [item["extra_info"] for item in report["benchmarks"]]
+    assert (kept["op"], kept["model"], kept["method"]) == ("add", "small", "wall")
+    assert kept["peers"]["sub"]["error"].startswith("AssertionError: ")
+    assert {"device", "torch", "cuda", "driver", "python", "commit", "is_dirty"} <= set(
+        report["machine_info"]
+    )
+    shown = capfd.readouterr().out
+    assert "add.py::test_step[small]: us " in shown
+    assert f"stored in {out}" in shown
+
+
+@pytest.mark.slow
+def test_what_fails_or_matches_nothing_is_an_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "HOMES", (home,))
+    out = ["--out", str(tmp_path / "run.json")]
+    assert main(["bench", "broken", *out]) == 1
+    captured = capfd.readouterr()
+    assert "ZeroDivisionError" in captured.out
+    assert "dscoder bench: a benchmark failed" in captured.err
+    assert main(["bench", "add", "--only", "medium", *out]) == 1
+    assert "only must match a benchmark, got 'medium'" in capfd.readouterr().err
+
+
+def test_the_table_has_a_row_a_record_and_names_failed_peers() -> None:
+    report = {
+        "machine_info": {"device": "NVIDIA H200", "torch": "2.13.0"},
+        "benchmarks": [{"extra_info": RECORD}, {"extra_info": {}}],
+    }
+    console = Console(width=200, file=StringIO())
+    console.print(bench.results_table(report))
+    title, _, row, *rest = console.file.getvalue().splitlines()
+    assert title.strip() == "NVIDIA H200, torch 2.13.0"
+    shown = " ".join(row.split())
+    assert shown == "moe_gate forward v2 one_hot T=128 E=160 K=6 12.5 7 torch 2.00x, vllm failed"
+    assert rest == []
