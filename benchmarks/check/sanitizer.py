@@ -39,7 +39,7 @@ def sanitizer_command(program: str, tool: str, command: Sequence[str]) -> list[s
         f"--tool={tool}",
         f"--error-exitcode={ERROR_CODE}",
         "--target-processes=application-only",
-        "--kernel-name=kns=dsc",
+        *("--kernel-name", "kns=dsc"),
         "--report-api-errors=no",
         "--launch-timeout=0",
         "--print-limit=20",

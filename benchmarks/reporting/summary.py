@@ -8,6 +8,7 @@ from benchmarks.reporting.records import Result, is_result, key_of
 from benchmarks.reporting.targets import best_peer, read_accepted, read_targets, slower, standings
 
 MAX_FAILURES = 12
+MAX_STEPS = 24
 MAX_NOTE = 150
 
 
@@ -39,10 +40,14 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What did not pass, and what has something to say; the table of ops has the rest."""
+    shown = [step for step in steps if step["outcome"] != "passed" or step.get("note")]
     rows = [
-        (step["name"], step["outcome"], f"{step['seconds']:.1f} s", step.get("note", "")[:MAX_NOTE])
-        for step in steps
+        (step["name"], step["outcome"], f"{step['seconds']:.1f} s", str(step.get("note", ""))[:MAX_NOTE])
+        for step in shown[:MAX_STEPS]
     ]
+    if len(shown) > MAX_STEPS:
+        rows.append((f"and {len(shown) - MAX_STEPS} more", "see the JSON", "", ""))
     return columns([("step", "outcome", "took", "note"), *rows])
 
 

@@ -42,7 +42,10 @@ cuda_archs = lambda: ("90a",)
 build_tools = lambda: {{"nvcc": "13.0.88"}}
 """
 SANITIZER = """#!/bin/sh
-while [ "${{1#--}}" != "$1" ]; do case "$1" in --tool=*) tool="${{1#--tool=}}";; esac; shift; done
+while [ "${{1#--}}" != "$1" ]; do case "$1" in
+    --tool=*) tool="${{1#--tool=}}";;
+    --kernel-name) shift;;
+esac; shift; done
 "$@"; code=$?
 {says}
 exit $code

@@ -154,7 +154,7 @@ def test_the_summary_names_what_is_slower_and_stays_short(make_result: Make, sto
     path = store(NOON, make_result())
     assert main(["--results", "results", "--accept"], root=_with_readme(path)) == 0
     failures = [{"test": f"tests/gpu/test_moe_gate.py::test_{i}", "reason": "x" * 300} for i in range(200)]
-    steps = [{"name": f"step {i}", "outcome": "failed", "seconds": 1.0, "note": "y" * 900} for i in range(24)]
+    steps = [{"name": f"step {i}", "outcome": "failed", "seconds": 1.0, "note": "y" * 900} for i in range(40)]
     benchmarks = [make_result(us=9.0)]
     run = store(ONE, failures=failures, steps=steps, benchmarks=benchmarks)
     text = summarize(json.loads(run.read_text(encoding="utf-8")), path.parent)
@@ -162,6 +162,7 @@ def test_the_summary_names_what_is_slower_and_stays_short(make_result: Make, sto
     assert "1.29x" in text
     assert "200 FAILED" in text
     assert "and 188 more" in text
+    assert "and 16 more" in text
     assert len(text) < 12_000
 
 
