@@ -1,14 +1,14 @@
 """What dscoder's ops are compared with: `peers(op, step)` gives those that this machine has.
 
 Every peer takes the arguments of our op (`dscoder.ops`) and gives its result, with these exceptions:
-    moe_gate           indices of experts with equal probabilities may differ: compare the weights
-    moe_permute        the rows alone, in our order; "maps" takes (idx_TK, num_experts=) and gives
-                       (offsets_E, row_TK)
-    mla_decode, mla_prefill  the attention alone, no log-sum-exp
+    moe_gate      experts with equal probabilities may come in another order
+    moe_permute   the rows alone, in our order; "maps" is moe_permute_maps
+    mla_*         the attention alone, no log-sum-exp
 A peer whose step is "backward" is differentiable: run it on inputs that require gradients.
 
-`peers` leaves out what is not installed. What is installed and does not work, or refuses a case (V3's rule
-for groups, other widths), raises when it is prepared; an adapter's docstring says what is timed and what not.
+`peers` leaves out what is not installed. What is installed and does not work raises when it is prepared; what
+lacks a case (V3's rule for groups, other widths) raises UnsupportedError. An adapter's docstring says what is
+timed and what is not.
 """
 
 import importlib

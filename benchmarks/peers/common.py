@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from dscoder.testing.peer import UnsupportedError
+
 
 def require(is_supported: bool, message: str) -> None:
-    """Refuse a case the peer does not have: a ValueError that a benchmark records as the peer's error."""
+    """Refuse a case the peer does not have."""
     if not is_supported:
-        raise ValueError(message)
+        raise UnsupportedError(message)
 
 
 def largest_first(idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peers.common import require
 from dscoder.testing.peer import Run
 
 
@@ -68,8 +69,7 @@ def mla_prefill(
     Reading the lengths and making the mask is not timed. It computes no log-sum-exp.
     """
     ends = cu_seqlens_q.tolist()
-    if ends != cu_seqlens_k.tolist():
-        raise ValueError("torch: sequences must be as long in q as in k")
+    require(ends == cu_seqlens_k.tolist(), "sequences must be as long in q as in k")
     lengths = {end - start for start, end in itertools.pairwise(ends)}
     num_sequences = len(ends) - 1 if len(lengths) == 1 else 1
     mask = None

@@ -29,9 +29,7 @@ def gate(
     scale: float = 1.0,
     renormalize: bool = False,
 ) -> Run:
-    """`topk_softmax`, for one group and no scale; fused for powers of two and multiples of 64 experts, slower
-    with a workspace in between for 160.
-    """
+    """`topk_softmax`, for one group and no scale; one launch for powers of two."""
     require(num_groups == num_groups_kept, f"topk_softmax has no groups, got {num_groups}")
     require(scale == 1.0, f"topk_softmax has no scale, got {scale}")
     shape = (len(logits_TE), num_topk)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dscoder.ops import PermuteHandle
 from dscoder.testing.cases import generator, randn
 from dscoder.testing.measure import Problem, check_results, measure, run_for
-from dscoder.testing.peer import Peer, Run
+from dscoder.testing.peer import Peer, Run, UnsupportedError
 from dscoder.testing.results import Case
 from dscoder.testing.timing import Call, Ceilings, Runner
 
@@ -153,6 +153,16 @@ def test_without_timing_a_wrong_peer_fails_the_test(
         measure(benchmark, clock, CASE, Problem(args=(x,)), double, {"bad": lambda x: x * 3})
     assert benchmark.extra_info == {}
     benchmark(lambda: None)
+
+
+def test_without_timing_a_peer_may_lack_the_case(
+    benchmark: BenchmarkFixture, clock: MadeUpClock, x: Tensor
+) -> None:
+    def prepare(_: Tensor) -> Run:
+        raise UnsupportedError("no groups, got 8")
+
+    measure(benchmark, clock, CASE, Problem(args=(x,)), double, {"other rule": Peer(prepare=prepare)})
+    assert benchmark.extra_info == {}
 
 
 def test_what_is_read_from_a_peer_is_compared_and_not_timed(

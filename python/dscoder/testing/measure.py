@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dscoder.testing.compare import assert_close, assert_same
-from dscoder.testing.peer import Peer, Run
+from dscoder.testing.peer import Peer, Run, UnsupportedError
 from dscoder.testing.results import Case, Timing, record
 from dscoder.testing.timing import Clock, Runner, interleaved_medians
 
@@ -125,6 +125,8 @@ class _Contest:
                 runs = self.runs(peer)
                 check_results(self.clock.run(runs[0]), wanted, self.case.dtype)
                 runners[name] = self.clock.runner([run.call for run in runs])
+            except UnsupportedError as error:
+                failed[name] = Timing(error=_short(error))
             except Exception as error:  # whatever a peer does wrong, ours is measured
                 if is_strict:
                     raise
@@ -143,7 +145,7 @@ def measure(
     """Check that the peers compute what `ours` does, time all of them, store the record in `extra_info`.
 
     A peer that raises or computes something else is named in the record and left out; with benchmarks
-    disabled, where nothing is timed, it fails the test.
+    disabled, where nothing is timed, it fails the test, unless it says that it lacks the case.
     """
     first = _Contest(clock=clock, case=case, problems=[problem])
     result = clock.run(first.runs(ours)[0])

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class UnsupportedError(ValueError):
+    """A case that a peer does not have; no fault of anybody."""
+
+
 def _unchanged(raw: Any) -> Any:
     return raw
 
@@ -25,7 +29,8 @@ class Run:
 class Peer:
     """What can take the place of one of our ops."""
 
-    prepare: Callable[..., Run]  # the op's arguments -> what to time; raises where the peer does not work
+    # The op's arguments -> what to time; UnsupportedError for a case it lacks.
+    prepare: Callable[..., Run]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Our op's result for these arguments."""
