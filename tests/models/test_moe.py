@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
 from dscoder.models import Transformer
 from dscoder.models.moe import Moe, drop_over_capacity
@@ -77,6 +78,23 @@ def test_balance_terms_come_with_a_weight_training_and_a_gradient():
     assert moe.eval()(x_TD, place_tokens(2, 2))[1] is None
     unweighted = build(replace(CONFIG, balance=BalanceConfig())).train()
     assert unweighted(x_TD, place_tokens(2, 2))[1] is None
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_balance_terms_are_those_of_the_choice_and_train_the_gate(renormalize):
+    moe = build(replace(CONFIG, renormalize=renormalize)).train()
+    x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(5))
+    out_TD, terms_3 = moe(x_TD, place_tokens(3, 4))
+    weight = moe.gate.weight.detach().clone().requires_grad_()
+    logits_TE = x_TD @ weight.t()
+    routing = {"num_groups": CONFIG.num_groups, "num_groups_kept": CONFIG.num_groups_kept}
+    idx_TK, _ = ops.moe_gate(logits_TE, num_topk=CONFIG.num_topk, **routing)
+    wanted = ops.moe_balance_terms(logits_TE.softmax(dim=-1), idx_TK, num_sequences=3, **routing)
+    torch.testing.assert_close(terms_3, wanted)
+    (grad,) = torch.autograd.grad(terms_3.sum(), moe.gate.weight, retain_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), weight)[0])
+    assert torch.autograd.grad(out_TD.sum(), moe.gate.weight)[0].abs().max() > 0
+    torch.testing.assert_close(moe.eval()(x_TD, place_tokens(3, 4))[0], out_TD)
 
 
 DROPPING = MoeConfig(

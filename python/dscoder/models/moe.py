@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dscoder import ops
 from dscoder.config import MoeConfig
-from dscoder.models.mlp import Mlp, swiglu
+from dscoder.models.mlp import Mlp
 from dscoder.models.placement import Placement
 
 DROPPED = -1  # the expert index of a choice that gets no expert
@@ -61,10 +61,9 @@ class Experts(nn.Module):
         )
         self.down = nn.Parameter(torch.empty(num_experts, width, expert_width, device=device, dtype=dtype))
 
-    def forward(self, x_MD: Tensor, offsets_E: Tensor) -> Tensor:
-        """Rows in expert order -> rows in expert order."""
-        hidden_MF = swiglu(ops.grouped_gemm(x_MD, self.gate_up, offsets_E))
-        return ops.grouped_gemm(hidden_MF, self.down, offsets_E)
+    def forward(self, x_TD: Tensor, handle: ops.PermuteHandle) -> Tensor:
+        """Tokens -> rows in expert order."""
+        return ops.moe_experts(x_TD, self.gate_up, self.down, handle)
 
 
 class Moe(nn.Module):
@@ -94,15 +93,7 @@ class Moe(nn.Module):
         # The gate decides in float32 (or wider) whatever the weights' type: near-ties choose experts.
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
-        idx_TK, weight_TK = ops.moe_gate(
-            logits_TE,
-            num_topk=config.num_topk,
-            num_groups=config.num_groups,
-            num_groups_kept=config.num_groups_kept,
-            scale=config.scale,
-            renormalize=config.renormalize,
-        )
-        terms_3 = self._balance_terms(logits_TE, idx_TK, placement)
+        idx_TK, weight_TK, terms_3 = self._route(logits_TE, placement)
         if placement.never_dropped_T is not None and config.capacity_factor is not None:
             idx_TK = drop_over_capacity(
                 idx_TK,
@@ -111,22 +102,33 @@ class Moe(nn.Module):
                 capacity_factor=config.capacity_factor,
                 never_dropped_T=placement.never_dropped_T,
             )
-        rows_MD, handle = ops.moe_permute(x_TD, idx_TK, num_experts=config.num_experts)
-        out_TD = ops.moe_unpermute(self.experts(rows_MD, handle.offsets_E), weight_TK, handle)
+        handle = ops.moe_permute_maps(idx_TK, num_experts=config.num_experts)
+        out_TD = ops.moe_unpermute(self.experts(x_TD, handle), weight_TK, handle)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return out_TD, terms_3
 
-    def _balance_terms(self, logits_TE: Tensor, idx_TK: Tensor, placement: Placement) -> Tensor | None:
-        balance = self.config.balance
+    def _route(self, logits_TE: Tensor, placement: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
+        config = self.config
+        balance = config.balance
         is_weighted = max(balance.expert, balance.device, balance.communication) > 0
-        # Without a weight or a gradient the loss would be computed for nobody.
+        # Without a weight or a gradient the balance terms would be computed for nobody.
         if not (is_weighted and self.training and torch.is_grad_enabled()):
-            return None
-        return ops.moe_balance_terms(
-            logits_TE.softmax(dim=-1),
-            idx_TK,
+            idx_TK, weight_TK = ops.moe_gate(
+                logits_TE,
+                num_topk=config.num_topk,
+                num_groups=config.num_groups,
+                num_groups_kept=config.num_groups_kept,
+                scale=config.scale,
+                renormalize=config.renormalize,
+            )
+            return idx_TK, weight_TK, None
+        return ops.moe_gate_with_balance(
+            logits_TE,
+            num_topk=config.num_topk,
+            num_groups=config.num_groups,
+            num_groups_kept=config.num_groups_kept,
+            scale=config.scale,
+            renormalize=config.renormalize,
             num_sequences=max(placement.num_sequences, 1),  # no rows are as balanced as an empty one
-            num_groups=self.config.num_groups,
-            num_groups_kept=self.config.num_groups_kept,
         )
