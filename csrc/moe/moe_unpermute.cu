@@ -84,9 +84,14 @@ __device__ __forceinline__ void spread_word(const Word& grad, const Word (&y)[kM
     }
 }
 
+// Blocks of the backward kernel that an SM must have room for: enough loads in flight, as far as the K rows a
+// thread holds leave registers for it.
+template <int kMaxTopk>
+constexpr int kMinBlocks = kMaxTopk <= 6 ? 3 : 1;
+
 // A block holds whole rows of its tokens, and whole warps of each.
 template <typename T, int kMaxTopk>
-__global__ void __launch_bounds__(kRowMaxColumns)
+__global__ void __launch_bounds__(kRowMaxColumns, kMinBlocks<kMaxTopk>)
     moe_unpermute_backward_kernel(const MoeUnpermuteBackwardParams p, const RowTiles tiles) {
     DSC_SHARED(float[kMaxWarps][kMaxTopk], warp_product);
     const int64_t token = static_cast<int64_t>(blockIdx.x) * tiles.tokens + threadIdx.y;

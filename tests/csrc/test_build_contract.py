@@ -2,7 +2,7 @@
 
 Every .cu of the extension is compiled for sm_80 and sm_90a with the extension's own flags, ptxas talking. No
 kernel may spill, none may carry a warning that costs Hopper its tensor cores, and the machine code of each
-must hold what its design rests on. A new kernel adds a row to KERNELS.
+must hold what its design rests on (dscoder.testing.contract).
 """
 
 import fcntl
@@ -15,143 +15,21 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pybind11
 import pytest
 
-from dscoder.testing.machine_code import Usage, count, losses, parse_sass, parse_usage, readable
+from dscoder.testing.contract import ARCHS, KERNELS, ROW_KERNELS, SPILLS, Kernel, broken, broken_overlap
+from dscoder.testing.machine_code import Usage, losses, parse_sass, parse_usage, readable
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "contract"
-ARCHS = ("sm_80", "sm_90a")
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 NVCC = shutil.which("nvcc")
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the kernels are not compiled")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernel:
-    """What one kernel may use and must hold, on each architecture it is compiled for."""
-
-    registers: int  # at most, a thread
-    shared: int = 0  # bytes of static shared memory, a block
-    wants: Mapping[str, int] = field(
-        default_factory=dict
-    )  # SASS opcode (or its beginning): at least how often
-    archs: tuple[str, ...] = ARCHS
-    is_overlapped: bool = True  # by launch_overlapped: on sm_90a it waits before it touches global memory
-
-
-# A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
-ROW_OF_8 = {"SHFL.BFLY": 9, "VOTE": 1}
-ROW_OF_32 = {"REDUX.MAX": 2, "SHFL.BFLY": 5, "VOTE": 1}
-KERNELS = {
-    "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
-    "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
-        registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
-    ),
-    "moe_gate_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=32, wants=ROW_OF_32),
-    "moe_gate_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=40, wants=ROW_OF_32),
-    "moe_gate_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=56, wants=ROW_OF_32),
-    "moe_gate_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(registers=40, shared=4096, wants=ROW_OF_32),
-    "moe_gate_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(registers=56, shared=16384, wants=ROW_OF_32),
-    "moe_gate_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(registers=88, shared=32768, wants=ROW_OF_32),
-    "moe_gate_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
-        registers=48, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
-    ),
-    "moe_gate_backward_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
-        registers=64, wants={"LDG.E.128": 5, "STG.E.128": 5, "SHFL.BFLY": 9}
-    ),
-    "moe_gate_backward_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=40, wants={"SHFL.BFLY": 15}),
-    "moe_gate_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"SHFL.BFLY": 15}),
-    "moe_gate_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=64, wants={"SHFL.BFLY": 15}),
-    "moe_gate_with_balance_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
-        registers=64, shared=1536, wants={"LDG.E.128": 2, **ROW_OF_8}
-    ),
-    "moe_gate_with_balance_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
-        registers=96, shared=9472, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(
-        registers=40, shared=1536, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(
-        registers=64, shared=6144, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
-        registers=96, shared=12288, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(
-        registers=40, shared=5632, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(
-        registers=72, shared=22528, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(
-        registers=112, shared=45056, wants=ROW_OF_32
-    ),
-    "moe_gate_with_balance_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
-        registers=64, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
-    ),
-    "moe_gate_with_balance_backward_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
-        registers=128, wants={"LDG.E.128": 5, "STG.E.128": 5, "SHFL.BFLY": 9}
-    ),
-    "moe_gate_with_balance_backward_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(
-        registers=40, wants={"SHFL.BFLY": 15}
-    ),
-    "moe_gate_with_balance_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(
-        registers=64, wants={"SHFL.BFLY": 15}
-    ),
-    "moe_gate_with_balance_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
-        registers=96, wants={"SHFL.BFLY": 15}
-    ),
-    "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_finish_kernel": Kernel(registers=40, shared=6192, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
-    "moe_balance_backward_kernel<float>": Kernel(registers=40),
-    "moe_balance_backward_kernel<__nv_bfloat16>": Kernel(registers=40),
-    "moe_balance_backward_kernel<__half>": Kernel(registers=40),
-}
-# Kernels that may spill, with the bytes a thread: none.
-SPILLS: dict[str, int] = {}
-# Local memory, which spills and arrays indexed at run time end up in.
-NEVER = ("LDL", "STL")
-# griddepcontrol.wait and .launch_dependents, and what must not stand above the wait (core/overlap.h).
-WAIT, LET_START = "ACQBULK", "PREEXIT"
-AFTER_WAIT = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED.", "CCTL", "UBLK", "UTMA", "UBULK", "EXIT", "RET")
-
-
-# ---- the clauses ----
-
-
-def broken_overlap(opcodes: Sequence[str]) -> list[str]:
-    """What breaks the rule of core/overlap.h in the machine code of an overlapped kernel."""
-    missing = [f"no {name}" for name in (WAIT, LET_START) if name not in opcodes]
-    if missing:
-        return missing
-    above = [opcode for opcode in opcodes[: opcodes.index(WAIT)] if opcode.startswith(AFTER_WAIT)]
-    return [f"{opcode} above the wait" for opcode in above]
-
-
-def broken(kernel: Kernel, usage: Usage, opcodes: Sequence[str], *, may_spill: int = 0) -> list[str]:
-    """Each clause of the contract that does not hold."""
-    found = []
-    if usage.registers > kernel.registers:
-        found.append(f"{usage.registers} registers, at most {kernel.registers}")
-    if usage.shared > kernel.shared:
-        found.append(f"{usage.shared} bytes of shared memory, at most {kernel.shared}")
-    if usage.spilled > may_spill:
-        found.append(f"{usage.spilled} bytes spilled, at most {may_spill}")
-    if not may_spill:
-        found += [f"{count(opcodes, name)} x {name}" for name in NEVER if count(opcodes, name)]
-    for name, wanted in kernel.wants.items():
-        if count(opcodes, name) < wanted:
-            found.append(f"{count(opcodes, name)} x {name}, at least {wanted}")
-    return found
 
 
 # ---- compiling ----
@@ -304,6 +182,18 @@ def test_the_objects_make_an_extension_where_there_is_no_nvcc(report: str, tmp_p
     run(*without_nvcc, cmake, "--build", tmp_path / "build", "--target", "_C")
     look = f"import sys; sys.path.insert(0, {str(tmp_path / 'build')!r}); import _C; print(_C.cuda_archs)"
     assert run(sys.executable, "-c", look).strip() == str(tuple(arch.removeprefix("sm_") for arch in ARCHS))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", [name for name in ROW_KERNELS if name.startswith("moe_unpermute")])
+def test_all_rows_of_a_token_are_in_flight_before_one_is_used(
+    name: str, arch: str, sass: dict[tuple[str, str], list[str]]
+) -> None:
+    opcodes = sass[name, arch]
+    gathers = [i for i, opcode in enumerate(opcodes) if opcode.startswith("LDG.E.EF.128")]
+    between = opcodes[gathers[0] : gathers[-1]]
+    assert [opcode for opcode in between if opcode.startswith(("FFMA", "FMUL", "STG"))] == []
 
 
 # ---- the contract catches planted faults ----

@@ -1,5 +1,6 @@
 """What nvcc made of a kernel: registers and spills from ptxas's report, opcodes from the machine code."""
 
+import functools
 import re
 import subprocess
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ class Usage:
     spilled: int  # bytes stored and loaded again, a thread
 
 
+@functools.cache  # each is a process, and each is asked for by many tests
 def readable(symbol: str) -> str:
     """`moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>` from a mangled name."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,159 @@
+"""The clauses of the build contract: what each kernel may use, and what its machine code must hold.
+
+tests/csrc/test_build_contract.py compiles the kernels and holds them to it. A new kernel adds a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dscoder.testing.machine_code import Usage, count
+
+ARCHS = ("sm_80", "sm_90a")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """What one kernel may use and must hold, on each architecture it is compiled for."""
+
+    registers: int  # at most, a thread
+    shared: int = 0  # bytes of static shared memory, a block
+    wants: Mapping[str, int] = field(
+        default_factory=dict
+    )  # SASS opcode (or its beginning): at least how often
+    archs: tuple[str, ...] = ARCHS
+    is_overlapped: bool = True  # by launch_overlapped: on sm_90a it waits before it touches global memory
+
+
+# A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
+ROW_OF_8 = {"SHFL.BFLY": 9, "VOTE": 1}
+ROW_OF_32 = {"REDUX.MAX": 2, "SHFL.BFLY": 5, "VOTE": 1}
+# Kernels that move rows: K rows a token, and the registers of moe_unpermute and of its backward pass.
+ROWS = {2: (32, 56), 4: (32, 64), 6: (48, 64), 8: (64, 96), 16: (96, 168)}
+ROW_KERNELS = {
+    "moe_permute_count_kernel": Kernel(registers=32, shared=2048, wants={"ATOMS.POPC": 1}),
+    "moe_permute_place_kernel": Kernel(registers=32, shared=32832, wants={"MATCH.ANY": 1, "LDG.E": 16}),
+    **{
+        f"moe_permute_kernel<{k}>": Kernel(registers=48, wants={"LDG.E.128": 2, "STG.E.EF.128": 2 * k})
+        for k in ROWS
+    },
+    **{
+        f"moe_unpermute_kernel<{dtype}, {k}>": Kernel(
+            registers=registers, wants={"LDG.E.EF.128": k, "STG.E.128": 1}
+        )
+        for k, (registers, _) in ROWS.items()
+        for dtype in ("float", "__nv_bfloat16", "__half")
+    },
+    **{
+        f"moe_unpermute_backward_kernel<{dtype}, {k}>": Kernel(
+            registers=registers,
+            shared=10 * 4 * k,
+            wants={"LDG.E.EF.128": k, "LDG.E.128": 1, "STG.E.EF.128": k, "SHFL.BFLY": 5 * k},
+        )
+        for k, (_, registers) in ROWS.items()
+        for dtype in ("float", "__nv_bfloat16", "__half")
+    },
+}
+KERNELS = {
+    **ROW_KERNELS,
+    "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
+    "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
+    ),
+    "moe_gate_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=32, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=40, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=56, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(registers=40, shared=4096, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(registers=56, shared=16384, wants=ROW_OF_32),
+    "moe_gate_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(registers=88, shared=32768, wants=ROW_OF_32),
+    "moe_gate_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
+        registers=48, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_backward_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=64, wants={"LDG.E.128": 5, "STG.E.128": 5, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_backward_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(registers=40, wants={"SHFL.BFLY": 15}),
+    "moe_gate_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"SHFL.BFLY": 15}),
+    "moe_gate_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=64, wants={"SHFL.BFLY": 15}),
+    "moe_gate_with_balance_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
+        registers=64, shared=1536, wants={"LDG.E.128": 2, **ROW_OF_8}
+    ),
+    "moe_gate_with_balance_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=96, shared=9472, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(
+        registers=40, shared=1536, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(
+        registers=64, shared=6144, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
+        registers=96, shared=12288, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(
+        registers=40, shared=5632, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(
+        registers=72, shared=22528, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(
+        registers=112, shared=45056, wants=ROW_OF_32
+    ),
+    "moe_gate_with_balance_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
+        registers=64, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_with_balance_backward_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
+        registers=128, wants={"LDG.E.128": 5, "STG.E.128": 5, "SHFL.BFLY": 9}
+    ),
+    "moe_gate_with_balance_backward_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(
+        registers=40, wants={"SHFL.BFLY": 15}
+    ),
+    "moe_gate_with_balance_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(
+        registers=64, wants={"SHFL.BFLY": 15}
+    ),
+    "moe_gate_with_balance_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
+        registers=96, wants={"SHFL.BFLY": 15}
+    ),
+    "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=5120, wants={"ATOMS": 2}),
+    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
+    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
+    "moe_balance_finish_kernel": Kernel(registers=40, shared=6192, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
+    "moe_balance_backward_kernel<float>": Kernel(registers=40),
+    "moe_balance_backward_kernel<__nv_bfloat16>": Kernel(registers=40),
+    "moe_balance_backward_kernel<__half>": Kernel(registers=40),
+}
+# Kernels that may spill, with the bytes a thread: none.
+SPILLS: dict[str, int] = {}
+# Local memory, which spills and arrays indexed at run time end up in.
+NEVER = ("LDL", "STL")
+# griddepcontrol.wait and .launch_dependents, and what must not stand above the wait (core/overlap.h).
+WAIT, LET_START = "ACQBULK", "PREEXIT"
+AFTER_WAIT = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED.", "CCTL", "UBLK", "UTMA", "UBULK", "EXIT", "RET")
+
+
+# ---- the clauses ----
+
+
+def broken_overlap(opcodes: Sequence[str]) -> list[str]:
+    """What breaks the rule of core/overlap.h in the machine code of an overlapped kernel."""
+    missing = [f"no {name}" for name in (WAIT, LET_START) if name not in opcodes]
+    if missing:
+        return missing
+    above = [opcode for opcode in opcodes[: opcodes.index(WAIT)] if opcode.startswith(AFTER_WAIT)]
+    return [f"{opcode} above the wait" for opcode in above]
+
+
+def broken(kernel: Kernel, usage: Usage, opcodes: Sequence[str], *, may_spill: int = 0) -> list[str]:
+    """Each clause of the contract that does not hold."""
+    found = []
+    if usage.registers > kernel.registers:
+        found.append(f"{usage.registers} registers, at most {kernel.registers}")
+    if usage.shared > kernel.shared:
+        found.append(f"{usage.shared} bytes of shared memory, at most {kernel.shared}")
+    if usage.spilled > may_spill:
+        found.append(f"{usage.spilled} bytes spilled, at most {may_spill}")
+    if not may_spill:
+        found += [f"{count(opcodes, name)} x {name}" for name in NEVER if count(opcodes, name)]
+    for name, wanted in kernel.wants.items():
+        if count(opcodes, name) < wanted:
+            found.append(f"{count(opcodes, name)} x {name}, at least {wanted}")
+    return found
