@@ -12,12 +12,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
 import pytest
+import torch
+
+from dscoder.runtime import native
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "host"
@@ -90,3 +95,25 @@ def host_kernels(host_folder: Path) -> ModuleType:
 def host_ops(host_folder: Path) -> ModuleType:
     """The extension with every kernel on the host executor: it takes CPU tensors."""
     return load(host_folder, "_C_host")
+
+
+@pytest.fixture
+def use_kernels(host_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`use_kernels("moe_gate", ...)`: from here on these ops run their CUDA side on CPU tensors, on the host
+    executor, gradients included."""
+    monkeypatch.setattr(native, "_C", host_ops)
+    monkeypatch.setattr(host_ops, "has_cuda", True)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with torch.library._scoped_library("dscoder", "IMPL") as library:
+
+        def use(*names: str) -> None:
+            for name in names:
+                op = getattr(torch.ops.dscoder, name).default
+
+                def on_cuda(*args: Any, op: Any = op) -> Any:
+                    return op.redispatch(key, *args)
+
+                with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides
+                    library.impl(name, on_cuda, "CPU", allow_override=True)
+
+        yield use

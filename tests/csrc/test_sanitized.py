@@ -53,7 +53,11 @@ def run(build_host: Callable[[str], Path]) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["test_host_executor", "test_host_faults", "test_moe_gate_host", "test_moe_balance_host"]
+    "module",
+    [
+        *("test_host_executor", "test_host_faults", "test_moe_gate_host", "test_moe_balance_host"),
+        *("test_moe_permute_host", "test_moe_unpermute_host"),
+    ],
 )
 def test_the_kernel_tests_pass_under_the_sanitizers(run: Run, module: str) -> None:
     plugins = ("-p", "no:xdist", "-p", "no:cacheprovider")

@@ -92,7 +92,7 @@ def kept_slots(row_TK: Tensor) -> Tensor:
 
 
 def sum_rows(y_MD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """The reference of moe_unpermute and, without weights, of moe_permute's gradient: one pass, no [T, K, D]."""
+    """The reference of moe_unpermute and, without weights, of the gradient of moe_permute."""
     dtype = accumulate_dtype(y_MD.dtype)
     slot = kept_slots(row_TK)
     num_kept_T = (row_TK >= 0).sum(dim=1)
