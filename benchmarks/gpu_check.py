@@ -79,7 +79,13 @@ def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
     machine["commit"] = machine["commit"] or arguments.commit
     folder = root / arguments.results / device_folder(machine["device"])
     copies = [arguments.out / "gpu-check.json"] if arguments.out else []
-    record = Record([folder / f"{begin:%Y-%m-%dT%H-%M-%S}.json", *copies], machine, list(plan.tests), begin)
+    record = Record(
+        [folder / f"{begin:%Y-%m-%dT%H-%M-%S}.json", *copies],
+        machine,
+        ops=list(plan.tests),
+        begin=begin,
+        announce=sys.stderr.write,
+    )
     check = Check(runner=runner, budget=budget, record=record, plan=plan)
     stop_with(runner)
     outcomes = run_steps(check, arguments, tuple(machine["capability"]))

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,16 @@ class Record:
     """What is known so far; every change is written at once, to each of `paths`."""
 
     def __init__(
-        self, paths: Sequence[Path], machine: Mapping[str, Any], ops: Sequence[str], begin: datetime
+        self,
+        paths: Sequence[Path],
+        machine: Mapping[str, Any],
+        *,
+        ops: Sequence[str],
+        begin: datetime,
+        announce: Callable[[str], object],
     ) -> None:
         self._paths = tuple(paths)
+        self._announce = announce  # called with a line when a step has ended
         self._lock = threading.Lock()
         self.data: dict[str, Any] = {
             "kind": KIND,
@@ -50,6 +57,7 @@ class Record:
         with self._lock:
             self.data["steps"].append({**step, "note": note} if note else step)
             self._save()
+        self._announce(f"{name}: {outcome}, {seconds:.1f} s\n")
 
     def add_tests(self, op: str, counts: Mapping[str, int], failures: Sequence[Mapping[str, str]]) -> None:
         """The counts of one op's tests by outcome, and what failed."""

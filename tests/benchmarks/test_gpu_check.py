@@ -12,10 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.check.process import Budget, Runner
+from benchmarks.check.record import Record
+from benchmarks.check.steps import MIN_BENCHMARK_S, Check, make_plan, run_benchmarks
+from benchmarks.gpu_check import exit_status
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = """
@@ -285,29 +291,47 @@ def test_a_build_without_kernels_for_the_gpu_ends_it(make_machine: Callable[...,
     assert "the GPU is of compute capability 9.0" in record["steps"][0]["note"]
 
 
-def test_benchmarks_are_cut_first_and_said_to_be(make_machine: Callable[..., Machine]) -> None:
-    machine = make_machine()
-    done = machine.run("--budget", "14")
-    assert done.returncode == 0, done.stdout
-    record = machine.record()
-    assert outcomes(record)["benchmarks alpha"] == "cut"
-    assert outcomes(record)["tests alpha"] == "passed"
-    assert record["benchmarks"] == []
-    assert not record["is_complete"]
-    assert "INCOMPLETE" in done.stdout
+def test_benchmarks_are_cut_when_little_is_left(make_machine: Callable[..., Machine], tmp_path: Path) -> None:
+    root = make_machine().root
+    plan = make_plan(root, [])
+    begin = datetime(2026, 11, 20, tzinfo=UTC)
+    record = Record([tmp_path / "record.json"], {}, ops=["alpha"], begin=begin, announce=str)
+    runner = Runner(root, tmp_path / "logs", {})
+    check = Check(runner=runner, budget=Budget(MIN_BENCHMARK_S), record=record, plan=plan)
+    assert run_benchmarks(check) == "cut"
+    (step,) = record.data["steps"]
+    assert (step["name"], step["outcome"]) == ("benchmarks alpha", "cut")
+    assert "s of the budget were left" in step["note"]
+    assert not list(runner.logs.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        (["passed", "passed", "not available", "cut"], 0),
+        (["passed", "stopped", "passed", "passed"], 3),
+        (["passed", "passed", "nothing ran", "passed"], 3),
+        (["passed", "stopped", "found", "cut"], 1),
+        (["failed"], 1),
+    ],
+)
+def test_the_exit_status_tells_failed_from_unfinished(outcomes: list[str], status: int) -> None:
+    assert exit_status(outcomes) == status
 
 
 def test_tests_that_do_not_end_are_stopped_and_the_rest_goes_on(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     slow = "import time, pytest\n@pytest.mark.gpu\ndef test_b(): time.sleep(60)\n"
-    machine.write("tests/gpu/test_beta.py", GOOD_TEST.replace("test_small", "test_first") + slow)
-    done = machine.run("--budget", "12")
+    machine.write("tests/gpu/test_beta.py", GOOD_TEST + slow)
+    done = machine.run("beta", "--budget", "15")
     assert done.returncode == 3, done.stdout
     record = machine.record()
     assert record["tests"]["beta"] == {"passed": 3, "skipped": 1}
     assert outcomes(record)["tests beta"] == "stopped"
-    assert outcomes(record)["memcheck alpha"] == "passed"
-    assert record["seconds"] < 20
+    assert set(record["sanitizers"]["beta"]) == {"memcheck", "synccheck", "racecheck"}
+    assert not record["is_complete"]
+    assert "INCOMPLETE" in done.stdout
+    assert record["seconds"] < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
