@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, LAYERS, ExpertLayer, peers_of, routed_sizes
+from benchmarks.shapes import DEVICE, LAYERS, ExpertLayer, peers_of, routed_cases
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -32,8 +32,9 @@ def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[step]
 
 
-@pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes())
+@pytest.mark.parametrize(
+    ("model", "num_tokens", "routing", "step"), routed_cases("forward", "backward", "forward + backward")
+)
 def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)
@@ -80,8 +81,10 @@ def one_after_the_other(
     return idx_TK, weight_TK, ops.moe_balance_terms(probs_TE, idx_TK, num_sequences=num_sequences, **groups)
 
 
-@pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes())
+@pytest.mark.parametrize(
+    ("model", "num_tokens", "routing", "step"),
+    routed_cases("forward", "backward", "forward + backward", kinds=["uniform"]),
+)
 def test_with_gate(
     measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str
 ) -> None:

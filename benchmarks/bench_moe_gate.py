@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.shapes import DEVICE, LAYERS, ExpertLayer, peers_of, routed_sizes
+from benchmarks.shapes import DEVICE, LAYERS, ExpertLayer, peers_of, routed_cases
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -21,8 +21,10 @@ def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[step]
 
 
-@pytest.mark.parametrize("step", ["forward", "backward", "forward + backward"])
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes(many=True))
+@pytest.mark.parametrize(
+    ("model", "num_tokens", "routing", "step"),
+    routed_cases("forward", "backward", "forward + backward", many=True),
+)
 def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_sizes
+from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_cases
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -27,8 +27,7 @@ def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
     return {"forward": rows + 2 * indices + 4 * layer.num_experts, "backward": rows + indices}[step]
 
 
-@pytest.mark.parametrize("step", ["forward", "backward"])
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes())
+@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("forward", "backward"))
 def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)
@@ -53,8 +52,8 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
     measure(case, problem, rows, peers_of("moe_permute", step, num_tokens))
 
 
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes(many=True))
-def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str) -> None:
+@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("maps", many=True))
+def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     """Counts, END offsets and the row of every choice."""
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)
@@ -63,7 +62,7 @@ def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing
     )
     case = Case(
         op="moe_permute",
-        step="maps",
+        step=step,
         model=model,
         routing=routing,
         shape=layer.shape(num_tokens, width=False),
@@ -72,4 +71,4 @@ def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing
         num_bytes=4 * (2 * idx.numel() + layer.num_experts),
     )
     problem = Problem(args=(idx,), kwargs={"num_experts": layer.num_experts})
-    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", "maps", num_tokens))
+    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", step, num_tokens))

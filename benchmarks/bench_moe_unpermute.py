@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_sizes
+from benchmarks.shapes import DEVICE, DTYPE, ITEM, LAYERS, ExpertLayer, peers_of, routed_cases
 from dscoder import ops
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
@@ -20,8 +20,7 @@ def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
     return {"forward": forward, "backward": forward + row * num_tokens * layer.num_topk + choices}[step]
 
 
-@pytest.mark.parametrize("step", ["forward", "backward"])
-@pytest.mark.parametrize(("model", "num_tokens", "routing"), routed_sizes())
+@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("forward", "backward"))
 def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)

@@ -1,5 +1,6 @@
 """Sizes that op benchmarks share: the expert layers of the published models, and what fits this device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,23 @@ LAYERS = {
 }
 
 
-def routed_sizes(*, many: bool = False) -> list[tuple[str, int, str]]:
-    """(model, tokens, routing): every routing at the usual batch, uniform routing at the other sizes."""
-    sizes = [(DECODE, "uniform"), *((TOKENS, kind) for kind in ROUTINGS)]
+def routed_cases(
+    *steps: str, kinds: Sequence[str] = ROUTINGS, many: bool = False
+) -> list[tuple[str, int, str, str]]:
+    """(model, tokens, routing, step): every kind of routing at the usual batch, uniform at the other sizes.
+
+    Forward and backward in one are the sum of both: at the usual batch and uniform routing alone.
+    """
+    sizes = [(DECODE, "uniform"), *((TOKENS, kind) for kind in kinds)]
     if many:
         sizes.append((MANY_TOKENS, "uniform"))
-    return [(model, num_tokens, kind) for model in LAYERS for num_tokens, kind in sizes]
+    return [
+        (model, num_tokens, kind, step)
+        for model in LAYERS
+        for num_tokens, kind in sizes
+        for step in steps
+        if step != "forward + backward" or (num_tokens, kind) == (TOKENS, "uniform")
+    ]
 
 
 def peers_of(op: str, step: str, num_tokens: int = TOKENS) -> dict[str, Peer]:

@@ -42,7 +42,7 @@ def home(tmp_path: Path) -> Path:
     """A checkout with one benchmark in it."""
     folder = tmp_path / "home" / "benchmarks"
     folder.mkdir(parents=True)
-    for name in ("__init__.py", "conftest.py", "shapes.py", "pytest.ini"):
+    for name in ("__init__.py", "conftest.py", "shapes.py", "bench.ini"):
         (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
     (folder / "peers").symlink_to(ROOT / "benchmarks" / "peers")
     (folder / "bench_add.py").write_text(BENCHMARK)

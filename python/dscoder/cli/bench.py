@@ -86,7 +86,7 @@ def require_installed(needed: dict[str, str]) -> None:
 def pytest_command(home: Path, files: Sequence[Path], out: Path, *, only: str | None) -> list[str]:
     """pytest on these files alone, whatever is configured where the command is called."""
     words = [sys.executable, "-m", "pytest", "--quiet", "--capture=no", "-p", "no:cacheprovider"]
-    words += ["-c", str(home / "benchmarks" / "pytest.ini"), "--rootdir", str(home)]
+    words += ["-c", str(home / "benchmarks" / "bench.ini"), "--rootdir", str(home)]
     words += ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={out.resolve()}"]
     return [*words, *(["-k", only] if only else []), *map(str, files)]
 

@@ -19,7 +19,8 @@ from dscoder.runtime import native
 # Optional parts and what they are for: Python packages, then programs.
 PACKAGES = {
     "tensorboard": "pretrain: event files",
-    "matplotlib": "pretrain: the loss plot",
+    "matplotlib": "pretrain: the loss plot; benchmarks: the report's plots",
+    "pytest-benchmark": "bench: timing the ops",
     "transformers": "tests: parity with the published models",
 }
 PROGRAMS = {
