@@ -1,0 +1,99 @@
+// Tensor maps: what the copy engine of sm_90 (TMA) knows of a tensor in global memory. A kernel takes one as
+// a `const __grid_constant__` parameter. Wrong values often give wrong data and no error, so every rule of
+// the driver is checked here, by a function that any machine can run; the driver's encoder is looked up when
+// it is first needed, so that the extension neither links the driver nor fails to import where there is none.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/check.h"
+
+#ifdef __CUDACC__
+#include <cuda.h>
+
+#include "core/launch.h"
+#endif
+
+namespace dsc {
+
+constexpr int kMaxMapRank = 5;
+constexpr int kSwizzleBytes = 128;
+
+// A tensor of 16-bit elements, dimensions from the innermost, which is contiguous. Strides need not ascend.
+// The box is what one copy brings, its innermost dimension a line of the 128-byte swizzle.
+struct TensorMapSpec {
+    const char* op;
+    const char* name;
+    const void* base;
+    bool is_bfloat16;  // else float16
+    int rank;
+    std::array<uint64_t, kMaxMapRank> sizes;        // elements
+    std::array<uint64_t, kMaxMapRank - 1> strides;  // bytes, of dimension i + 1
+    std::array<uint32_t, kMaxMapRank> box;          // elements
+};
+
+inline void check_tensor_map(const TensorMapSpec& spec) {
+    const auto at = [&](int i) {
+        return concat(spec.op, ": the tensor map of ", spec.name, ", dimension ", i);
+    };
+    DSC_CHECK(spec.rank >= 2 and spec.rank <= kMaxMapRank, spec.op, ": the tensor map of ", spec.name,
+              " must have 2 to ", kMaxMapRank, " dimensions, got ", spec.rank);
+    DSC_CHECK(spec.base != nullptr and reinterpret_cast<uintptr_t>(spec.base) % 16 == 0, spec.op, ": ",
+              spec.name, " must begin at a multiple of 16 bytes, got ", spec.base);
+    DSC_CHECK(spec.box[0] * 2 == kSwizzleBytes, at(0), " must have boxes of ", kSwizzleBytes, " bytes, got ",
+              spec.box[0] * 2);
+    for (int i = 0; i < spec.rank; ++i) {
+        DSC_CHECK(spec.sizes[i] > 0 and spec.sizes[i] <= uint64_t{1} << 32, at(i),
+                  " must hold 1 to 2^32 elements, got ", spec.sizes[i]);
+        DSC_CHECK(spec.box[i] > 0 and spec.box[i] <= 256, at(i),
+                  " must have boxes of 1 to 256 elements, got ", spec.box[i]);
+    }
+    for (int i = 0; i + 1 < spec.rank; ++i) {
+        DSC_CHECK(spec.strides[i] % 16 == 0 and spec.strides[i] < uint64_t{1} << 40, at(i + 1),
+                  " must have a stride below 2^40 that is a multiple of 16 bytes, got ", spec.strides[i]);
+    }
+}
+
+#ifdef __CUDACC__
+
+// The driver's cuTensorMapEncodeTiled.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    check_launch(status, "cudaGetDriverEntryPoint of cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess or entry == nullptr) {
+        throw std::runtime_error(
+            "this driver has no cuTensorMapEncodeTiled: kernels of sm_90 need CUDA 12 or newer");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+}
+
+// Elements outside the tensor read as zeros.
+inline CUtensorMap encode_tensor_map(const TensorMapSpec& spec) {
+    check_tensor_map(spec);
+    static const auto encode = tensor_map_encoder();
+    constexpr std::array<uint32_t, kMaxMapRank> kDense{1, 1, 1, 1, 1};
+    CUtensorMap map{};
+    const CUresult status =
+        encode(&map, spec.is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+               spec.rank, const_cast<void*>(spec.base), spec.sizes.data(), spec.strides.data(),
+               spec.box.data(), kDense.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) {
+        throw std::runtime_error(concat(spec.op, ": cuTensorMapEncodeTiled refused the map of ", spec.name,
+                                        " with CUresult ", static_cast<int>(status)));
+    }
+    return map;
+}
+
+#endif
+
+}  // namespace dsc

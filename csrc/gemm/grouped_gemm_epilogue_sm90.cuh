@@ -1,0 +1,111 @@
+// What becomes of a tile's sums on sm_90: out of the registers, with no shared memory between. A thread holds
+// two columns of each block of eight; the four threads of a quad hold all eight of a row. They exchange four
+// blocks so that each has one whole, a word of 16 bytes, and a quad stores 64 bytes of a row: full sectors,
+// and a predicate for each word, so that rows and columns beyond the tile's own are never touched. The ring
+// keeps all of shared memory, and one warpgroup stores while the other multiplies (kSkewBlocks).
+#pragma once
+
+#include "gemm/grouped_gemm_epilogue.cuh"
+#include "gemm/tile_product_sm90.cuh"
+
+namespace dsc {
+
+// Thread q of a quad brings piece q of four blocks, and gets the four pieces of block q in order.
+__device__ __forceinline__ Word transposed_in_quad(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3) {
+    const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;
+    // With the neighbour: even threads keep blocks 0 and 2, odd ones 1 and 3.
+    const uint32_t low = __shfl_xor_sync(kAllLanes, is_odd ? p0 : p1, 1);
+    const uint32_t high = __shfl_xor_sync(kAllLanes, is_odd ? p2 : p3, 1);
+    p0 = is_odd ? low : p0;
+    p1 = is_odd ? p1 : low;
+    p2 = is_odd ? high : p2;
+    p3 = is_odd ? p3 : high;
+    // With the other pair: its two pieces of the block that this thread keeps.
+    const uint32_t first = __shfl_xor_sync(kAllLanes, is_high ? p0 : p2, 2);
+    const uint32_t second = __shfl_xor_sync(kAllLanes, is_high ? p1 : p3, 2);
+    return is_high ? make_uint4(first, second, p2, p3) : make_uint4(p0, p1, first, second);
+}
+
+template <typename T>
+__device__ __forceinline__ T rounded(float value) {
+    if constexpr (std::is_same_v<T, __half>)
+        return __float2half_rn(value);
+    else
+        return __float2bfloat16_rn(value);
+}
+
+// Four blocks of a thread's sums, kStride blocks apart, rounded and exchanged: block (first + q * kStride) of
+// row `half` for thread q of the quad.
+template <typename T, int kStride, int kNumSums>
+__device__ __forceinline__ Word rounded_word(const float (&sums)[kNumSums], int first_block, int half) {
+    uint32_t pieces[4];
+    DSC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (first_block + i * kStride) + 2 * half;
+        pieces[i] = rounded_pair<T>(sums[at], sums[at + 1]);
+    }
+    return transposed_in_quad(pieces[0], pieces[1], pieces[2], pieces[3]);
+}
+
+// Where a thread's sums lie in the block's tile: row `row` and row + 8; block j begins at column + 8 * j.
+struct SumsPlace {
+    int row, column;
+};
+
+template <typename S>
+__device__ __forceinline__ SumsPlace sums_place() {
+    const int warpgroup = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / kWarpSize;
+    const int row = 16 * warp + threadIdx.x % kWarpSize / 4;
+    if constexpr (S::kWarpgroupsM > 1) return {.row = warpgroup * S::kWarpgroupM + row, .column = 0};
+    return {.row = row, .column = warpgroup * S::kWarpgroupN};
+}
+
+// store(row, column, word) for every word of eight columns, `row` and `column` in the tile. All threads of
+// the quad come along, for the exchange.
+template <typename S, typename Store>
+__device__ __forceinline__ void for_each_word(const WarpgroupSums<S>& sums, const Store& store) {
+    const SumsPlace place = sums_place<S>();
+    const int quad_column = place.column + 8 * (threadIdx.x % 4);
+    DSC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        DSC_UNROLL
+        for (int block = 0; block < S::kBlocksN; block += 4) {
+            const Word word = rounded_word<typename S::T, 1>(sums, block, half);
+            store(place.row + 8 * half, quad_column + 8 * block, word);
+        }
+    }
+}
+
+// store(row, f, gate, up) for every word of a tile whose blocks are gate and up in turn.
+template <typename S, typename Store>
+__device__ __forceinline__ void for_each_gate_up(const WarpgroupSums<S>& sums, const Store& store) {
+    using T = typename S::T;
+    static_assert(S::kBlocksN % 8 == 0);
+    const SumsPlace place = sums_place<S>();
+    const int quad_column = place.column / 2 + 8 * (threadIdx.x % 4);
+    DSC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        DSC_UNROLL
+        for (int block = 0; block < S::kBlocksN; block += 8) {
+            const Word gate = rounded_word<T, 2>(sums, block, half);
+            const Word up = rounded_word<T, 2>(sums, block + 1, half);
+            store(place.row + 8 * half, quad_column + 4 * block, gate, up);
+        }
+    }
+}
+
+// store(m, n, value) for every sum of a swapped tile: rows of the tile are columns n of the result.
+template <typename S, typename Store>
+__device__ __forceinline__ void for_each_pair_of_rows(const WarpgroupSums<S>& sums, const Store& store) {
+    const SumsPlace place = sums_place<S>();
+    DSC_UNROLL
+    for (int block = 0; block < S::kBlocksN; ++block) {
+        DSC_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const int m = place.column + 8 * block + 2 * static_cast<int>(threadIdx.x % 4) + i;
+            store(m, place.row, sums[4 * block + i], sums[4 * block + 2 + i]);
+        }
+    }
+}
+
+}  // namespace dsc
