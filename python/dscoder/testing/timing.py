@@ -113,7 +113,8 @@ def _measured_ceilings(clock: Clock, size: int, num_bytes: int, dtype: torch.dty
     a, b = torch.randn(2, size, size, device=clock.device, dtype=dtype)
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    runners = {"product": clock.runner([lambda: a @ b]), "copy": clock.runner([lambda: target.copy_(source)])}
+    product, copy = clock.prepare(lambda: (lambda: a @ b, lambda: target.copy_(source)))
+    runners = {"product": clock.runner([product]), "copy": clock.runner([copy])}
     seconds = interleaved_medians(runners, 0.5)
     return Ceilings(
         flops_per_second=2 * size**3 / seconds["product"], bytes_per_second=2 * num_bytes / seconds["copy"]
@@ -168,7 +169,7 @@ class GpuClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.budget = 0.25
+        self.budget = 0.1
         self._cache_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
