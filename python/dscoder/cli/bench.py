@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if status == NO_TESTS:
         raise ValueError(f"only must match a benchmark, got {options.only!r}")
     if out.is_file() and out.stat().st_size:
-        Console(width=None if sys.stdout.isatty() else 160).print(results_table(json.loads(out.read_text())))
+        Console(width=None if sys.stdout.isatty() else 200).print(results_table(json.loads(out.read_text())))
         print(f"stored in {out}")
     if status:
         raise RuntimeError(f"a benchmark failed (pytest's exit status is {status}); its message is above")
