@@ -58,6 +58,22 @@ def test_all_tokens_to_one_expert_is_a_copy(rng: torch.Generator) -> None:
     assert handle.offsets_E.tolist() == [0, 0, 13, 13]
 
 
+def test_the_maps_alone_are_those_of_the_rows(rng: torch.Generator) -> None:
+    idx = routing(rng, num_tokens=31, num_experts=8, num_topk=4)
+    idx[torch.rand(idx.shape, generator=rng) < 0.3] = -1
+    _, wanted = ops.moe_permute(torch.zeros(31, 1), idx, num_experts=8)
+    handle = ops.moe_permute_maps(idx, num_experts=8)
+    assert_same(handle.offsets_E, wanted.offsets_E)
+    assert_same(handle.row_TK, wanted.row_TK)
+
+
+def test_a_second_derivative_is_refused(rng: torch.Generator) -> None:
+    x = randn(rng, 3, 2).requires_grad_()
+    rows, _ = ops.moe_permute(x, int32([[0], [1], [0]]), num_experts=2)
+    with pytest.raises(RuntimeError, match=r"^moe_permute: .*got create_graph=True$"):
+        torch.autograd.grad(rows.sum(), x, create_graph=True)
+
+
 def test_gradients_match_finite_differences(rng: torch.Generator) -> None:
     idx = routing(rng, num_tokens=5, num_experts=4, num_topk=3)
     idx[1, 2] = idx[3, 0] = -1
@@ -88,6 +104,9 @@ def test_it_is_a_proper_op(num_tokens: int, rng: torch.Generator) -> None:
     x = randn(rng, num_tokens, 5).requires_grad_()
     idx = routing(rng, num_tokens=num_tokens, num_experts=8, num_topk=3)
     assert_op_registered(torch.ops.dscoder.moe_permute.default, (x, idx, 8))
+    assert_op_registered(torch.ops.dscoder.moe_permute_maps.default, (idx, 8))
+    rows, _, row = torch.ops.dscoder.moe_permute.default(x.detach(), idx, 8)
+    assert_op_registered(torch.ops.dscoder.moe_permute_backward.default, (rows, row))
 
 
 def test_it_compiles_whole(rng: torch.Generator) -> None:
@@ -100,6 +119,11 @@ def test_it_compiles_whole(rng: torch.Generator) -> None:
     compiled = torch.compile(permute, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(compiled(x), permute(x), strict=True):
         assert_same(actual, wanted)
+
+
+def test_wrong_choices_are_named_by_the_maps() -> None:
+    with pytest.raises(TypeError, match=r"^moe_permute_maps: idx must be int32, got int64$"):
+        ops.moe_permute_maps(torch.zeros(3, 2).long(), num_experts=4)
 
 
 IDX = torch.zeros(3, 2, dtype=torch.int32)

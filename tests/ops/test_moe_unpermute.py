@@ -91,6 +91,13 @@ def test_unused_rows_are_neither_read_nor_given_a_gradient(rng: torch.Generator)
     assert_same(grad[num_used:], torch.zeros_like(grad[num_used:]))
 
 
+def test_a_second_derivative_is_refused(rng: torch.Generator) -> None:
+    y, weight, handle = random_case(rng, 3, dtype=torch.float32)
+    out = ops.moe_unpermute(y.requires_grad_(), weight, handle)
+    with pytest.raises(RuntimeError, match=r"^moe_unpermute: .*got create_graph=True$"):
+        torch.autograd.grad(out.sum(), y, create_graph=True)
+
+
 def test_strides_change_nothing(rng: torch.Generator) -> None:
     y, weight, handle = random_case(rng, 11, dtype=torch.float32)
     actual = ops.moe_unpermute(with_strides(y), with_strides(weight), handle)
