@@ -343,3 +343,49 @@ def test_a_cpu_runs_the_reference(arch: str, rng: torch.Generator) -> None:
     assert_same(
         ops.grouped_gemm(x, w, offsets_of([1, 3]), arch=arch), product_by_expert(x, w, offsets_of([1, 3]))
     )
+
+
+# ---- the plan ----
+
+SIZES = {"num_rows": 49152, "num_experts": 64, "num_columns": 2816, "depth": 2048}
+A100, H200 = (8, 0, 108), (9, 0, 132)
+STEPS = ["forward", "input_gradient", "weight_gradient", "swiglu", "swiglu_backward"]
+
+
+@pytest.mark.parametrize("gpu", [A100, H200])
+@pytest.mark.parametrize("step", STEPS)
+def test_the_plan_of_a_call_is_told_without_a_gpu(step: str, gpu: tuple[int, int, int]) -> None:
+    plan = ops.grouped_gemm_plan(step, **SIZES, gpu=gpu)
+    assert plan["arch"] == "sm80" or gpu == H200
+    assert 1 <= int(plan["blocks"]) <= gpu[2] * int(plan["blocks_per_sm"])
+    assert ops.grouped_gemm_plan(step, **SIZES, gpu=gpu, arch="sm80")["arch"] == "sm80"
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({"arch": "reference"}, "arch"),
+        ({"dtype": torch.float32}, "x of bfloat16 or float16, got float32"),
+        ({"num_columns": 2815}, "N to be a positive multiple of 8, got 2815"),
+        ({"num_experts": 513}, "1 to 512 experts, got 513"),
+    ],
+)
+def test_the_plan_says_why_the_reference_runs(changed: dict[str, Any], wanted: str) -> None:
+    plan = ops.grouped_gemm_plan("forward", **{**SIZES, **changed}, gpu=H200)
+    assert plan == {"arch": "reference", "wanted": wanted}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arch": "sm70"}, "grouped_gemm_plan: arch must be one of auto, sm80, sm90, reference, got 'sm70'"),
+        ({"arch": "sm80", "depth": 7}, "grouped_gemm_plan: arch sm80 wants K to be a positive .*, got 7"),
+        ({"step": "backward"}, "grouped_gemm_plan: step must be forward, .*, got backward"),
+        ({"gpu": (7, 5, 40)}, "grouped_gemm: .*, got 7.5"),
+        ({"num_rows": -1}, "grouped_gemm: sizes must be >= 0, got -1 rows, .*"),
+    ],
+)
+def test_wrong_arguments_of_the_plan_are_named(changed: dict[str, Any], message: str) -> None:
+    arguments = {"step": "forward", **SIZES, "gpu": H200, **changed}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ops.grouped_gemm_plan(arguments.pop("step"), **arguments)

@@ -101,6 +101,43 @@ def grouped_gemm_weight_gradient(
 # ---- which kernel ----
 
 
+def grouped_gemm_plan(
+    step: str,
+    *,
+    num_rows: int,
+    num_experts: int,
+    num_columns: int,
+    depth: int,
+    dtype: torch.dtype = torch.bfloat16,
+    gpu: tuple[int, int, int] | None = None,
+    arch: str = "auto",
+) -> dict[str, str | int]:
+    """What a call of these sizes runs on a GPU; how the rows fall to the experts changes nothing.
+
+    `step` is "forward", "input_gradient" or "weight_gradient" (of [E, num_columns, depth]) of `grouped_gemm`,
+    "swiglu" or "swiglu_backward" of `moe_experts`; the result has `num_columns`. `gpu` is (major, minor,
+    number of SMs), default the current GPU; none need be there when it is given. `arch` as in `grouped_gemm`.
+
+    Returns:
+        "arch" ("sm80", "sm90" or "reference") and, for kernels, "tile", "stages", "cluster", "threads",
+        "registers", "shared_bytes", "blocks_per_sm" and "blocks"; for the reference "wanted": what the
+        kernels want and do not get, or "arch" where it was asked for.
+    """
+    op = "grouped_gemm_plan"
+    if arch not in ARCHS:
+        raise ValueError(f"{op}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+    refusal = kernel_refusal(dtype, num_experts, {"N": num_columns, "K": depth})
+    if refusal is not None and arch in ("sm80", "sm90"):
+        raise ValueError(f"{op}: arch {arch} wants {refusal}")
+    if refusal is not None or arch == "reference":
+        return {"arch": "reference", "wanted": refusal or "arch"}
+    if gpu is None:
+        found = torch.cuda.get_device_properties()
+        gpu = (found.major, found.minor, found.multi_processor_count)
+    sizes = (num_rows, num_experts, num_columns, depth)
+    return native._C.grouped_gemm_plan(step, *sizes, gpu[:2], gpu[2], arch)
+
+
 def kernel_refusal(dtype: torch.dtype, num_experts: int, widths: dict[str, int]) -> str | None:
     """What the kernels want and do not get, or None where they can run."""
     if dtype not in KERNEL_DTYPES:
