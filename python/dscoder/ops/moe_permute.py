@@ -93,6 +93,8 @@ def kept_slots(row_TK: Tensor) -> Tensor:
 
 def sum_rows(y_MD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
     """The reference of moe_unpermute and, without weights, of the gradient of moe_permute."""
+    if not y_MD.numel():  # embedding_bag reads wild indices from a table without elements
+        return y_MD.new_zeros(row_TK.shape[0], y_MD.shape[1])
     dtype = accumulate_dtype(y_MD.dtype)
     slot = kept_slots(row_TK)
     num_kept_T = (row_TK >= 0).sum(dim=1)
