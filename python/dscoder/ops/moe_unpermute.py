@@ -74,9 +74,7 @@ def _forward_wide(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     return (gather_rows(y_MD, row_TK) * _kept_weight(weight_TK, row_TK)[..., None]).sum(dim=1)
 
 
-def _backward_wide(
-    grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward_wide(grad_TD: Tensor, y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
     grad_weight = (gather_rows(y_MD, row_TK) * grad_TD[:, None]).sum(dim=2)
     grad_rows = grad_TD[:, None] * _kept_weight(weight_TK, row_TK)[..., None]
     grad_y = y_MD.new_zeros(y_MD.shape[0] + 1, y_MD.shape[1])  # the last row takes what was dropped
