@@ -18,6 +18,7 @@ namespace balance {
 namespace {
 
 constexpr int kNumThreads = 256;
+constexpr int kFinishThreads = 512;  // at most: few blocks, each with many chunks to add up
 constexpr int kMaxExperts = kMoeGateMaxExperts;
 constexpr int kNumTerms = 3;
 
@@ -113,8 +114,8 @@ struct GroupTotals {
 
 __device__ __forceinline__ void add_chunks(const MoeBalanceParams& p, int sequence, int group,
                                            GroupTotals& totals) {
-    DSC_SHARED(float[kNumThreads], values);
-    DSC_SHARED(int[kNumThreads], counts);
+    DSC_SHARED(float[kFinishThreads], values);
+    DSC_SHARED(int[kFinishThreads], counts);
     const int width = p.num_experts / p.num_groups;
     const int num_counts = p.num_experts + p.num_groups;
     const int64_t first_chunk = static_cast<int64_t>(sequence) * p.num_chunks;
@@ -172,10 +173,10 @@ struct Factors {
     float expert, device, communication;  // from a count to the gradient of the term in a probability
 };
 
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kFinishThreads)
     moe_balance_finish_kernel(const MoeBalanceParams p, const Factors factors) {
     DSC_SHARED(GroupTotals, totals);
-    DSC_SHARED(float[kNumThreads / kWarpSize], values);
+    DSC_SHARED(float[kFinishThreads / kWarpSize], values);
     const int sequence = blockIdx.x / p.num_groups;
     const int group = blockIdx.x % p.num_groups;
     const int width = p.num_experts / p.num_groups;
@@ -207,11 +208,14 @@ __global__ void __launch_bounds__(kNumThreads)
     }
     if (not is_last_block(p.num_finished)) return;
     const volatile float* const group_terms = p.group_terms;  // other SMs wrote it: past this one's L1
+    float total[kNumTerms] = {};
+    for (int64_t i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+        DSC_UNROLL
+        for (int c = 0; c < kNumTerms; ++c) total[c] += group_terms[i * kNumTerms + c];
+    }
     DSC_UNROLL
     for (int c = 0; c < kNumTerms; ++c) {
-        float sum = 0.0f;
-        for (int64_t i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += group_terms[i * kNumTerms + c];
-        sum = block_sum(sum, values);
+        const float sum = block_sum(total[c], values);
         if (threadIdx.x == 0) p.terms[c] = sum;
     }
 }
@@ -275,12 +279,16 @@ void launch_moe_balance(const void* probs, FloatType dtype, const int32_t* idx, 
 }
 
 void launch_moe_balance_finish(const MoeBalanceParams& p, cudaStream_t stream) {
-    // As many threads as there are numbers to add up, within a block.
+    // A thread for each number that a block adds up, and enough for the last block to add up the others'
+    // terms.
+    constexpr int64_t kTermsPerWarp = 4096;
+    const int64_t num_blocks = static_cast<int64_t>(p.num_sequences) * p.num_groups;
     const int64_t num_numbers = static_cast<int64_t>(p.num_chunks) * (p.num_experts / p.num_groups);
-    const auto num_warps = ceil_div<int64_t>(std::min<int64_t>(num_numbers, balance::kNumThreads), kWarpSize);
-    const dim3 grid(static_cast<unsigned>(p.num_sequences) * static_cast<unsigned>(p.num_groups));
-    launch_overlapped(balance::moe_balance_finish_kernel, grid,
-                      dim3(static_cast<unsigned>(num_warps) * kWarpSize), 0, stream, p,
+    const int64_t num_warps =
+        std::min<int64_t>(std::max(ceil_div<int64_t>(num_numbers, kWarpSize), num_blocks / kTermsPerWarp),
+                          balance::kFinishThreads / kWarpSize);
+    launch_overlapped(balance::moe_balance_finish_kernel, dim3(static_cast<unsigned>(num_blocks)),
+                      dim3(static_cast<unsigned>(num_warps * kWarpSize)), 0, stream, p,
                       balance::factors_of(p));
 }
 

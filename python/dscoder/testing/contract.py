@@ -116,7 +116,7 @@ KERNELS = {
     "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=5120, wants={"ATOMS": 2}),
     "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
     "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_finish_kernel": Kernel(registers=40, shared=6192, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
+    "moe_balance_finish_kernel": Kernel(registers=40, shared=8272, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
     "moe_balance_backward_kernel<float>": Kernel(registers=40),
     "moe_balance_backward_kernel<__nv_bfloat16>": Kernel(registers=40),
     "moe_balance_backward_kernel<__half>": Kernel(registers=40),
