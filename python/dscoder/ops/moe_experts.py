@@ -5,6 +5,7 @@ SwiGLU to its sums, so that neither the rows in expert order nor anything betwee
 one's input is written but what the gradient reads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from dscoder.ops.moe_permute import PermuteHandle
 from dscoder.runtime import native
 
 OP = "moe_experts"
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def moe_experts(
@@ -127,7 +130,7 @@ def _hidden(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up).to(gate_up.dtype)
 
 
-def _forward_by(product: Any) -> Any:
+def _forward_by(product: Product) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The reference on grouped products of this kind."""
 
     def forward(
@@ -150,7 +153,7 @@ def _forward_by(product: Any) -> Any:
     return forward
 
 
-def _gate_up_gradient_by(product: Any) -> Any:
+def _gate_up_gradient_by(product: Product) -> Callable[..., Tensor]:
     """The reference of the gradient of [gate, up], on grouped products of this kind."""
 
     def backward(grad_MD: Tensor, down_EDF: Tensor, gate_up: Tensor, offsets_E: Tensor, _arch: str) -> Tensor:
