@@ -15,6 +15,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The value itself, of which the compiler knows nothing: what is computed from it is computed here, not ahead
+// of a loop and kept in registers that the loop needs.
+__device__ __forceinline__ int unhoisted(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Starts copying 16 bytes past L1; zeros instead where is_valid is false, and `global` is not read. Both
 // addresses are multiples of 16.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool is_valid) {

@@ -19,7 +19,7 @@ __device__ __forceinline__ typename S::T* staged_sums(typename S::T* ring) {
 // store(row, column, low, high) for each pair of sums that a thread holds, `column` the first's.
 template <typename S, typename Store>
 __device__ __forceinline__ void for_each_pair(const Accumulators<S>& acc, const Store& store) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int thread = unhoisted(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int first_row = warp / S::kWarpsN * S::kWarpM + lane / 4;
     const int first_column = warp % S::kWarpsN * S::kWarpN + 2 * (lane % 4);
     DSC_UNROLL
@@ -58,14 +58,15 @@ struct StagedWords {
     static_assert(S::kM * kRowItems % S::kNumThreads == 0);
 
     typename S::T* staged;
+    int thread = unhoisted(threadIdx.x);
 
-    static __device__ __forceinline__ int row(int item) {
-        return (static_cast<int>(threadIdx.x) + item * S::kNumThreads) / kRowItems;
+    __device__ __forceinline__ int row(int item) const {
+        return thread / kRowItems + item * (S::kNumThreads / kRowItems);
     }
     // Of the first word, in elements.
-    static __device__ __forceinline__ int column() {
+    __device__ __forceinline__ int column() const {
         static_assert(S::kNumThreads % kRowItems == 0);
-        return static_cast<int>(threadIdx.x) % kRowItems * kWords * kChunk;
+        return thread % kRowItems * kWords * kChunk;
     }
     __device__ __forceinline__ Word word(int item, int idx) const {
         return *reinterpret_cast<const Word*>(staged_word<S>(staged, row(item), column() / kChunk + idx));

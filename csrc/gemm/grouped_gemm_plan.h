@@ -18,8 +18,9 @@
 namespace dsc {
 
 constexpr int kGemmMaxExperts = 512;
-constexpr int kGemmDepthBlock = 64;                          // elements of the depth in one stage of a ring
-constexpr int kGroupTableBytes = 8 * (kGemmMaxExperts + 2);  // static shared memory of every kernel
+constexpr int kGemmDepthBlock = 64;  // elements of the depth in one stage of a ring
+constexpr int kGroupTableBytes = 8 * (kGemmMaxExperts + 2);
+constexpr int kStaticBytes = (kGroupTableBytes + 127) / 128 * 128;  // of shared memory, below an aligned ring
 
 enum class GemmArch { kAuto, kSm80, kSm90 };
 enum class GemmStep { kForward, kInputGradient, kSwiglu, kSwigluBackward, kWeightGradient };
@@ -36,6 +37,7 @@ struct GemmSizes {
     GemmStep step;
     int64_t num_rows;
     int num_experts, num_columns, depth;
+    bool gathers = false;  // rows of x by row_idx
 };
 
 // ---- what a device has ----
@@ -44,6 +46,7 @@ struct GemmDevice {
     int num_sms;
     int shared_per_sm, shared_per_block;  // bytes
     int multiply_adds, l2_bytes;          // of one SM in one cycle: by mma.sync; read by all SMs at once
+    bool is_sm90;
 };
 
 constexpr int kRegistersPerSm = 65536, kThreadsPerSm = 2048;
@@ -61,7 +64,8 @@ inline GemmDevice gemm_device(int major, int minor, int num_sms) {
             .multiply_adds = major == 9 ? 1280
                              : is_small ? 512
                                         : 1024,
-            .l2_bytes = major == 9 ? 32 : 40};
+            .l2_bytes = major == 9 ? 32 : 40,
+            .is_sm90 = major == 9};
 }
 
 // ---- what a tile takes ----
@@ -91,7 +95,7 @@ constexpr std::array<Sm80Tile, 3> kSm80Tiles{{
      .warps_m = 2,
      .warps_n = 2,
      .num_stages = 3,
-     .registers = 192},
+     .registers = 224},
     {.name = "128x256",
      .rows = 128,
      .columns = 256,
@@ -108,7 +112,7 @@ constexpr int first_sm80_tile(GemmStep step) {
 
 // 0: the tile does not fit the device.
 constexpr int blocks_per_sm(const Sm80Tile& tile, const GemmDevice& device) {
-    const int shared_bytes = tile.ring_bytes() + kGroupTableBytes;
+    const int shared_bytes = tile.ring_bytes() + kStaticBytes;
     if (shared_bytes > device.shared_per_block) return 0;
     const int registers = (tile.registers + 7) / 8 * 8 * tile.num_threads();
     return std::min({device.shared_per_sm / (shared_bytes + kSharedPerBlock), kRegistersPerSm / registers,
@@ -183,6 +187,8 @@ struct GemmPlan {
     int num_stages, cluster, num_threads, registers;
     int shared_bytes;               // dynamic; the table of groups comes on top
     int blocks_per_sm, num_blocks;  // 0: nothing to do
+    bool multicasts = false;        // sm90: what both blocks of a cluster need is brought once
+    int skew_blocks = 0;            // sm90: k blocks that one warpgroup is ahead of the other
 };
 
 inline GemmPlan sm80_plan(const GemmSizes& sizes, const GemmDevice& device, int tile_idx) {
@@ -190,7 +196,7 @@ inline GemmPlan sm80_plan(const GemmSizes& sizes, const GemmDevice& device, int 
     const int num_resident = blocks_per_sm(tile, device);
     const int64_t num_tiles = most_tiles(sizes, tile.rows, tile.columns);
     DSC_CHECK(num_resident > 0, "grouped_gemm: a tile of ", tile.name, " needs ",
-              tile.ring_bytes() + kGroupTableBytes, " bytes of shared memory, the device has ",
+              tile.ring_bytes() + kStaticBytes, " bytes of shared memory, the device has ",
               device.shared_per_block);
     DSC_CHECK(num_tiles < int64_t{1} << 30, "grouped_gemm: at most 2^30 tiles, got ", num_tiles, " of ",
               tile.name);
@@ -224,11 +230,129 @@ inline GemmPlan plan_sm80(const GemmSizes& sizes, const GemmDevice& device, std:
     return sm80_plan(sizes, device, best);
 }
 
+// ---- the kernels of sm_90a ----
+
+// Whether kAuto may choose them. They compile, and a model of their pipeline holds (tests/csrc), but no GPU
+// has run them: until one has, with `make gpu-check`, correctness comes first and arch="sm90" must be asked
+// for.
+constexpr bool kSm90IsProven = false;
+
+constexpr int kSm90Cluster = 2;           // blocks that share an operand
+constexpr int kSm90Threads = 3 * 128;     // one warpgroup loads, two multiply
+constexpr int kSm90StartRegisters = 168;  // of a thread, before the warpgroups divide them anew
+constexpr int kSm90LoadRegisters = 40, kSm90MultiplyRegisters = 232;
+constexpr int kSm90StaticBytes = 5120;  // the table of groups and the barriers, up to the ring's 1024
+constexpr int kSm90FewestStages = 3;    // to keep loads ahead of the products
+
+// A tile of wgmma: rows of x by lines of w. Swapped, for decoding: the lines are wgmma's rows, which come in
+// 64s, and a tile need not have more rows of x than an expert has.
+struct Sm90Tile {
+    const char* name;
+    int rows, columns, num_stages;
+    bool swaps;
+    int most_rows;  // an expert has on average, for the tile to be chosen
+
+    constexpr int stage_bytes() const { return (rows + columns) * kGemmDepthBlock * 2; }
+    constexpr int ring_bytes() const { return num_stages * stage_bytes(); }
+    constexpr int sums_per_thread() const { return rows * columns / (kSm90Threads - 128); }
+    // That a block asks of L2 for one block of the depth: one operand whole, of the other what the cluster
+    // does not share: two tiles of rows share their columns, two swapped ones their rows.
+    constexpr int l2_bytes(bool multicasts) const {
+        const int whole = swaps ? columns : rows, shared = rows + columns - whole;
+        return (whole + shared / (multicasts ? kSm90Cluster : 1)) * kGemmDepthBlock * 2;
+    }
+    // L2 to shared memory, in TB/s, at so many TFLOP/s. An H200 gives 5.5 to 6.
+    constexpr double l2_demand(double tflops, bool multicasts) const {
+        return tflops * l2_bytes(multicasts) / (2.0 * rows * columns * kGemmDepthBlock);
+    }
+};
+
+constexpr std::array<Sm90Tile, 4> kSm90Tiles{{
+    {.name = "32x128", .rows = 32, .columns = 128, .num_stages = 10, .swaps = true, .most_rows = 24},
+    {.name = "64x128", .rows = 64, .columns = 128, .num_stages = 8, .swaps = true, .most_rows = 48},
+    {.name = "64x256", .rows = 64, .columns = 256, .num_stages = 5, .swaps = false, .most_rows = 400},
+    {.name = "128x256", .rows = 128, .columns = 256, .num_stages = 4, .swaps = false, .most_rows = 1 << 30},
+}};
+
+// Decoding has no gradients; a weight gradient has its rows as depth.
+constexpr int first_sm90_tile(GemmStep step) {
+    if (step == GemmStep::kForward or step == GemmStep::kSwiglu) return 0;
+    return step == GemmStep::kWeightGradient ? 3 : 2;
+}
+
+// Registers, shared memory and stages.
+constexpr bool fits_sm90(const Sm90Tile& tile, const GemmDevice& device) {
+    constexpr int kBesidesSums = 96;  // addresses, descriptors, words on their way out
+    constexpr int kRegisters = 128 * (kSm90LoadRegisters + 2 * kSm90MultiplyRegisters);
+    static_assert(kRegisters <= kRegistersPerSm and kSm90Threads * kSm90StartRegisters <= kRegistersPerSm);
+    return tile.ring_bytes() + kSm90StaticBytes <= device.shared_per_block and
+           tile.sums_per_thread() + kBesidesSums <= kSm90MultiplyRegisters and
+           tile.num_stages >= kSm90FewestStages;
+}
+
+// A tile's name may end in /1 to /4, the steps by which a kernel is brought up on a GPU: 1 two stages, loads
+// of its own, warpgroups in step; 2 all stages; 3 multicast; 4 skew, which is also the plan without a step.
+inline GemmPlan sm90_plan(const GemmSizes& sizes, const GemmDevice& device, int tile_idx, int step) {
+    const Sm90Tile& tile = kSm90Tiles[tile_idx];
+    DSC_CHECK(fits_sm90(tile, device), "grouped_gemm: a tile of ", tile.name, " needs ",
+              tile.ring_bytes() + kSm90StaticBytes, " bytes of shared memory, the device has ",
+              device.shared_per_block);
+    const int64_t num_tiles = most_tiles(sizes, tile.rows, tile.columns);
+    DSC_CHECK(num_tiles < int64_t{1} << 30, "grouped_gemm: at most 2^30 tiles, got ", num_tiles, " of ",
+              tile.name);
+    const int64_t num_clusters = std::min<int64_t>(num_tiles, device.num_sms / kSm90Cluster);
+    return {.arch = GemmArch::kSm90,
+            .tile = tile.name,
+            .tile_idx = tile_idx,
+            .num_stages = step == 1 ? 2 : tile.num_stages,
+            .cluster = kSm90Cluster,
+            .num_threads = kSm90Threads,
+            .registers = kSm90StartRegisters,
+            .shared_bytes = tile.ring_bytes(),
+            .blocks_per_sm = 1,
+            .num_blocks = static_cast<int>(num_clusters) * kSm90Cluster,
+            .multicasts = step >= 3,
+            .skew_blocks = step >= 4 ? 2 : 0};
+}
+
+// Whether there is something to multiply, and a copy engine can bring it: the mma kernels write the zeros of
+// a product without depth, and gather rows.
+constexpr bool has_sm90(const GemmSizes& sizes, const GemmDevice& device) {
+    return device.is_sm90 and device.num_sms >= kSm90Cluster and not sizes.gathers and sizes.num_rows > 0 and
+           sizes.num_experts > 0 and sizes.num_columns > 0 and sizes.depth > 0;
+}
+
+inline GemmPlan plan_sm90(const GemmSizes& sizes, const GemmDevice& device, std::string_view wanted) {
+    int step = 4;
+    std::string_view name = wanted;
+    if (wanted.size() > 2 and wanted[wanted.size() - 2] == '/') {
+        step = wanted.back() - '0';
+        name.remove_suffix(2);
+    }
+    DSC_CHECK(step >= 1 and step <= 4, "grouped_gemm: a tile's step must be 1 to 4, got ", wanted);
+    const auto average = static_cast<int>(parts_of(sizes.num_rows, sizes.num_experts));
+    for (int idx = first_sm90_tile(sizes.step); idx < static_cast<int>(kSm90Tiles.size()); ++idx) {
+        const bool is_chosen =
+            name == "auto" ? average <= kSm90Tiles[idx].most_rows : name == kSm90Tiles[idx].name;
+        if (is_chosen) return sm90_plan(sizes, device, idx, step);
+    }
+    DSC_CHECK(false, "grouped_gemm: there is no tile of ", wanted, " for this step on sm90");
+    return {};
+}
+
 inline GemmPlan plan_gemm(const GemmSizes& sizes, const GemmDevice& device, const GemmChoice& choice) {
     DSC_CHECK(sizes.num_rows >= 0 and sizes.num_experts >= 0 and sizes.num_columns >= 0 and sizes.depth >= 0,
               "grouped_gemm: sizes must be >= 0, got ", sizes.num_rows, " rows, ", sizes.num_experts,
               " experts, ", sizes.num_columns, " columns, depth ", sizes.depth);
-    DSC_CHECK(choice.arch != GemmArch::kSm90, "grouped_gemm: this build has no kernels of arch sm90");
+    if (choice.arch == GemmArch::kSm90) {
+        DSC_CHECK(device.is_sm90, "grouped_gemm: arch sm90 needs compute capability 9.0 and a build for 90a");
+        DSC_CHECK(
+            not sizes.gathers,
+            "grouped_gemm: arch sm90 reads rows where they lie, got row_idx: permute x, or take arch sm80");
+    }
+    const bool takes_sm90 =
+        choice.arch == GemmArch::kSm90 or (choice.arch == GemmArch::kAuto and kSm90IsProven);
+    if (takes_sm90 and has_sm90(sizes, device)) return plan_sm90(sizes, device, choice.tile);
     return plan_sm80(sizes, device, choice.tile);
 }
 

@@ -8,25 +8,33 @@
 
 namespace dsc {
 
+constexpr int kElementBytes = 2;
+
+// Strides are in bytes, so that an address is one multiply-add of 32 by 32 bits onto 64; what a thread's
+// number gives is computed anew in each load, since the accumulators leave no registers to keep it in.
+template <typename T>
+__device__ __forceinline__ const T* advanced(const T* source, int num_rows, int row_bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(source) + int64_t{num_rows} * row_bytes);
+}
+
 // Rows with k contiguous, a fixed stride apart. A round of copies takes rows kRowStep apart.
 template <typename T, int kRows, int kNumThreads>
 struct StridedRows {
     using Map = CopyMap<Major::kK, kRows, kNumThreads>;
 
-    const T* source;       // of this thread's first chunk
-    int64_t round_stride;  // elements between its rounds
-    int num_valid;         // rounds whose row exists
+    const T* source;  // of this thread's first row
+    int round_bytes;  // between its rounds
+    int num_valid;    // rounds whose row exists
     int depth;
 
     __device__ __forceinline__ void load(T* operand, int k_block, int part) const {
-        const int row = Map::row(threadIdx.x), chunk = Map::chunk(threadIdx.x);
-        const int k = k_block * kTileK;
-        const bool is_inside = k + chunk * kChunk < depth;
+        const int thread = unhoisted(threadIdx.x), row = Map::row(thread), chunk = Map::chunk(thread);
+        const int k = k_block * kTileK + chunk * kChunk;
         DSC_UNROLL
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
-            const bool is_valid = is_inside and i < num_valid;
+            const bool is_valid = k < depth and i < num_valid;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       source + (is_valid ? i * round_stride + k : 0), is_valid);
+                       is_valid ? advanced(source, i, round_bytes) + k : source, is_valid);
         }
     }
 };
@@ -41,13 +49,13 @@ struct NumberedRows {
     int depth;
 
     __device__ __forceinline__ void load(T* operand, int k_block, int part) const {
-        const int row = Map::row(threadIdx.x), chunk = Map::chunk(threadIdx.x);
+        const int thread = unhoisted(threadIdx.x), row = Map::row(thread), chunk = Map::chunk(thread);
         const int k = k_block * kTileK + chunk * kChunk;
         DSC_UNROLL
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
             const bool is_valid = number[i] >= 0 and k < depth;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       source + (is_valid ? int64_t{number[i]} * depth + k : 0), is_valid);
+                       is_valid ? advanced(source, number[i], depth * kElementBytes) + k : source, is_valid);
         }
     }
 };
@@ -58,17 +66,17 @@ struct DepthRows {
     using Map = CopyMap<Major::kMN, kColumns, kNumThreads>;
 
     const T* source;  // of this thread's first chunk
-    int64_t row_stride;
+    int row_bytes;
     int depth;  // 0 where the thread's columns do not exist
 
     __device__ __forceinline__ void load(T* operand, int k_block, int part) const {
-        const int row = Map::row(threadIdx.x), chunk = Map::chunk(threadIdx.x);
+        const int thread = unhoisted(threadIdx.x), row = Map::row(thread), chunk = Map::chunk(thread);
         DSC_UNROLL
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
             const int k = k_block * kTileK + row + i * Map::kRowStep;
             const bool is_valid = k < depth;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       source + (is_valid ? k * row_stride : 0), is_valid);
+                       is_valid ? advanced(source, k, row_bytes) : source, is_valid);
         }
     }
 };
@@ -84,29 +92,26 @@ struct NumberedDepthRows {
 
     const T* source;  // of this thread's first column
     const int32_t* row_idx;
-    int num_source_rows, depth;
-    int64_t row_stride;
-    bool is_inside;  // whether the thread's columns exist
-    int coming;      // -1: none
+    int num_source_rows;  // 0 where the thread's columns do not exist
+    int row_bytes, depth;
+    int coming;
 
     __device__ __forceinline__ void fetch(int k_block) {
-        const int lane = threadIdx.x % kWarpSize;
-        const int warp_row = Map::row(threadIdx.x - lane);
+        const int lane = threadIdx.x % kWarpSize, warp_row = Map::row(threadIdx.x - lane);
         const int row = warp_row + lane % kRoundRows + lane / kRoundRows * Map::kRowStep;
         const int k = k_block * kTileK + row;
         coming = row < kTileK and k < depth ? row_idx[k] : -1;
-        if (coming >= num_source_rows) coming = -1;
     }
 
     __device__ __forceinline__ void load(T* operand, int k_block, int part) {
-        const int row = Map::row(threadIdx.x), chunk = Map::chunk(threadIdx.x);
-        const int own_row = threadIdx.x % kWarpSize / Map::kRowChunks;
+        const int thread = unhoisted(threadIdx.x), row = Map::row(thread), chunk = Map::chunk(thread);
         DSC_UNROLL
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
-            const int number = __shfl_sync(kAllLanes, coming, i * kRoundRows + own_row);
-            const bool is_valid = is_inside and number >= 0;
+            const int own_row = i * kRoundRows + thread % kWarpSize / Map::kRowChunks;
+            const int number = __shfl_sync(kAllLanes, coming, own_row);
+            const bool is_valid = number >= 0 and number < num_source_rows;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       source + (is_valid ? number * row_stride : 0), is_valid);
+                       is_valid ? advanced(source, number, row_bytes) : source, is_valid);
         }
         if (part == kNumParts - 1) fetch(k_block + 1);
     }
@@ -118,9 +123,8 @@ __device__ __forceinline__ StridedRows<T, kRows, kNumThreads> strided_rows(const
                                                                            int end, int step, int depth) {
     using Map = CopyMap<Major::kK, kRows, kNumThreads>;
     const int num_rounds = first < end ? ceil_div(end - first, step) : 0;
-    return {.source =
-                num_rounds > 0 ? matrix + int64_t{first} * depth + Map::chunk(threadIdx.x) * kChunk : matrix,
-            .round_stride = int64_t{step} * depth,
+    return {.source = num_rounds > 0 ? matrix + int64_t{first} * depth : matrix,
+            .round_bytes = step * depth * kElementBytes,
             .num_valid = min(num_rounds, Map::kRounds),
             .depth = depth};
 }
@@ -133,7 +137,7 @@ __device__ __forceinline__ DepthRows<T, kColumns, kNumThreads> depth_rows(const 
     const int first = column + Map::chunk(threadIdx.x) * kChunk;
     const bool is_inside = first < num_columns;
     return {.source = is_inside ? matrix + first : matrix,
-            .row_stride = num_columns,
+            .row_bytes = num_columns * kElementBytes,
             .depth = is_inside ? depth : 0};
 }
 

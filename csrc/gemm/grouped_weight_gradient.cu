@@ -44,13 +44,13 @@ struct WeightGradient {
         if constexpr (kGathers) {
             using Map = CopyMap<Major::kMN, S::kN, S::kNumThreads>;
             const int first = tile.column + Map::chunk(threadIdx.x) * kChunk;
-            NumberedDepthRows<T, S::kN, S::kNumThreads> columns{.source = first < p.depth ? x + first : x,
-                                                                .row_idx = p.row_idx + tile.first_row,
-                                                                .num_source_rows = p.num_source_rows,
-                                                                .depth = tile.depth,
-                                                                .row_stride = p.depth,
-                                                                .is_inside = first < p.depth,
-                                                                .coming = -1};
+            NumberedDepthRows<T, S::kN, S::kNumThreads> columns{
+                .source = first < p.depth ? x + first : x,
+                .row_idx = p.row_idx + tile.first_row,
+                .num_source_rows = first < p.depth ? p.num_source_rows : 0,
+                .row_bytes = p.depth * kElementBytes,
+                .depth = tile.depth,
+                .coming = -1};
             columns.fetch(0);
             return operands_of<S>(rows, columns);
         } else {
@@ -69,6 +69,7 @@ struct WeightGradient {
     __device__ __forceinline__ void stage(T* staged, const Accumulators<S>& acc,
                                           const ExpertTile& tile) const {
         if (is_staged()) return stage_sums<S>(staged, acc);
+        if (p.accumulates and tile.depth == 0) return;
         const int num_rows = p.num_columns - tile.row, num_columns = p.depth - tile.column;
         const int64_t first = first_element(tile);
         for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
@@ -102,8 +103,10 @@ void launch_grouped_weight_gradient(const GroupedWeightGradientParams& p, const 
                                      .num_rows = p.num_rows,
                                      .num_experts = p.num_experts,
                                      .num_columns = p.num_columns,
-                                     .depth = p.depth},
+                                     .depth = p.depth,
+                                     .gathers = p.row_idx != nullptr},
                                     current_gemm_device(), choice);
+    if (plan.arch == GemmArch::kSm90) return launch_grouped_weight_gradient_sm90(p, plan, stream);
     with_shape<kStep, Major::kMN, Major::kMN>(plan, p.type, [&]<typename S>() {
         if (p.row_idx != nullptr) return launch_job(plan, WeightGradient<S, true>{p}, stream);
         launch_job(plan, WeightGradient<S, false>{p}, stream);

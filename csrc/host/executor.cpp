@@ -67,13 +67,16 @@ int lane_idx() {
 }
 
 void start_copy(void* target, const void* source, bool is_valid, const Place& where) {
-    Copies& copies = running_grid("cp.async").running().copies;
+    Grid& grid = running_grid("cp.async");
     for (const void* const address : {static_cast<const void*>(target), source}) {
         if (reinterpret_cast<uintptr_t>(address) % Copies::kNumBytes != 0) {
             fail("cp.async: an address off its 16 bytes", where);
         }
     }
-    copies.start(target, source, is_valid);
+    if (not grid.is_shared(target, Copies::kNumBytes)) {
+        fail("cp.async: the target is not in the block's shared memory", where);
+    }
+    grid.running().copies.start(target, source, is_valid);
 }
 
 void commit_copies() {

@@ -168,8 +168,19 @@ void* Grid::find_shared(const void* key, size_t num_bytes, size_t alignment, con
                     " bytes and was launched with ", shape_.shared_bytes, " dynamic ones; the limits are ",
                     kMaxStaticSharedBytes, " declared, ", kMaxSharedBytes, " in all"));
     }
-    block.shared.push_back({key, poisoned_bytes(num_bytes, alignment)});
+    block.shared.push_back({key, poisoned_bytes(num_bytes, alignment), num_bytes});
     return block.shared.back().bytes.get();
+}
+
+bool Grid::is_shared(const void* address, size_t num_bytes) const {
+    const auto lies_in = [&](const void* begin, size_t size) {
+        const auto first = reinterpret_cast<uintptr_t>(begin), at = reinterpret_cast<uintptr_t>(address);
+        return at >= first and at + num_bytes <= first + size;
+    };
+    const Block& block = *running_->block;
+    if (lies_in(block.shared_dynamic.get(), shape_.shared_bytes)) return true;
+    return std::any_of(block.shared.begin(), block.shared.end(),
+                       [&](const SharedVariable& v) { return lies_in(v.bytes.get(), v.num_bytes); });
 }
 
 // ---- who runs next ----

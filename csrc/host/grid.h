@@ -89,6 +89,7 @@ using SharedBytes = std::unique_ptr<void, AlignedDelete>;
 struct SharedVariable {
     const void* key;
     SharedBytes bytes;
+    size_t num_bytes;
 };
 
 struct Block {
@@ -117,6 +118,7 @@ class Grid {
     void wait_for_grid(const Wait& wait);
     void wait_for_warp(const Wait& wait, void* frame, Complete complete);
     void* find_shared(const void* key, size_t num_bytes, size_t alignment, const char* name);
+    bool is_shared(const void* address, size_t num_bytes) const;  // the running block's
     void yield();
     void maybe_yield();
     Thread& running() { return *running_; }

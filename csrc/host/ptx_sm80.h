@@ -11,6 +11,10 @@
 
 namespace dsc {
 
+inline int unhoisted(int value) {
+    return value;
+}
+
 // The bytes are NaNs from here on until the thread waits for them: whoever reads too early sees it.
 inline void copy_async(void* shared, const void* global, bool is_valid, DSC_HERE) {
     host::start_copy(shared, global, is_valid, where);

@@ -1,5 +1,6 @@
 // Kernels that test the host executor, each behind a function that launches it. kernels.cu: right ones, one
-// per facility. faults.cu: wrong ones, each with a mistake that the executor must show.
+// per facility; ptx_kernels.cu: the same for the instructions of sm_80. faults.cu: wrong ones, each with a
+// mistake that the executor must show.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,23 @@ void to_bfloat16(const float* x, uint16_t* y, int num_values);
 void to_half(const float* x, uint16_t* y, int num_values);
 void from_bfloat16(const uint16_t* x, float* y, int num_values);
 void from_half(const uint16_t* x, float* y, int num_values);
+
+// ---- instructions of sm_80 ----
+void run_load_matrices(const uint16_t* matrices, uint32_t* registers, bool is_transposed);
+void run_multiply_add(const uint16_t* a, const uint16_t* b, float* acc, bool is_bfloat16);
+
+enum class Copying {
+    kWaited,
+    kUnwaited,
+    kOldestWaited,
+    kUncommitted,
+    kZeroFill,
+    kNeighbour,
+    kNeighbourUnsynced,
+    kMisaligned,
+    kIntoGlobal
+};
+void run_copies(const float* x, float* y, int num_threads, Copying kind);
 
 // ---- wrong ----
 // What a fault reads and writes is up to it; `x` and `y` hold num_values floats each.

@@ -127,6 +127,36 @@ void bind_warps(py::module_& module) {
     });
 }
 
+void bind_ptx(py::module_& module) {
+    py::enum_<Copying>(module, "Copying")
+        .value("WAITED", Copying::kWaited)
+        .value("UNWAITED", Copying::kUnwaited)
+        .value("OLDEST_WAITED", Copying::kOldestWaited)
+        .value("UNCOMMITTED", Copying::kUncommitted)
+        .value("ZERO_FILL", Copying::kZeroFill)
+        .value("NEIGHBOUR", Copying::kNeighbour)
+        .value("NEIGHBOUR_UNSYNCED", Copying::kNeighbourUnsynced)
+        .value("MISALIGNED", Copying::kMisaligned)
+        .value("INTO_GLOBAL", Copying::kIntoGlobal);
+    module.def("load_matrices", [](const In<uint16_t>& matrices, bool is_transposed) {
+        auto registers = zeros<uint32_t>(128);
+        run_load_matrices(matrices.data(), registers.mutable_data(), is_transposed);
+        return registers;
+    });
+    module.def("multiply_add",
+               [](const In<uint16_t>& a, const In<uint16_t>& b, const In<float>& acc, bool is_bfloat16) {
+                   In<float> sums({16, 8});
+                   std::copy_n(acc.data(), acc.size(), sums.mutable_data());
+                   run_multiply_add(a.data(), b.data(), sums.mutable_data(), is_bfloat16);
+                   return sums;
+               });
+    module.def("copies", [](const In<float>& x, Copying kind) {
+        auto y = zeros<float>(x.size());
+        run_copies(x.data(), y.mutable_data(), size_of(x) / 8, kind);
+        return y;
+    });
+}
+
 void bind_faults(py::module_& module) {
     py::list names;
     for (int i = 0; i < kNumFaults; ++i) names.append(kFaults[i].name);
@@ -157,5 +187,6 @@ PYBIND11_MODULE(_host_kernels, module) {
     bind_convert(module, "to_half", to_half);
     bind_convert(module, "from_bfloat16", from_bfloat16);
     bind_convert(module, "from_half", from_half);
+    bind_ptx(module);
     bind_faults(module);
 }

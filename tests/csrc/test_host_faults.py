@@ -81,7 +81,7 @@ def test_a_fault_is_an_error_under_every_order(host_kernels: ModuleType, fault: 
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("name", ["kernels.cu", "faults.cu"])
+@pytest.mark.parametrize("name", ["kernels.cu", "ptx_kernels.cu", "faults.cu"])
 def test_nvcc_compiles_the_same_kernels(tmp_path: Path, name: str) -> None:
     command = ["nvcc", "-std=c++20", "-arch=sm_80", f"-I{CSRC}", "-c", "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run([*command, str(HERE / name)], capture_output=True, text=True)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# Of a matrix product whose result is rounded once: 1 - 2<x, y> / (<x, x> + <y, y>), the measure of DeepGEMM.
+_PRODUCT_DISTANCE = {torch.float32: 1e-10, torch.bfloat16: 1e-5, torch.float16: 1e-6}
 _ONE_MINUS_COSINE = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
@@ -44,6 +46,17 @@ def assert_close(actual: Tensor, wanted: Tensor, *, dtype: torch.dtype | None = 
         assert distance <= _ONE_MINUS_COSINE[dtype], (
             f"1 - cosine is {distance:.3g}, wanted <= {_ONE_MINUS_COSINE[dtype]:.3g}"
         )
+
+
+def assert_product(actual: Tensor, wanted: Tensor) -> None:
+    """`assert_close`, and the distance over all elements that a product rounded once keeps to."""
+    assert_close(actual, wanted)
+    got, want = actual.detach().double(), wanted.detach().double().to(actual.device)
+    scale = (got.square() + want.square()).sum().item()
+    distance = (got - want).square().sum().item() / scale if scale else 0.0
+    assert distance <= _PRODUCT_DISTANCE[actual.dtype], (
+        f"distance {distance:.3g}, wanted <= {_PRODUCT_DISTANCE[actual.dtype]:.3g}"
+    )
 
 
 def assert_gradients(function: Callable[..., Any], *inputs: Tensor) -> None:

@@ -53,8 +53,48 @@ ROW_KERNELS = {
         for dtype in ("float", "__nv_bfloat16", "__half")
     },
 }
+
+
+def _grouped_gemm(job: str, tile: int, registers: int, *, transposed: str = "") -> dict[str, Kernel]:
+    """Rows of a grouped product on mma.sync, for both types; `transposed`: which operands lie with n or m
+    contiguous ("a", "b").
+
+    A warp multiplies its tile four times a stage and keeps the next fragments coming; a thread copies its
+    part of a stage at three places at least: ahead of a tile, behind it, and while it multiplies.
+    """
+    products, a_loads, b_loads, copies = {0: (4, 1, 2, 9), 1: (16, 2, 4, 12), 2: (32, 4, 4, 12)}[tile]
+    loads = {"a": 4 * a_loads, "b": 4 * b_loads}
+    num_turned = sum(loads[operand] for operand in transposed)
+    majors = ", ".join(f"(Major){int(operand in transposed)}" for operand in "ab")
+    wants = {
+        "LDSM.16.M88.4": sum(loads.values()) - num_turned,
+        "LDSM.16.MT88.4": num_turned,
+        "LDGSTS.E.BYPASS.LTC128B.128": 3 * copies,
+        "STG.E.128": 1,
+    }
+    return {
+        f"grouped_gemm_kernel<{job.format(f'TileShape<{dtype}, {tile}, {majors}>')}>": Kernel(
+            registers=registers, shared=4224, wants={product: 4 * products, **wants}
+        )
+        for dtype, product in (("__nv_bfloat16", "HMMA.16816.F32.BF16"), ("__half", "HMMA.16816.F32"))
+    }
+
+
+GEMM_REGISTERS = {0: 128, 1: 224, 2: 255}  # as in kSm80Tiles of csrc/gemm/grouped_gemm_plan.h
+GEMM_KERNELS = {
+    name: kernel
+    for tile, registers in GEMM_REGISTERS.items()
+    for job, transposed in (
+        *(("Product<{}>", ""), ("Swiglu<{}>", "")),
+        *(("Product<{}>", "b"), ("SwigluBackward<{}>", "b")),
+        *(("WeightGradient<{}, false>", "ab"), ("WeightGradient<{}, true>", "ab")),
+    )
+    if tile > 0 or not transposed  # the gradients have no tile for decoding
+    for name, kernel in _grouped_gemm(job, tile, registers, transposed=transposed).items()
+}
 KERNELS = {
     **ROW_KERNELS,
+    **GEMM_KERNELS,
     "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
     "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
         registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}

@@ -23,7 +23,8 @@ class Usage:
 def readable(symbol: str) -> str:
     """`moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>` from a mangled name."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|\b[a-z_0-9]+::", "", name).replace("> >", ">>")
+    name = re.sub(r"\(anonymous namespace\)::|\b[a-z_0-9]+::", "", name)
+    name = re.sub("> (?=>)", ">", name)
     depth, end = 0, len(name)
     for position, letter in enumerate(name):  # the parameter list opens outside all angle brackets
         depth += {"<": 1, ">": -1}.get(letter, 0)
