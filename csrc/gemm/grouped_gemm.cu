@@ -9,8 +9,10 @@ void launch_grouped_gemm(const GroupedGemmParams& p, const GemmChoice& choice, c
                                      .num_rows = p.num_rows,
                                      .num_experts = p.num_experts,
                                      .num_columns = p.num_columns,
-                                     .depth = p.depth},
+                                     .depth = p.depth,
+                                     .gathers = p.row_idx != nullptr},
                                     current_gemm_device(), choice);
+    if (plan.arch == GemmArch::kSm90) return launch_grouped_gemm_sm90(p, plan, stream);
     if (p.is_w_transposed) return launch_grouped_gemm_transposed(p, plan, stream);
     with_shape<kStep, Major::kK, Major::kK>(plan, p.type, [&]<typename S>() {
         launch_job(plan, Product<S>{{.p = p, .num_columns = p.num_columns}}, stream);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemm/grouped_gemm_epilogue.cuh"
+#include "gemm/swiglu.cuh"
 #include "gemm/tile_product_sm90.cuh"
 
 namespace dsc {
@@ -94,9 +95,64 @@ __device__ __forceinline__ void for_each_gate_up(const WarpgroupSums<S>& sums, c
     }
 }
 
-// store(m, n, value) for every sum of a swapped tile: rows of the tile are columns n of the result.
+// What is read in the epilogue is read for kBatch items before the first of them is written: the compiler
+// cannot know that they do not overlap.
+constexpr int kBatch = 4;
+
+// load(row, column) -> Old and store(row, column, word, old) for every word.
+template <typename S, typename Old, typename Load, typename Store>
+__device__ __forceinline__ void update_each_word(const WarpgroupSums<S>& sums, const Load& load,
+                                                 const Store& store) {
+    const SumsPlace place = sums_place<S>();
+    const int quad_column = place.column + 8 * (threadIdx.x % 4);
+    DSC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        DSC_UNROLL
+        for (int first = 0; first < S::kBlocksN; first += 4 * kBatch) {
+            Old old[kBatch];
+            DSC_UNROLL
+            for (int i = 0; i < kBatch; ++i) {
+                old[i] = load(place.row + 8 * half, quad_column + 8 * (first + 4 * i));
+            }
+            DSC_UNROLL
+            for (int i = 0; i < kBatch; ++i) {
+                const Word word = rounded_word<typename S::T, 1>(sums, first + 4 * i, half);
+                store(place.row + 8 * half, quad_column + 8 * (first + 4 * i), word, old[i]);
+            }
+        }
+    }
+}
+
+// load(row, column) -> float2 and store(row, column, sum) for every two neighbouring sums, with what was
+// loaded added to them. The four threads of a quad take eight columns of a row.
+template <typename S, typename Load, typename Store>
+__device__ __forceinline__ void update_each_two(const WarpgroupSums<S>& sums, const Load& load,
+                                                const Store& store) {
+    const SumsPlace place = sums_place<S>();
+    const int column = place.column + 2 * (threadIdx.x % 4);
+    DSC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        DSC_UNROLL
+        for (int first = 0; first < S::kBlocksN; first += 2 * kBatch) {
+            float2 old[2 * kBatch];
+            DSC_UNROLL
+            for (int i = 0; i < 2 * kBatch; ++i) {
+                old[i] = load(place.row + 8 * half, column + 8 * (first + i));
+            }
+            DSC_UNROLL
+            for (int i = 0; i < 2 * kBatch; ++i) {
+                const int at = 4 * (first + i) + 2 * half;
+                store(place.row + 8 * half, column + 8 * (first + i),
+                      make_float2(sums[at] + old[i].x, sums[at + 1] + old[i].y));
+            }
+        }
+    }
+}
+
+// store(m, line, low, high) for every two sums of a swapped tile, whose lines are columns of the result: low
+// of line `line`, high of line + 8.
 template <typename S, typename Store>
-__device__ __forceinline__ void for_each_pair_of_rows(const WarpgroupSums<S>& sums, const Store& store) {
+__device__ __forceinline__ void for_each_two_lines(const WarpgroupSums<S>& sums, const Store& store) {
     const SumsPlace place = sums_place<S>();
     DSC_UNROLL
     for (int block = 0; block < S::kBlocksN; ++block) {

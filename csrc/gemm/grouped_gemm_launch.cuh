@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/launch.h"
-#include "gemm/gemm.h"
+#include "gemm/gemm_sm90.h"
 #include "gemm/grouped_gemm_sm80.cuh"
 
 namespace dsc {
@@ -21,7 +21,9 @@ inline GemmDevice current_gemm_device() {
     read(major, cudaDevAttrComputeCapabilityMajor);
     read(minor, cudaDevAttrComputeCapabilityMinor);
     read(num_sms, cudaDevAttrMultiProcessorCount);
-    return gemm_device(major, minor, num_sms);
+    GemmDevice found = gemm_device(major, minor, num_sms);
+    found.is_sm90 = found.is_sm90 and has_gemm_sm90();
+    return found;
 #endif
 }
 

@@ -106,22 +106,22 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreadsSm
     extern __shared__ __align__(kRingAlignment) char ring[];
     __shared__ RingBarriers<S::kStages> barriers;
     __shared__ GroupTable table;
+    static_assert(sizeof(barriers) + sizeof(table) <= kSm90StaticBytes);
     if (threadIdx.x == 0) init_barriers(barriers);
     wait_for_previous_kernel();
     job.fill(table);
     cute::cluster_arrive_relaxed();
     cute::cluster_wait();  // both blocks' barriers are there
     if (threadIdx.x < kWarpgroup) {
-        cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+        cutlass::arch::warpgroup_reg_dealloc<kSm90LoadRegisters>();
         if (threadIdx.x == 0) load_tiles<S>(maps, job, table, barriers, ring, options);
     } else {
-        cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+        cutlass::arch::warpgroup_reg_alloc<kSm90MultiplyRegisters>();
         multiply_tiles<S>(job, table, barriers, ring, options);
     }
-    // The other block still arrives on this one's barriers and writes its stages.
+    // Neither block leaves while the other may still arrive on its barriers.
     __syncwarp();
-    cute::cluster_arrive_relaxed();
-    cute::cluster_wait();
+    cute::cluster_sync();
 }
 
 // ---- products over rows in expert order ----
@@ -218,21 +218,100 @@ struct ProductSm90
     __device__ __forceinline__ void store(const WarpgroupSums<S>& sums, const ProductTile& tile) const {
         const int num_columns = this->p.num_columns;
         if constexpr (kSwaps) {
-            for_each_pair_of_rows<S>(sums, [&](int m, int n, float low, float high) {
-                if (tile.row + m >= tile.end_row) return;
-                T* const row = static_cast<T*>(this->p.y) + int64_t{tile.row + m} * num_columns;
-                const int column = tile.column + n;
-                if (column < num_columns) row[column] = rounded<T>(low);
-                if (column + 8 < num_columns) row[column + 8] = rounded<T>(high);
+            for_each_two_lines<S>(sums, [&](int row, int line, float low, float high) {
+                if (tile.row + row >= tile.end_row) return;
+                T* const y = static_cast<T*>(this->p.y) + int64_t{tile.row + row} * num_columns;
+                const int column = tile.column + line;
+                if (column < num_columns) y[column] = rounded<T>(low);
+                if (column + 8 < num_columns) y[column + 8] = rounded<T>(high);
             });
         } else {
             for_each_word<S>(sums, [&](int row, int column, const Word& word) {
                 const int m = tile.row + row, n = tile.column + column;
-                if (m < tile.end_row and n < num_columns) {
-                    word_at<T>(this->p.y, int64_t{m} * num_columns + n) = word;
-                }
+                if (m >= tile.end_row or n >= num_columns) return;
+                word_at<T>(this->p.y, int64_t{m} * num_columns + n) = word;
             });
         }
+    }
+};
+
+// hidden = silu(gate) * up. Lines of w come as eight of gate and eight of up in turn, so that a thread holds
+// both of the same column.
+template <typename S, bool kSwaps = false>
+struct SwigluSm90 : RowsJob<S, GroupedSwigluParams, Form::kGateUp, kSwaps> {
+    using T = typename S::T;
+
+    __device__ __forceinline__ void store(const WarpgroupSums<S>& sums, const ProductTile& tile) const {
+        if constexpr (kSwaps) {
+            for_each_two_lines<S>(sums, [&](int row, int line, float gate, float up) {
+                store_one(tile.row + row, tile.end_row, tile.column + line / 16 * 8 + line % 16, gate, up);
+            });
+        } else {
+            for_each_gate_up<S>(sums, [&](int row, int column, const Word& gate, const Word& up) {
+                store_word(tile.row + row, tile.end_row, tile.column + column, gate, up);
+            });
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void store_word(int m, int end_row, int f, const Word& gate,
+                                               const Word& up) const {
+        const auto& p = this->p;
+        if (m >= end_row or f >= p.width) return;
+        word_at<T>(p.hidden, int64_t{m} * p.width + f) = swiglu<T>(gate, up);
+        if (p.gate_up == nullptr) return;
+        word_at<T>(p.gate_up, int64_t{2} * m * p.width + f) = gate;
+        word_at<T>(p.gate_up, (int64_t{2} * m + 1) * p.width + f) = up;
+    }
+
+    __device__ __forceinline__ void store_one(int m, int end_row, int f, float gate, float up) const {
+        const auto& p = this->p;
+        if (m >= end_row or f >= p.width) return;
+        const T gate_T = rounded<T>(gate), up_T = rounded<T>(up);
+        const float kept_gate = static_cast<float>(gate_T);
+        static_cast<T*>(p.hidden)[int64_t{m} * p.width + f] =
+            rounded<T>(static_cast<float>(up_T) * (kept_gate * sigmoid(kept_gate)));
+        if (p.gate_up == nullptr) return;
+        T* const kept = static_cast<T*>(p.gate_up) + int64_t{2} * m * p.width + f;
+        kept[0] = gate_T;
+        kept[p.width] = up_T;
+    }
+};
+
+// From grad_hidden = grad @ w, the gradients of gate and up.
+template <typename S>
+struct SwigluBackwardSm90 : RowsJob<S, GroupedSwigluBackwardParams, Form::kWeightDepth, false> {
+    using T = typename S::T;
+    struct GateUp {
+        Word gate, up;
+    };
+
+    __device__ __forceinline__ void store(const WarpgroupSums<S>& sums, const ProductTile& tile) const {
+        const auto& p = this->p;
+        const bool is_used = tile.group < p.num_experts;  // rows of no expert have no gate and up to read
+        const auto is_inside = [&](int row, int column) {
+            return tile.row + row < tile.end_row and tile.column + column < p.width;
+        };
+        const auto gate_at = [&](int row, int column) {
+            return int64_t{2} * (tile.row + row) * p.width + tile.column + column;
+        };
+        update_each_word<S, GateUp>(
+            sums,
+            [&](int row, int column) {
+                GateUp old{};
+                if (not is_used or not is_inside(row, column)) return old;
+                const int64_t at = gate_at(row, column);
+                old.gate = word_at<T>(p.gate_up, at);
+                old.up = word_at<T>(p.gate_up, at + p.width);
+                return old;
+            },
+            [&](int row, int column, const Word& grad, GateUp& old) {
+                if (not is_inside(row, column)) return;
+                const int64_t at = gate_at(row, column);
+                if (is_used) swiglu_backward<T>(grad, old.gate, old.up);
+                word_at<T>(p.grad_gate_up, at) = old.gate;
+                word_at<T>(p.grad_gate_up, at + p.width) = old.up;
+            });
     }
 };
 

@@ -50,8 +50,10 @@ void launch_grouped_swiglu(const GroupedSwigluParams& p, const GemmChoice& choic
                                      .num_rows = p.num_rows,
                                      .num_experts = p.num_experts,
                                      .num_columns = p.width,
-                                     .depth = p.depth},
+                                     .depth = p.depth,
+                                     .gathers = p.row_idx != nullptr},
                                     current_gemm_device(), choice);
+    if (plan.arch == GemmArch::kSm90) return launch_grouped_swiglu_sm90(p, plan, stream);
     with_shape<kStep, Major::kK, Major::kK>(plan, p.type, [&]<typename S>() {
         launch_job(plan, Swiglu<S>{{.p = p, .num_columns = p.width}}, stream);
     });

@@ -62,6 +62,7 @@ void launch_grouped_swiglu_backward(const GroupedSwigluBackwardParams& p, const 
                                      .num_columns = p.width,
                                      .depth = p.depth},
                                     current_gemm_device(), choice);
+    if (plan.arch == GemmArch::kSm90) return launch_grouped_swiglu_backward_sm90(p, plan, stream);
     with_shape<kStep, Major::kK, Major::kMN>(plan, p.type, [&]<typename S>() {
         launch_job(plan, SwigluBackward<S>{{.p = p, .num_columns = p.width}}, stream);
     });

@@ -27,11 +27,11 @@
 namespace dsc {
 
 constexpr int kLineBytes = 128;   // of the swizzle, and kTileK elements
-constexpr int kCluster = 2;       // blocks
+constexpr int kCluster = kSm90Cluster;
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kNumConsumers = 2;  // warpgroups
 constexpr int kNumThreadsSm90 = (1 + kNumConsumers) * kWarpgroup;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kNumThreadsSm90 == kSm90Threads);
 constexpr int kRingAlignment = 1024;  // eight lines: the swizzle repeats
 
 // A loop that the compiler leaves one.
