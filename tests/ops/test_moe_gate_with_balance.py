@@ -1,5 +1,7 @@
 """The fused op is its two parts: their values, their gradients together, their errors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +99,20 @@ def test_it_compiles_whole(rng: torch.Generator) -> None:
     actual, wanted = compiled(logits), loss(logits)
     assert_same(actual, wanted)
     assert_same(torch.autograd.grad(actual, logits)[0], torch.autograd.grad(wanted, logits)[0])
+
+
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("moe_gate", lambda x: ops.moe_gate(x, num_topk=2)[1]),
+        ("moe_gate_with_balance", lambda x: ops.moe_gate_with_balance(x, num_topk=2)[2]),
+        ("moe_balance_loss", lambda x: ops.moe_balance_terms(x, torch.zeros(6, 2, dtype=torch.int32))),
+    ],
+)
+def test_a_second_derivative_is_refused_not_wrong(op: str, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.ones(6, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"^{op}: the gradient must not be differentiated again"):
+        torch.autograd.grad(function(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize(

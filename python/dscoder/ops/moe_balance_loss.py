@@ -22,6 +22,7 @@ from dscoder.ops.library import (
     check_tensor,
     define_gradient,
     define_op,
+    refuse_second_derivative,
 )
 from dscoder.runtime import native
 
@@ -207,6 +208,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("moe_balance_loss")
     (load_3BE,) = ctx.saved_tensors
     grad_probs = torch.ops.dscoder.moe_balance_loss_backward.default(
         grad_terms, load_3BE, ctx.num_tokens, ctx.dtype

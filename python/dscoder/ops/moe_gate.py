@@ -16,6 +16,7 @@ from dscoder.ops.library import (
     check_tensor,
     define_gradient,
     define_op,
+    refuse_second_derivative,
 )
 from dscoder.ops.moe_balance_loss import (
     balance_buffers,
@@ -184,6 +185,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_weight_TK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("moe_gate")
     logits_TE, idx_TK = ctx.saved_tensors
     grad_logits = torch.ops.dscoder.moe_gate_backward.default(
         grad_weight_TK, logits_TE, idx_TK, ctx.scale, ctx.renormalize
@@ -304,6 +306,7 @@ def _balanced_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _balanced_differentiate(
     ctx: Any, grad_weight_TK: Tensor, _idx: Tensor, grad_terms: Tensor, _load: Tensor
 ) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("moe_gate_with_balance")
     grad_logits = torch.ops.dscoder.moe_gate_with_balance_backward.default(
         grad_weight_TK, grad_terms, *ctx.saved_tensors, ctx.scale, ctx.renormalize
     )
