@@ -96,26 +96,27 @@ __global__ void __launch_bounds__(Job::S::kNumThreads, Job::S::kMinBlocks)
     wait_for_previous_kernel();
     fill_groups(table, job.p.offsets, job.p.num_experts, job.p.num_rows,
                 [](int num_rows) { return ceil_div(num_rows, S::kM); });
-    const int num_tiles = job.num_tiles(table);
     int idx = blockIdx.x;
-    if (idx >= num_tiles) return;
+    bool has_tile = idx < job.num_tiles(table);
+    if (not has_tile) return;
     auto tile = job.find(table, idx);
     auto source = job.operands(tile);
     start_tile<S>(ring, ceil_div(job.depth_of(tile), kTileK), source);
-    while (idx < num_tiles) {
+    while (has_tile) {
         Accumulators<S> acc;
         multiply_tile<S>(acc, ring, ceil_div(job.depth_of(tile), kTileK), source);
         __syncthreads();  // nobody reads the ring any more
         const auto done = tile;
         idx += gridDim.x;
-        if (idx < num_tiles) {
+        has_tile = idx < job.num_tiles(table);
+        if (has_tile) {
             tile = job.find(table, idx);
             source = job.operands(tile);
         } else {
             let_next_kernel_start();
         }
         job.stage(staged_sums<S>(ring), acc, done);
-        if (idx < num_tiles) start_tile<S>(ring, ceil_div(job.depth_of(tile), kTileK), source);
+        if (has_tile) start_tile<S>(ring, ceil_div(job.depth_of(tile), kTileK), source);
         __syncthreads();
         job.store(staged_sums<S>(ring), done);
         __syncthreads();

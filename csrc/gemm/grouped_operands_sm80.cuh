@@ -11,10 +11,12 @@ namespace dsc {
 constexpr int kElementBytes = 2;
 
 // Strides are in bytes, so that an address is one multiply-add of 32 by 32 bits onto 64; what a thread's
-// number gives is computed anew in each load, since the accumulators leave no registers to keep it in.
+// number gives is computed anew in each load, since the accumulators leave no registers to keep it in. A copy
+// of what does not exist may have any address.
 template <typename T>
 __device__ __forceinline__ const T* advanced(const T* source, int num_rows, int row_bytes) {
-    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(source) + int64_t{num_rows} * row_bytes);
+    const auto offset = static_cast<uintptr_t>(int64_t{num_rows} * row_bytes);
+    return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(source) + offset);
 }
 
 // Rows with k contiguous, a fixed stride apart. A round of copies takes rows kRowStep apart.
@@ -34,7 +36,7 @@ struct StridedRows {
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
             const bool is_valid = k < depth and i < num_valid;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       is_valid ? advanced(source, i, round_bytes) + k : source, is_valid);
+                       advanced(source + k, i, round_bytes), is_valid);
         }
     }
 };
@@ -55,7 +57,7 @@ struct NumberedRows {
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
             const bool is_valid = number[i] >= 0 and k < depth;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       is_valid ? advanced(source, number[i], depth * kElementBytes) + k : source, is_valid);
+                       advanced(source + k, number[i], depth * kElementBytes), is_valid);
         }
     }
 };
@@ -75,8 +77,8 @@ struct DepthRows {
         for (int i = Map::first_round(part); i < Map::first_round(part + 1); ++i) {
             const int k = k_block * kTileK + row + i * Map::kRowStep;
             const bool is_valid = k < depth;
-            copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       is_valid ? advanced(source, k, row_bytes) : source, is_valid);
+            copy_async(operand + Map::place(row + i * Map::kRowStep, chunk), advanced(source, k, row_bytes),
+                       is_valid);
         }
     }
 };
@@ -111,7 +113,7 @@ struct NumberedDepthRows {
             const int number = __shfl_sync(kAllLanes, coming, own_row);
             const bool is_valid = number >= 0 and number < num_source_rows;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       is_valid ? advanced(source, number, row_bytes) : source, is_valid);
+                       advanced(source, number, row_bytes), is_valid);
         }
         if (part == kNumParts - 1) fetch(k_block + 1);
     }

@@ -7,8 +7,12 @@ namespace dsc {
 namespace {
 
 struct ExpertTile {
-    int expert, row, column;
+    int idx;
     int first_row, depth;  // the expert's rows
+};
+
+struct ExpertPlace {
+    int expert, row, column;
 };
 
 // The result of the elements' type that is not accumulated goes through shared memory in words; float32 and
@@ -23,27 +27,31 @@ struct WeightGradient {
         return p.num_experts * ceil_div(p.num_columns, S::kM) * ceil_div(p.depth, S::kN);
     }
 
-    __device__ __forceinline__ ExpertTile find(const GroupTable& table, int idx) const {
-        const int num_row_tiles = ceil_div(p.num_columns, S::kM);
+    // Computed anew where it is used: kept over the product, it would take registers that are not there.
+    __device__ __forceinline__ ExpertPlace place_of(const ExpertTile& tile) const {
+        const int idx = unhoisted(tile.idx), num_row_tiles = ceil_div(p.num_columns, S::kM);
         const int num_expert_tiles = num_row_tiles * ceil_div(p.depth, S::kN);
         const int expert = idx / num_expert_tiles, place = idx - expert * num_expert_tiles;
+        return {
+            .expert = expert, .row = place % num_row_tiles * S::kM, .column = place / num_row_tiles * S::kN};
+    }
+
+    __device__ __forceinline__ ExpertTile find(const GroupTable& table, int idx) const {
+        const int expert = idx / (ceil_div(p.num_columns, S::kM) * ceil_div(p.depth, S::kN));
         const int first_row = table.first_row[expert];
-        return {.expert = expert,
-                .row = place % num_row_tiles * S::kM,
-                .column = place / num_row_tiles * S::kN,
-                .first_row = first_row,
-                .depth = table.first_row[expert + 1] - first_row};
+        return {.idx = idx, .first_row = first_row, .depth = table.first_row[expert + 1] - first_row};
     }
 
     __device__ __forceinline__ int depth_of(const ExpertTile& tile) const { return tile.depth; }
 
     __device__ __forceinline__ auto operands(const ExpertTile& tile) const {
+        const ExpertPlace place = place_of(tile);
         const T* const grad = static_cast<const T*>(p.grad) + int64_t{tile.first_row} * p.num_columns;
-        const auto rows = depth_rows<T, S::kM, S::kNumThreads>(grad, tile.row, p.num_columns, tile.depth);
+        const auto rows = depth_rows<T, S::kM, S::kNumThreads>(grad, place.row, p.num_columns, tile.depth);
         const T* const x = static_cast<const T*>(p.x);
         if constexpr (kGathers) {
             using Map = CopyMap<Major::kMN, S::kN, S::kNumThreads>;
-            const int first = tile.column + Map::chunk(threadIdx.x) * kChunk;
+            const int first = place.column + Map::chunk(threadIdx.x) * kChunk;
             NumberedDepthRows<T, S::kN, S::kNumThreads> columns{
                 .source = first < p.depth ? x + first : x,
                 .row_idx = p.row_idx + tile.first_row,
@@ -54,24 +62,25 @@ struct WeightGradient {
             columns.fetch(0);
             return operands_of<S>(rows, columns);
         } else {
-            return operands_of<S>(
-                rows, depth_rows<T, S::kN, S::kNumThreads>(x + int64_t{tile.first_row} * p.depth, tile.column,
-                                                           p.depth, tile.depth));
+            return operands_of<S>(rows,
+                                  depth_rows<T, S::kN, S::kNumThreads>(x + int64_t{tile.first_row} * p.depth,
+                                                                       place.column, p.depth, tile.depth));
         }
     }
 
     __device__ __forceinline__ bool is_staged() const { return not p.is_float32 and not p.accumulates; }
 
-    __device__ __forceinline__ int64_t first_element(const ExpertTile& tile) const {
-        return (int64_t{tile.expert} * p.num_columns + tile.row) * p.depth + tile.column;
+    __device__ __forceinline__ int64_t first_element(const ExpertPlace& place) const {
+        return (int64_t{place.expert} * p.num_columns + place.row) * p.depth + place.column;
     }
 
     __device__ __forceinline__ void stage(T* staged, const Accumulators<S>& acc,
                                           const ExpertTile& tile) const {
         if (is_staged()) return stage_sums<S>(staged, acc);
         if (p.accumulates and tile.depth == 0) return;
-        const int num_rows = p.num_columns - tile.row, num_columns = p.depth - tile.column;
-        const int64_t first = first_element(tile);
+        const ExpertPlace place = place_of(tile);
+        const int num_rows = p.num_columns - place.row, num_columns = p.depth - place.column;
+        const int64_t first = first_element(place);
         for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
             if (row >= num_rows or column >= num_columns) return;
             const int64_t at = first + int64_t{row} * p.depth + column;
@@ -89,8 +98,9 @@ struct WeightGradient {
 
     __device__ __forceinline__ void store(T* staged, const ExpertTile& tile) const {
         if (not is_staged()) return;
-        store_words<S>(staged, p.grad_w, first_element(tile), p.num_columns - tile.row, p.depth - tile.column,
-                       p.depth);
+        const ExpertPlace place = place_of(tile);
+        store_words<S>(staged, p.grad_w, first_element(place), p.num_columns - place.row,
+                       p.depth - place.column, p.depth);
     }
 };
 

@@ -85,7 +85,7 @@ def rows_of(case: Case, rng: torch.Generator, width: int) -> Rows:
 
 def product_of(case: Case, rows: Tensor, w_ENK: Tensor) -> Tensor:
     """In float64; zeros for rows of no expert."""
-    parts = [x @ w.double().T for x, w in zip(rows.split(case.counts), w_ENK, strict=True)]
+    parts = [x @ w.double().T for x, w in zip(torch.split(rows, list(case.counts)), w_ENK, strict=True)]
     return torch.cat([*parts, torch.zeros(case.num_unowned, w_ENK.shape[1], dtype=torch.float64)])
 
 
@@ -121,7 +121,7 @@ def swiglu(host_ops: ModuleType, case: Case, *, keeps_gate_up: bool = True) -> T
     host_ops.grouped_swiglu_forward(*tensors, "sm80", case.tile)
     assert_guards_whole(memory, gate_up_memory)
     wanted = product_of(case, rows.meant, w_EFK)
-    gate, up = wanted.to(case.dtype).double().split(width, dim=1)
+    gate, up = torch.split(wanted.to(case.dtype).double(), width, dim=1)
     compare.assert_product(hidden_MF, silu(gate) * up)
     assert not hidden_MF[case.num_owned :].any()
     if keeps_gate_up:
@@ -142,7 +142,7 @@ def swiglu_backward(host_ops: ModuleType, case: Case) -> Tensor:
     host_ops.grouped_swiglu_backward(grad_MD, w_EDF, gate_up_MF, out_MF, case.offsets, "sm80", case.tile)
     assert_guards_whole(memory)
     leaf = gate_up_MF[: case.num_owned].double().requires_grad_()
-    gate, up = leaf.split(width, dim=1)
+    gate, up = torch.split(leaf, width, dim=1)
     grad_hidden = product_of(case, grad_MD[: case.num_owned].double(), w_EDF.transpose(1, 2))
     (silu(gate) * up).backward(grad_hidden[: case.num_owned].to(case.dtype).double())
     assert leaf.grad is not None
@@ -166,8 +166,8 @@ def weight_gradient(
     tensors = (grad_MN, rows.x, out_ENK, case.offsets, rows.row_idx)
     host_ops.grouped_gemm_weight_gradient(*tensors, accumulates, "sm80", case.tile)
     assert_guards_whole(memory)
-    grads = grad_MN[: case.num_owned].double().split(case.counts)
-    for e, (grad, x) in enumerate(zip(grads, rows.meant.split(case.counts), strict=True)):
+    grads = torch.split(grad_MN[: case.num_owned].double(), list(case.counts))
+    for e, (grad, x) in enumerate(zip(grads, torch.split(rows.meant, list(case.counts)), strict=True)):
         wanted[e] += grad.T @ x
     compare.assert_product(out_ENK, wanted)
     is_empty = torch.tensor(case.counts) == 0
