@@ -48,8 +48,9 @@ def test_importing_needs_no_cuda_library() -> None:
         assert library not in needed
 
 
-def test_the_gate_has_a_kernel() -> None:
-    assert "moe_gate" in native.kernel_ops()
+def test_ops_with_kernels_are_known_by_their_own_names() -> None:
+    assert {"moe_gate", "grouped_gemm", "moe_experts"} <= native.kernel_ops()
+    assert "grouped_swiglu" not in native.kernel_ops()
 
 
 def build_of(monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]) -> None:

@@ -291,7 +291,7 @@ def test_pieces_of_equal_size_are_the_reference(
 def test_kernels_refuse_what_they_cannot_do(
     dtype: torch.dtype, num_experts: int, widths: dict[str, int], wanted: str | None
 ) -> None:
-    assert kernel_refusal(dtype, num_experts, widths) == wanted
+    assert kernel_refusal(dtype, num_experts, **widths) == wanted
 
 
 def test_weights_are_copied_only_where_they_lie_in_neither_form(rng: torch.Generator) -> None:

@@ -8,19 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dscoder.ops.library import (
+    ARCHS,
     FLOATS,
     accumulate_dtype,
     aligned,
+    check_arch,
     check_devices,
     check_shape,
     check_tensor,
     define_gradient,
     define_op,
+    gpu_of,
     refuse_second_derivative,
 )
 from dscoder.runtime import native
 
-ARCHS = ("auto", "sm80", "sm90", "reference")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_MULTIPLE = 8  # elements in the 16 bytes that the kernels copy at once
 KERNEL_EXPERTS = 512
@@ -48,7 +50,8 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = 
     check_shape(op, "w", w_ENK, (*w_ENK.shape[:2], x_MK.shape[1]))
     check_shape(op, "offsets", offsets_E, (w_ENK.shape[0],))
     check_devices(op, x=x_MK, w=w_ENK, offsets=offsets_E)
-    check_arch(op, arch, x_MK, num_experts=w_ENK.shape[0], N=w_ENK.shape[1], K=w_ENK.shape[2])
+    num_experts, num_columns, depth = w_ENK.shape
+    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK.dtype, num_experts, N=num_columns, K=depth))
     y_MN: Tensor = torch.ops.dscoder.grouped_gemm.default(x_MK, w_ENK, offsets_E, arch)
     return y_MN
 
@@ -79,7 +82,7 @@ def grouped_gemm_weight_gradient(
     check_shape(op, "x", x_MK, (grad_MN.shape[0], x_MK.shape[1]))
     check_devices(op, grad=grad_MN, x=x_MK, offsets=offsets_E)
     num_experts, num_columns, depth = offsets_E.shape[0], grad_MN.shape[1], x_MK.shape[1]
-    check_arch(op, arch, x_MK, num_experts=num_experts, N=num_columns, K=depth)
+    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK.dtype, num_experts, N=num_columns, K=depth))
     dtypes = tuple({x_MK.dtype: None, accumulate_dtype(x_MK.dtype): None})
     if out is None:
         if accumulate:
@@ -126,19 +129,17 @@ def grouped_gemm_plan(
     op = "grouped_gemm_plan"
     if arch not in ARCHS:
         raise ValueError(f"{op}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    refusal = kernel_refusal(dtype, num_experts, {"N": num_columns, "K": depth})
+    refusal = kernel_refusal(dtype, num_experts, N=num_columns, K=depth)
     if refusal is not None and arch in ("sm80", "sm90"):
         raise ValueError(f"{op}: arch {arch} wants {refusal}")
     if refusal is not None or arch == "reference":
         return {"arch": "reference", "wanted": refusal or "arch"}
-    if gpu is None:
-        found = torch.cuda.get_device_properties()
-        gpu = (found.major, found.minor, found.multi_processor_count)
+    gpu = gpu_of(None) if gpu is None else gpu
     sizes = (num_rows, num_experts, num_columns, depth)
     return native._C.grouped_gemm_plan(step, *sizes, gpu[:2], gpu[2], arch)
 
 
-def kernel_refusal(dtype: torch.dtype, num_experts: int, widths: dict[str, int]) -> str | None:
+def kernel_refusal(dtype: torch.dtype, num_experts: int, **widths: int) -> str | None:
     """What the kernels want and do not get, or None where they can run."""
     if dtype not in KERNEL_DTYPES:
         wanted = " or ".join(str(kind).removeprefix("torch.") for kind in KERNEL_DTYPES)
@@ -151,24 +152,27 @@ def kernel_refusal(dtype: torch.dtype, num_experts: int, widths: dict[str, int])
     return None
 
 
-def check_arch(op: str, arch: str, x: Tensor, *, num_experts: int, **widths: int) -> None:
-    """ValueError unless `arch` is one of ARCHS and, if it names kernels, they can do this call."""
-    if arch not in ARCHS:
-        raise ValueError(f"{op}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    if arch in ("auto", "reference"):
-        return
-    if x.device.type != "cuda":
-        raise ValueError(f"{op}: arch must be auto or reference on {x.device.type}, got {arch}")
-    refusal = kernel_refusal(x.dtype, num_experts, widths)
-    if refusal is not None:
-        raise ValueError(f"{op}: arch {arch} wants {refusal}")
-
-
 def runs_reference(arch: str, x: Tensor, num_experts: int, **widths: int) -> bool:
     """Whether a call on a GPU runs the reference: it was asked for, or the kernels cannot."""
-    return arch == "reference" or (
-        arch == "auto" and kernel_refusal(x.dtype, num_experts, widths) is not None
-    )
+    is_refused = kernel_refusal(x.dtype, num_experts, **widths) is not None
+    return arch == "reference" or (arch == "auto" and is_refused)
+
+
+def rows_of(x: Tensor, token_M: Tensor | None) -> Tensor:
+    """The rows of x that the map names, or x where there is no map."""
+    return x if token_M is None else x.index_select(0, token_M)
+
+
+def loaded_rows(
+    step: str, x: Tensor, token_M: Tensor | None, widths_ENK: tuple[int, int, int], arch: str
+) -> tuple[Tensor, Tensor | None]:
+    """x and the map as kernels take them: those of sm_90 read rows where they lie, so they get a copy."""
+    if token_M is not None:
+        names = ("num_experts", "num_columns", "depth")
+        sizes = {"num_rows": token_M.shape[0], **dict(zip(names, widths_ENK, strict=True))}
+        if grouped_gemm_plan(step, **sizes, dtype=x.dtype, gpu=gpu_of(x.device), arch=arch)["arch"] == "sm90":
+            return aligned(rows_of(x, token_M)), None
+    return aligned(x), token_M
 
 
 # ---- references ----
@@ -223,11 +227,6 @@ def _write_by_expert(
 
 def _forward(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, _arch: str) -> Tensor:
     return product_by_expert(x_MK, w_ENK, offsets_E)
-
-
-def rows_of(x: Tensor, token_M: Tensor | None) -> Tensor:
-    """The rows of x that the map names, or x where there is no map."""
-    return x if token_M is None else x.index_select(0, token_M)
 
 
 # ---- on a GPU, what the kernels cannot do: the same in a number of products that no offset decides ----
@@ -329,8 +328,9 @@ def _write_kernel(
     num_experts, num_columns, depth = out_ENK.shape
     if runs_reference(arch, x, num_experts, N=num_columns, K=depth):
         return _write_in_pieces(out_ENK, grad_MN, rows_of(x, token_M), offsets_E, accumulate)
+    x, token_M = loaded_rows("weight_gradient", x, token_M, (num_experts, num_columns, depth), arch)
     native._C.grouped_gemm_weight_gradient(
-        *(aligned(grad_MN), aligned(x), out_ENK, offsets_E.contiguous(), token_M, accumulate, arch)
+        *(aligned(grad_MN), x, out_ENK, offsets_E.contiguous(), token_M, accumulate, arch)
     )
 
 

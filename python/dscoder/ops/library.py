@@ -17,6 +17,7 @@ from dscoder.runtime import native
 LIBRARY: Any = torch.library.Library("dscoder", "DEF")  # type: ignore[no-untyped-call]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ARCHS = ("auto", "sm80", "sm90", "reference")
 
 
 def define_op(
@@ -108,3 +109,30 @@ def check_at_least(op: str, argument: str, value: int, minimum: int) -> None:
         raise TypeError(f"{op}: {argument} must be int, got {type(value).__name__}")
     if not value >= minimum:
         raise ValueError(f"{op}: {argument} must be >= {minimum}, got {value}")
+
+
+def check_arch(op: str, arch: str, x: Tensor, refusal: Callable[[], str | None]) -> None:
+    """ValueError unless `arch` is one of ARCHS and, if it names kernels, they can do the call.
+
+    `refusal()` is what they want and do not get, or None.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"{op}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+    if arch in ("auto", "reference"):
+        return
+    if x.device.type != "cuda":
+        raise ValueError(f"{op}: arch must be auto or reference on {x.device.type}, got {arch}")
+    wanted = refusal()
+    if wanted is not None:
+        raise ValueError(f"{op}: arch {arch} wants {wanted}")
+
+
+def gpu_of(device: torch.device | None) -> tuple[int, int, int]:
+    """(major, minor, number of SMs) of a GPU, default the current one.
+
+    A CPU, where kernels run in the host executor, counts as one SM of sm_80.
+    """
+    if device is not None and device.type == "cpu":
+        return 8, 0, 1
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.minor, found.multi_processor_count

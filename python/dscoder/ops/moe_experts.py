@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dscoder.ops.grouped_gemm import (
-    check_arch,
+    kernel_refusal,
+    loaded_rows,
     product_by_expert,
     product_in_pieces,
     rows_of,
@@ -24,6 +25,7 @@ from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
     aligned,
+    check_arch,
     check_devices,
     check_shape,
     check_tensor,
@@ -56,8 +58,9 @@ def moe_experts(
     out zero.
 
     `gathers`: the first product reads the tokens where they lie (True), or from a copy in expert order
-    (False). Default: as is quicker, which is the copy in the reference and no copy in the kernels. `arch` as
-    in `grouped_gemm`: kernels take bfloat16 and float16, D and F multiples of 8 and at most 512 experts.
+    that is kept for the gradient (False). Default: True for kernels, of which those of sm_90 make a copy as
+    they need it and keep none, False for the reference. `arch` as in `grouped_gemm`: kernels take bfloat16
+    and float16, D and F multiples of 8 and at most 512 experts.
 
     [gate, up] and the network's hidden rows are rounded to x's dtype, what is between them is float32.
 
@@ -76,7 +79,7 @@ def moe_experts(
     check_shape(OP, "gate_up", gate_up_EFD, (num_experts, 2 * expert_width, width))
     check_shape(OP, "offsets", offsets_E, (num_experts,))
     check_devices(OP, x=x_TD, gate_up=gate_up_EFD, down=down_EDF, offsets=offsets_E)
-    check_arch(OP, arch, x_TD, num_experts=num_experts, D=width, F=expert_width)
+    check_arch(OP, arch, x_TD, lambda: kernel_refusal(x_TD.dtype, num_experts, D=width, F=expert_width))
     weights = (gate_up_EFD, down_EDF)
     if not isinstance(handle, PermuteHandle):
         return _experts(x_TD, *weights, offsets_E, None, None, arch)
@@ -193,8 +196,9 @@ def _forward_kernel(
     y_MD, gate_up, kept_hidden = _forward_fake(*args)
     hidden = kept_hidden if keeps else x.new_empty(y_MD.shape[0], expert_width)
     offsets_E = offsets_E.contiguous()
+    x, token_M = loaded_rows("swiglu", x, token_M, (num_experts, expert_width, width), arch)
     native._C.grouped_swiglu_forward(
-        *(aligned(x), aligned(gate_up_EFD), hidden, gate_up if keeps else None, offsets_E, token_M, arch)
+        *(x, aligned(gate_up_EFD), hidden, gate_up if keeps else None, offsets_E, token_M, arch)
     )
     down, is_transposed = stored_weights(down_EDF)
     native._C.grouped_gemm_forward(hidden, down, y_MD, offsets_E, None, is_transposed, arch)
