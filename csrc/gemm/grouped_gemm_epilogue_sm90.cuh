@@ -5,6 +5,7 @@
 // keeps all of shared memory, and one warpgroup stores while the other multiplies (kSkewBlocks).
 #pragma once
 
+#include "core/ptx_sm90.cuh"
 #include "gemm/grouped_gemm_epilogue.cuh"
 #include "gemm/swiglu.cuh"
 #include "gemm/tile_product_sm90.cuh"
@@ -48,6 +49,11 @@ __device__ __forceinline__ Word rounded_word(const float (&sums)[kNumSums], int 
     return transposed_in_quad(pieces[0], pieces[1], pieces[2], pieces[3]);
 }
 
+template <typename T>
+__device__ __forceinline__ void store_word(void* base, int64_t element, const Word& word) {
+    store_whole(static_cast<T*>(base) + element, word);
+}
+
 // Where a thread's sums lie in the block's tile: row `row` and row + 8; block j begins at column + 8 * j.
 struct SumsPlace {
     int row, column;
@@ -55,8 +61,8 @@ struct SumsPlace {
 
 template <typename S>
 __device__ __forceinline__ SumsPlace sums_place() {
-    const int warpgroup = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / kWarpSize;
-    const int row = 16 * warp + threadIdx.x % kWarpSize / 4;
+    const int thread = unhoisted(threadIdx.x), warpgroup = thread / kWarpgroup - 1;
+    const int row = 16 * (thread % kWarpgroup / kWarpSize) + thread % kWarpSize / 4;
     if constexpr (S::kWarpgroupsM > 1) return {.row = warpgroup * S::kWarpgroupM + row, .column = 0};
     return {.row = row, .column = warpgroup * S::kWarpgroupN};
 }

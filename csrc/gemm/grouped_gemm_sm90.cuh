@@ -229,7 +229,7 @@ struct ProductSm90
             for_each_word<S>(sums, [&](int row, int column, const Word& word) {
                 const int m = tile.row + row, n = tile.column + column;
                 if (m >= tile.end_row or n >= num_columns) return;
-                word_at<T>(this->p.y, int64_t{m} * num_columns + n) = word;
+                store_word<T>(this->p.y, int64_t{m} * num_columns + n, word);
             });
         }
     }
@@ -248,20 +248,20 @@ struct SwigluSm90 : RowsJob<S, GroupedSwigluParams, Form::kGateUp, kSwaps> {
             });
         } else {
             for_each_gate_up<S>(sums, [&](int row, int column, const Word& gate, const Word& up) {
-                store_word(tile.row + row, tile.end_row, tile.column + column, gate, up);
+                store_words(tile.row + row, tile.end_row, tile.column + column, gate, up);
             });
         }
     }
 
   private:
-    __device__ __forceinline__ void store_word(int m, int end_row, int f, const Word& gate,
-                                               const Word& up) const {
+    __device__ __forceinline__ void store_words(int m, int end_row, int f, const Word& gate,
+                                                const Word& up) const {
         const auto& p = this->p;
         if (m >= end_row or f >= p.width) return;
-        word_at<T>(p.hidden, int64_t{m} * p.width + f) = swiglu<T>(gate, up);
+        store_word<T>(p.hidden, int64_t{m} * p.width + f, swiglu<T>(gate, up));
         if (p.gate_up == nullptr) return;
-        word_at<T>(p.gate_up, int64_t{2} * m * p.width + f) = gate;
-        word_at<T>(p.gate_up, (int64_t{2} * m + 1) * p.width + f) = up;
+        store_word<T>(p.gate_up, int64_t{2} * m * p.width + f, gate);
+        store_word<T>(p.gate_up, (int64_t{2} * m + 1) * p.width + f, up);
     }
 
     __device__ __forceinline__ void store_one(int m, int end_row, int f, float gate, float up) const {
@@ -288,7 +288,8 @@ struct SwigluBackwardSm90 : RowsJob<S, GroupedSwigluBackwardParams, Form::kWeigh
 
     __device__ __forceinline__ void store(const WarpgroupSums<S>& sums, const ProductTile& tile) const {
         const auto& p = this->p;
-        const bool is_used = tile.group < p.num_experts;  // rows of no expert have no gate and up to read
+        // Rows of no expert have no gate and up to read: zeros give zeros.
+        const bool is_used = tile.group < p.num_experts;
         const auto is_inside = [&](int row, int column) {
             return tile.row + row < tile.end_row and tile.column + column < p.width;
         };
@@ -306,11 +307,11 @@ struct SwigluBackwardSm90 : RowsJob<S, GroupedSwigluBackwardParams, Form::kWeigh
                 return old;
             },
             [&](int row, int column, const Word& grad, GateUp& old) {
+                swiglu_backward<T>(grad, old.gate, old.up);
                 if (not is_inside(row, column)) return;
                 const int64_t at = gate_at(row, column);
-                if (is_used) swiglu_backward<T>(grad, old.gate, old.up);
-                word_at<T>(p.grad_gate_up, at) = old.gate;
-                word_at<T>(p.grad_gate_up, at + p.width) = old.up;
+                store_word<T>(p.grad_gate_up, at, old.gate);
+                store_word<T>(p.grad_gate_up, at + p.width, old.up);
             });
     }
 };

@@ -91,7 +91,7 @@ struct WeightGradientSm90 {
                                (int64_t{tile.group} * p.num_columns + tile.row) * p.depth + tile.column;
         if (std::is_same_v<Out, T> and not p.accumulates) {
             for_each_word<S>(sums, [&](int row, int column, const Word& word) {
-                if (is_inside(row, column)) word_at<T>(tile_grad, int64_t{row} * p.depth + column) = word;
+                if (is_inside(row, column)) store_word<T>(tile_grad, int64_t{row} * p.depth + column, word);
             });
             return;
         }

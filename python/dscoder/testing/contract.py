@@ -92,9 +92,77 @@ GEMM_KERNELS = {
     if tile > 0 or not transposed  # the gradients have no tile for decoding
     for name, kernel in _grouped_gemm(job, tile, registers, transposed=transposed).items()
 }
+
+
+def _grouped_gemm_sm90(
+    job: str, tile: tuple[int, int, int], majors: str, wants: Mapping[str, int]
+) -> dict[str, Kernel]:
+    """A grouped product on wgmma, for both types: a tile's lines of a and of b, and its stages.
+
+    A warpgroup multiplies four times a stage, waits for the product ahead of it in one place and for the last
+    one in another. Registers are those of the launch, which the warpgroups then divide anew.
+    """
+    lines_a, lines_b, stages = tile
+    columns = lines_b if lines_a == 128 else lines_b // 2  # of one warpgroup
+    turned = ", ".join(f"(Major){int(major == 'm')}" for major in majors)
+    roles = {"USETMAXREG.TRY_ALLOC": 1, "USETMAXREG.DEALLOC": 1, "WARPGROUP.DEPBAR": 2, "UCGABAR_WAIT": 2}
+    kernels = {}
+    for dtype, suffix in (("__nv_bfloat16", ".BF16"), ("__half", "")):
+        shape = f"WarpgroupTile<{dtype}, {lines_a}, {lines_b}, {stages}, {turned}>"
+        name = f"grouped_product_kernel<{shape}, {job.format(shape, dtype)}>"
+        product = f"HGMMA.64x{columns}x16.F32{suffix}"
+        kernels[name] = Kernel(
+            registers=168, shared=5120, archs=("sm_90a",), wants={product: 4, **roles, **wants}
+        )
+    return kernels
+
+
+def _loads(rows: int, weights: int, dims: int) -> dict[str, int]:
+    """Copies of a stage of x and of w, whose map has `dims` dimensions: each block its own, or both half."""
+    return {
+        "UTMALDG.2D.MULTICAST": rows // 2,
+        f"UTMALDG.{dims}D.MULTICAST": weights // 2,
+        "UTMALDG.2D": rows // 2 + rows,
+        f"UTMALDG.{dims}D": weights // 2 + weights,
+    }
+
+
+LARGE, SMALL, FEW, FEWEST = (128, 256, 4), (64, 256, 5), (128, 64, 8), (128, 32, 10)
+GEMM_SM90_KERNELS = {
+    name: kernel
+    for job, tile, majors, wants in (
+        *(
+            ("ProductSm90<{}, true>", tile, "kk", {**_loads(2, 2, 3), "STG.E.U16": tile[1] // 2})
+            for tile in (FEWEST, FEW)
+        ),
+        *(
+            ("SwigluSm90<{}, true>", tile, "kk", {**_loads(2, 2, 5), "STG.E.U16": 3 * tile[1] // 4})
+            for tile in (FEWEST, FEW)
+        ),
+        *(
+            (job, tile, majors, {**loads, "STG.E.128": tile[0] // 8 * stores // 4, "SHFL.BFLY": tile[0] // 2})
+            for tile in (SMALL, LARGE)
+            for job, majors, loads, stores in (
+                ("ProductSm90<{}, false>", "kk", _loads(2, 2, 3), 4),
+                ("ProductSm90<{}, false>", "km", _loads(2, 4, 3), 4),
+                ("SwigluSm90<{}, false>", "kk", _loads(2, 2, 5), 6),
+                ("SwigluBackwardSm90<{}>", "km", _loads(2, 4, 3), 8),
+            )
+        ),
+        (
+            "WeightGradientSm90<{}, {}>",
+            LARGE,
+            "mm",
+            {"UTMALDG.2D.MULTICAST": 3, "UTMALDG.2D": 9, "STG.E.128": 16},
+        ),
+        ("WeightGradientSm90<{}, float>", LARGE, "mm", {"UTMALDG.2D.MULTICAST": 3, "LDG.E.64": 64}),
+    )
+    for name, kernel in _grouped_gemm_sm90(job, tile, majors, wants).items()
+}
 KERNELS = {
     **ROW_KERNELS,
     **GEMM_KERNELS,
+    **GEMM_SM90_KERNELS,
     "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
     "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
         registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}

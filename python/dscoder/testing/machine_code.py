@@ -58,7 +58,7 @@ def parse_sass(listing: str) -> dict[str, list[str]]:
     """Kernel -> the opcodes of its machine code in their order, from `cuobjdump -sass`."""
     found = {}
     for entry in listing.split("Function : ")[1:]:
-        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", entry)
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9_.]+)", entry)
         found[readable(entry.split(maxsplit=1)[0])] = opcodes
     return found
 
