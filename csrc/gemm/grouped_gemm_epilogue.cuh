@@ -16,21 +16,26 @@ __device__ __forceinline__ typename S::T* staged_sums(typename S::T* ring) {
     return ring + S::kStageElements;
 }
 
-// store(row, column, low, high) for each pair of sums that a thread holds, `column` the first's.
-template <typename S, typename Store>
-__device__ __forceinline__ void for_each_pair(const Accumulators<S>& acc, const Store& store) {
+// The sums that a thread holds of one row: pairs of neighbours, eight columns apart.
+template <typename S>
+using RowSums = float2[S::kFragmentsN];
+
+// use(row, column, sums) for each row that a thread holds sums of, `column` that of the first.
+template <typename S, typename Use>
+__device__ __forceinline__ void for_each_row(const Accumulators<S>& acc, const Use& use) {
     const int thread = unhoisted(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int first_row = warp / S::kWarpsN * S::kWarpM + lane / 4;
-    const int first_column = warp % S::kWarpsN * S::kWarpN + 2 * (lane % 4);
+    const int column = warp % S::kWarpsN * S::kWarpN + 2 * (lane % 4);
     DSC_UNROLL
     for (int i = 0; i < S::kFragmentsM; ++i) {
         DSC_UNROLL
         for (int half = 0; half < 2; ++half) {
+            RowSums<S> sums;
             DSC_UNROLL
             for (int j = 0; j < S::kFragmentsN; ++j) {
-                store(first_row + 16 * i + 8 * half, first_column + 8 * j, acc[i][j][2 * half],
-                      acc[i][j][2 * half + 1]);
+                sums[j] = make_float2(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
             }
+            use(first_row + 16 * i + 8 * half, column, sums);
         }
     }
 }
@@ -44,9 +49,13 @@ __device__ __forceinline__ typename S::T* staged_word(typename S::T* staged, int
 // All threads; a barrier before it (nobody reads the ring any more) and one after it.
 template <typename S>
 __device__ __forceinline__ void stage_sums(typename S::T* staged, const Accumulators<S>& acc) {
-    for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
-        typename S::T* const pair = staged_word<S>(staged, row, column / kChunk) + column % kChunk;
-        *reinterpret_cast<uint32_t*>(pair) = rounded_pair<typename S::T>(low, high);
+    for_each_row<S>(acc, [&](int row, int first_column, const RowSums<S>& sums) {
+        DSC_UNROLL
+        for (int j = 0; j < S::kFragmentsN; ++j) {
+            const int column = first_column + 8 * j;
+            typename S::T* const pair = staged_word<S>(staged, row, column / kChunk) + column % kChunk;
+            *reinterpret_cast<uint32_t*>(pair) = rounded_pair<typename S::T>(sums[j].x, sums[j].y);
+        }
     });
 }
 

@@ -79,21 +79,37 @@ struct WeightGradient {
         if (is_staged()) return stage_sums<S>(staged, acc);
         if (p.accumulates and tile.depth == 0) return;
         const ExpertPlace place = place_of(tile);
-        const int num_rows = p.num_columns - place.row, num_columns = p.depth - place.column;
-        const int64_t first = first_element(place);
-        for_each_pair<S>(acc, [&](int row, int column, float low, float high) {
-            if (row >= num_rows or column >= num_columns) return;
-            const int64_t at = first + int64_t{row} * p.depth + column;
+        for_each_row<S>(acc, [&](int row, int column, const RowSums<S>& sums) {
+            if (place.row + row >= p.num_columns) return;
+            const int num_columns = p.depth - place.column - column;  // from the first on
+            const int64_t at = first_element(place) + int64_t{row} * p.depth + column;
             if (p.is_float32) {
-                float2* const target = reinterpret_cast<float2*>(static_cast<float*>(p.grad_w) + at);
-                const float2 old = p.accumulates ? *target : make_float2(0.0f, 0.0f);
-                *target = make_float2(old.x + low, old.y + high);
+                add_row(reinterpret_cast<float2*>(static_cast<float*>(p.grad_w) + at), sums, num_columns);
             } else {
-                uint32_t* const target = reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_w) + at);
-                const float2 old = floats_of<T>(*target);
-                *target = rounded_pair<T>(old.x + low, old.y + high);
+                add_row(reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_w) + at), sums, num_columns);
             }
         });
+    }
+
+    // All that is there is read before the first of it is needed.
+    template <typename Pair>
+    __device__ __forceinline__ void add_row(Pair* row, const RowSums<S>& sums, int num_columns) const {
+        Pair old[S::kFragmentsN]{};
+        DSC_UNROLL
+        for (int j = 0; j < S::kFragmentsN; ++j) {
+            if (p.accumulates and 8 * j < num_columns) old[j] = row[4 * j];
+        }
+        DSC_UNROLL
+        for (int j = 0; j < S::kFragmentsN; ++j) {
+            if (8 * j < num_columns) row[4 * j] = sum_of(old[j], sums[j]);
+        }
+    }
+    static __device__ __forceinline__ float2 sum_of(float2 old, float2 sum) {
+        return make_float2(old.x + sum.x, old.y + sum.y);
+    }
+    static __device__ __forceinline__ uint32_t sum_of(uint32_t old, float2 sum) {
+        const float2 both = sum_of(floats_of<T>(old), sum);
+        return rounded_pair<T>(both.x, both.y);
     }
 
     __device__ __forceinline__ void store(T* staged, const ExpertTile& tile) const {
