@@ -81,6 +81,7 @@ TABLE = (
     Row("moe_balance_loss", "backward", "torch.compile", "triton", compiled(eager.balance_loss)),
     Row("moe_balance_loss", "backward", "te", f"{_TE}.router", transformer_engine.balance_loss),
     Row("grouped_gemm", "backward", "torch", "torch", eager.eager(eager.grouped_gemm)),
+    Row("grouped_gemm", "forward", "triton", f"{_TRITON}_gemm", triton_calls.grouped_gemm),
     Row("grouped_gemm", "forward", "deep_gemm", "deep_gemm", deep_gemm.grouped_gemm),
     Row("mla_decode", "forward", "torch", "torch", eager.eager(eager_attention.mla_decode)),
     Row("mla_decode", "forward", "torch.compile", "triton", compiled(eager_attention.mla_decode)),

@@ -1,4 +1,4 @@
-"""Our own short Triton versions, in triton_gate.py and triton_permute.py, with gradients.
+"""Our own short Triton versions, in triton_*.py; all but the grouped product have gradients.
 
 They import triton, so they come in as the module, as a library does. Tuning happens on the first call.
 """
@@ -40,6 +40,12 @@ def permute(kernels: Any, x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> 
 def unpermute(kernels: Any, y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Run:
     """Weighted gather; the gradients of rows and weights in one launch."""
     return _ready(lambda: kernels.unpermute(y_MD, weight_TK, handle.row_TK))
+
+
+def grouped_gemm(kernels: Any, x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Run:
+    """One launch; a program finds its expert in the offsets."""
+    require(w_ENK.is_contiguous(), f"weights must lie as [E, N, K], got strides {w_ENK.stride()}")
+    return _ready(lambda: kernels.grouped_gemm(x_MK, w_ENK, offsets_E))
 
 
 def _ready(call: Any) -> Run:

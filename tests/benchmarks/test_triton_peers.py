@@ -13,9 +13,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT, HALF, INT = "*fp32", "*bf16", "*i32"
-SIZES = {"num_tokens": "i32", "width": "i32", "scale": "fp32", "num_choices": "i32", "num_chunks": "i32"}
+SIZES = {
+    "num_tokens": "i32",
+    "width": "i32",
+    "num_rows": "i32",
+    "num_columns": "i32",
+    "depth": "i32",
+    "scale": "fp32",
+    "num_choices": "i32",
+    "num_chunks": "i32",
+}
 # Module, kernel, pointers (several where the kernel takes a tuple of them), constants; V2's sizes.
 KERNELS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "gemm",
+        "product_kernel",
+        {"tensors": (HALF, HALF, HALF, INT)},
+        {"SHAPE": (64, 64), "ROWS": 64, "COLUMNS": 128, "DEPTH": 64},
+    ),
     ("gate", "forward_kernel", {"tensors": (FLOAT, INT, FLOAT)}, {"SHAPE": (160, 8, 3, 6), "BLOCK": 4}),
     ("gate", "backward_kernel", {"tensors": (FLOAT, INT, FLOAT, FLOAT)}, {"SHAPE": (160, 6), "BLOCK": 4}),
     ("maps", "count_kernel", {"idx": INT, "counts": INT}, {"EXPERTS": 160, "CHUNK": 128}),
@@ -72,7 +87,7 @@ def test_a_kernel_compiles_for_hopper(
     for i, name in enumerate(arguments):
         if isinstance(pointers.get(name), tuple):
             aligned += [(i, j) for j in range(len(pointers[name]))]
-        elif name in pointers or name == "width":
+        elif name in pointers or name in ("width", "depth", "num_columns"):
             aligned.append((i,))
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

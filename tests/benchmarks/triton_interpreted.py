@@ -65,3 +65,12 @@ def test_rows_there_and_back(num_tokens: int, num_experts: int, dtype: torch.dty
     grads = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (out, wanted)]
     for got, want in zip(*grads, strict=True):
         assert_close(got, want, dtype=dtype)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 17, 1, 0], [0, 0, 130, 0, 0], [1, 1, 1, 1, 1]])
+def test_the_grouped_product(counts: list[int]) -> None:
+    rng = cases.generator(str(counts))
+    x, w = cases.randn(rng, sum(counts), 72), cases.randn(rng, 5, 136, 72)
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    got = peers("grouped_gemm", "forward", "cuda")["triton"](x, w, offsets)
+    assert_close(got, ops.grouped_gemm(x, w, offsets))
