@@ -243,6 +243,10 @@ constexpr int kSm90StartRegisters = 168;  // of a thread, before the warpgroups 
 constexpr int kSm90LoadRegisters = 40, kSm90MultiplyRegisters = 232;
 constexpr int kSm90StaticBytes = 5120;  // the table of groups and the barriers, up to the ring's 1024
 constexpr int kSm90FewestStages = 3;    // to keep loads ahead of the products
+// K blocks that one warpgroup is ahead of the other, so that one stores while the other multiplies. Fewer
+// than stages: the one ahead must find its next stage full while the other still waits to begin.
+constexpr int kSm90SkewBlocks = 2;
+static_assert(kSm90SkewBlocks < kSm90FewestStages);
 
 // A tile of wgmma: rows of x by lines of w. Swapped, for decoding: the lines are wgmma's rows, which come in
 // 64s, and a tile need not have more rows of x than an expert has.
@@ -312,7 +316,7 @@ inline GemmPlan sm90_plan(const GemmSizes& sizes, const GemmDevice& device, int 
             .blocks_per_sm = 1,
             .num_blocks = static_cast<int>(num_clusters) * kSm90Cluster,
             .multicasts = step >= 3,
-            .skew_blocks = step >= 4 ? 2 : 0};
+            .skew_blocks = step >= 4 ? kSm90SkewBlocks : 0};
 }
 
 // Whether there is something to multiply, and a copy engine can bring it: the mma kernels write the zeros of
