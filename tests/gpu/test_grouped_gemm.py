@@ -23,21 +23,7 @@ SMALL = (40, 136)  # N, K: a column tile and a block of the depth, both in part
 MOST_DIFFERENCE = 1e-5  # of bfloat16 results to float64
 
 
-def archs() -> list[str]:
-    """What this machine's GPU can be asked for; "auto" where there is none, as the tests are skipped."""
-    if not torch.cuda.is_available():
-        return ["auto"]
-    found = ["auto", "sm80"]
-    if torch.cuda.get_device_capability() == (9, 0):
-        try:
-            sizes = {"num_rows": 1, "num_experts": 1, "num_columns": 8, "depth": 8}
-            found.append(str(ops.grouped_gemm_plan("forward", **sizes, arch="sm90")["arch"]))
-        except ValueError:  # a build without them
-            return found
-    return found
-
-
-ARCHS = archs()
+ARCHS = gpu.archs()
 
 
 def ends_of(counts: Sequence[int]) -> Tensor:

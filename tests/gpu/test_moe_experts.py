@@ -20,21 +20,7 @@ SMALL = (136, 72, 5, 2)  # D, F, E, K: tiles in part
 V2_LITE = (2048, 1408, 64, 6)
 
 
-def archs() -> list[str]:
-    """What this machine's GPU can be asked for; "auto" where there is none, as the tests are skipped."""
-    if not torch.cuda.is_available():
-        return ["auto"]
-    found = ["auto", "sm80"]
-    if torch.cuda.get_device_capability() == (9, 0):
-        try:
-            sizes = {"num_rows": 1, "num_experts": 1, "num_columns": 8, "depth": 8}
-            found.append(str(ops.grouped_gemm_plan("swiglu", **sizes, arch="sm90")["arch"]))
-        except ValueError:  # a build without them
-            return found
-    return found
-
-
-ARCHS = archs()
+ARCHS = gpu.archs()
 Sizes = tuple[int, int, int, int]
 
 

@@ -167,11 +167,12 @@ def loaded_rows(
     step: str, x: Tensor, token_M: Tensor | None, widths_ENK: tuple[int, int, int], arch: str
 ) -> tuple[Tensor, Tensor | None]:
     """x and the map as kernels take them: those of sm_90 read rows where they lie, so they get a copy."""
-    if token_M is not None:
-        names = ("num_experts", "num_columns", "depth")
-        sizes = {"num_rows": token_M.shape[0], **dict(zip(names, widths_ENK, strict=True))}
-        if grouped_gemm_plan(step, **sizes, dtype=x.dtype, gpu=gpu_of(x.device), arch=arch)["arch"] == "sm90":
-            return aligned(rows_of(x, token_M)), None
+    if token_M is None:
+        return aligned(x), None
+    gpu = gpu_of(x.device)
+    plan = native._C.grouped_gemm_plan(step, len(token_M), *widths_ENK, gpu[:2], gpu[2], arch)
+    if "sm90" in (arch, plan["arch"]):
+        return aligned(rows_of(x, token_M)), None
     return aligned(x), token_M
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dscoder.runtime import native
 from dscoder.testing.compare import assert_close, assert_same
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -19,6 +20,14 @@ DEVICE = "cuda"
 _POISON = 0x7FFF
 # Block sizes that fill the segments which torch's allocator serves small and large tensors from.
 _POISONED_BLOCKS = [1 << 20] * 64 + [20 << 20] * 8
+
+
+def archs() -> list[str]:
+    """Each `arch` with kernels that this machine's GPU can be asked for; "auto" alone where there is none."""
+    if not torch.cuda.is_available():
+        return ["auto"]
+    is_hopper = native.arch_for(torch.cuda.get_device_capability()) == "90a"
+    return ["auto", "sm80", *(["sm90"] if is_hopper else [])]
 
 
 def forward_and_backward(function: Function) -> Step:
