@@ -60,10 +60,10 @@ struct SumsPlace {
 };
 
 template <typename S>
-__device__ __forceinline__ SumsPlace sums_place() {
-    const int thread = unhoisted(threadIdx.x), warpgroup = thread / kWarpgroup - 1;
+__host__ __device__ constexpr SumsPlace sums_place(int thread) {
+    const int warpgroup = thread / kWarpgroup - 1;
     const int row = 16 * (thread % kWarpgroup / kWarpSize) + thread % kWarpSize / 4;
-    if constexpr (S::kWarpgroupsM > 1) return {.row = warpgroup * S::kWarpgroupM + row, .column = 0};
+    if (S::kWarpgroupsM > 1) return {.row = warpgroup * S::kWarpgroupM + row, .column = 0};
     return {.row = row, .column = warpgroup * S::kWarpgroupN};
 }
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ SumsPlace sums_place() {
 // the quad come along, for the exchange.
 template <typename S, typename Store>
 __device__ __forceinline__ void for_each_word(const WarpgroupSums<S>& sums, const Store& store) {
-    const SumsPlace place = sums_place<S>();
+    const SumsPlace place = sums_place<S>(unhoisted(threadIdx.x));
     const int quad_column = place.column + 8 * (threadIdx.x % 4);
     DSC_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -88,7 +88,7 @@ template <typename S, typename Store>
 __device__ __forceinline__ void for_each_gate_up(const WarpgroupSums<S>& sums, const Store& store) {
     using T = typename S::T;
     static_assert(S::kBlocksN % 8 == 0);
-    const SumsPlace place = sums_place<S>();
+    const SumsPlace place = sums_place<S>(unhoisted(threadIdx.x));
     const int quad_column = place.column / 2 + 8 * (threadIdx.x % 4);
     DSC_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -109,7 +109,7 @@ constexpr int kBatch = 4;
 template <typename S, typename Old, typename Load, typename Store>
 __device__ __forceinline__ void update_each_word(const WarpgroupSums<S>& sums, const Load& load,
                                                  const Store& store) {
-    const SumsPlace place = sums_place<S>();
+    const SumsPlace place = sums_place<S>(unhoisted(threadIdx.x));
     const int quad_column = place.column + 8 * (threadIdx.x % 4);
     DSC_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void update_each_word(const WarpgroupSums<S>& sums, c
 template <typename S, typename Load, typename Store>
 __device__ __forceinline__ void update_each_two(const WarpgroupSums<S>& sums, const Load& load,
                                                 const Store& store) {
-    const SumsPlace place = sums_place<S>();
+    const SumsPlace place = sums_place<S>(unhoisted(threadIdx.x));
     const int column = place.column + 2 * (threadIdx.x % 4);
     DSC_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -159,7 +159,7 @@ __device__ __forceinline__ void update_each_two(const WarpgroupSums<S>& sums, co
 // of line `line`, high of line + 8.
 template <typename S, typename Store>
 __device__ __forceinline__ void for_each_two_lines(const WarpgroupSums<S>& sums, const Store& store) {
-    const SumsPlace place = sums_place<S>();
+    const SumsPlace place = sums_place<S>(unhoisted(threadIdx.x));
     DSC_UNROLL
     for (int block = 0; block < S::kBlocksN; ++block) {
         DSC_UNROLL

@@ -24,7 +24,7 @@ namespace dsc {
 
 // A tensor of `type`, dimensions from the innermost; strides and boxes in elements.
 template <size_t kRank>
-CUtensorMap tensor_map(const char* name, const void* base, FloatType type,
+TensorMapSpec map_spec(const char* name, const void* base, FloatType type,
                        const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank - 1>& strides,
                        const std::array<int, kRank>& box) {
     TensorMapSpec spec{.op = "grouped_gemm",
@@ -40,40 +40,39 @@ CUtensorMap tensor_map(const char* name, const void* base, FloatType type,
         spec.box[i] = static_cast<uint32_t>(box[i]);
         if (i + 1 < kRank) spec.strides[i] = static_cast<uint64_t>(strides[i]) * 2;
     }
-    return encode_tensor_map(spec);
+    return spec;
 }
 
 // x [num_rows, width], by rows or by depth.
 template <typename Boxes>
-CUtensorMap rows_map(const char* name, const void* x, FloatType type, int64_t num_rows, int64_t width) {
-    return tensor_map<2>(name, x, type, {width, num_rows}, {width}, {kTileK, Boxes::kBoxLines});
+TensorMapSpec rows_map(const char* name, const void* x, FloatType type, int64_t num_rows, int64_t width) {
+    return map_spec<2>(name, x, type, {width, num_rows}, {width}, {kTileK, Boxes::kBoxLines});
 }
 
 // w [E, num_lines, width], a line per n and k contiguous, or a line per k.
 template <typename Boxes>
-CUtensorMap weights_map(const void* w, FloatType type, int64_t num_experts, int64_t num_lines,
-                        int64_t width) {
-    return tensor_map<3>("w", w, type, {width, num_lines, num_experts}, {width, num_lines * width},
-                         {kTileK, Boxes::kBoxLines, 1});
+TensorMapSpec weights_map(const void* w, FloatType type, int64_t num_experts, int64_t num_lines,
+                          int64_t width) {
+    return map_spec<3>("w", w, type, {width, num_lines, num_experts}, {width, num_lines * width},
+                       {kTileK, Boxes::kBoxLines, 1});
 }
 
 // w [E, 2, F, K], eight rows of gate and eight of up in turn.
 template <typename Boxes>
-CUtensorMap gate_up_map(const void* w, FloatType type, int64_t num_experts, int64_t width, int64_t depth) {
-    return tensor_map<5>("w", w, type, {depth, 8, 2, width / 8, num_experts},
-                         {depth, width * depth, 8 * depth, 2 * width * depth},
-                         {kTileK, 8, 2, Boxes::kBoxLines / 16, 1});
+TensorMapSpec gate_up_map(const void* w, FloatType type, int64_t num_experts, int64_t width, int64_t depth) {
+    return map_spec<5>("w", w, type, {depth, 8, 2, width / 8, num_experts},
+                       {depth, width * depth, 8 * depth, 2 * width * depth},
+                       {kTileK, 8, 2, Boxes::kBoxLines / 16, 1});
 }
 
-template <typename Job>
-TensorMaps maps_in_order(const CUtensorMap& rows, const CUtensorMap& columns) {
-    return Job::kSwaps ? TensorMaps{.a = columns, .b = rows} : TensorMaps{.a = rows, .b = columns};
-}
-
+// Which of the operands are wgmma's rows, the job says.
 template <typename S, typename Job>
-void launch_pairs(const GemmPlan& plan, const TensorMaps& maps, const Job& job, cudaStream_t stream) {
+void launch_pairs(const GemmPlan& plan, const TensorMapSpec& rows, const TensorMapSpec& columns,
+                  const Job& job, cudaStream_t stream) {
     const ProductOptions options{
         .num_stages = plan.num_stages, .multicasts = plan.multicasts, .skew_blocks = plan.skew_blocks};
+    const TensorMaps maps{.a = encode_tensor_map(Job::kSwaps ? columns : rows),
+                          .b = encode_tensor_map(Job::kSwaps ? rows : columns)};
     launch_overlapped(grouped_product_kernel<S, Job>, dim3(static_cast<unsigned>(plan.num_blocks)),
                       dim3(kNumThreadsSm90), S::kRingBytes, stream, maps, job, options);
 }

@@ -24,10 +24,10 @@ void launch_grouped_gemm_sm90(const GroupedGemmParams& p, const GemmPlan& plan, 
     with_warpgroup_tile<GemmStep::kForward, Major::kK, Major::kK>(
         plan, p.type, [&]<typename S, bool kSwaps>() {
             using Job = ProductSm90<S, kSwaps>;
-            const TensorMaps maps = maps_in_order<Job>(
-                rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
-                weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.num_columns, p.depth));
-            launch_pairs<S>(plan, maps, Job{{.p = p}}, stream);
+            launch_pairs<S>(
+                plan, rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
+                weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.num_columns, p.depth),
+                Job{{.p = p}}, stream);
         });
 }
 

@@ -11,10 +11,10 @@ void launch_grouped_gemm_transposed_sm90(const GroupedGemmParams& p, const GemmP
     with_warpgroup_tile<GemmStep::kInputGradient, Major::kK, Major::kMN>(
         plan, p.type, [&]<typename S, bool kSwaps>() {
             using Job = ProductSm90<S, kSwaps>;
-            const TensorMaps maps{
-                .a = rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
-                .b = weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.depth, p.num_columns)};
-            launch_pairs<S>(plan, maps, Job{{.p = p}}, stream);
+            launch_pairs<S>(
+                plan, rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
+                weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.depth, p.num_columns),
+                Job{{.p = p}}, stream);
         });
 }
 

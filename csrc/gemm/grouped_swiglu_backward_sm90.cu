@@ -18,10 +18,9 @@ void launch_grouped_swiglu_backward_sm90(const GroupedSwigluBackwardParams& p, c
         plan, p.type, [&]<typename S, bool kSwaps>() {
             static_assert(not kSwaps);
             using Job = SwigluBackwardSm90<S>;
-            const TensorMaps maps{
-                .a = rows_map<typename Job::Rows>("grad", p.grad, p.type, p.num_rows, p.depth),
-                .b = weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.depth, p.width)};
-            launch_pairs<S>(plan, maps, Job{{.p = p}}, stream);
+            launch_pairs<S>(plan, rows_map<typename Job::Rows>("grad", p.grad, p.type, p.num_rows, p.depth),
+                            weights_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.depth, p.width),
+                            Job{{.p = p}}, stream);
         });
 }
 

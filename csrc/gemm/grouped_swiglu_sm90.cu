@@ -15,10 +15,9 @@ void launch_grouped_swiglu_sm90(const GroupedSwigluParams& p, const GemmPlan& pl
     with_warpgroup_tile<GemmStep::kSwiglu, Major::kK, Major::kK>(
         plan, p.type, [&]<typename S, bool kSwaps>() {
             using Job = SwigluSm90<S, kSwaps>;
-            const TensorMaps maps = maps_in_order<Job>(
-                rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
-                gate_up_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.width, p.depth));
-            launch_pairs<S>(plan, maps, Job{{.p = p}}, stream);
+            launch_pairs<S>(plan, rows_map<typename Job::Rows>("x", p.x, p.type, p.num_rows, p.depth),
+                            gate_up_map<typename Job::Columns>(p.w, p.type, p.num_experts, p.width, p.depth),
+                            Job{{.p = p}}, stream);
         });
 }
 

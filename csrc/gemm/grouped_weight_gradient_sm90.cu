@@ -22,11 +22,11 @@ void launch_grouped_weight_gradient_sm90(const GroupedWeightGradientParams& p, c
         plan, p.type, [&]<typename S, bool kSwaps>() {
             static_assert(not kSwaps);
             using Job = WeightGradientSm90<S, typename S::T>;
-            const TensorMaps maps{
-                .a = rows_map<typename Job::A>("grad", p.grad, p.type, p.num_rows, p.num_columns),
-                .b = rows_map<typename Job::B>("x", p.x, p.type, p.num_rows, p.depth)};
-            if (p.is_float32) return launch_pairs<S>(plan, maps, WeightGradientSm90<S, float>{p}, stream);
-            launch_pairs<S>(plan, maps, Job{p}, stream);
+            const TensorMapSpec grad =
+                rows_map<typename Job::A>("grad", p.grad, p.type, p.num_rows, p.num_columns);
+            const TensorMapSpec x = rows_map<typename Job::B>("x", p.x, p.type, p.num_rows, p.depth);
+            if (p.is_float32) return launch_pairs<S>(plan, grad, x, WeightGradientSm90<S, float>{p}, stream);
+            launch_pairs<S>(plan, grad, x, Job{p}, stream);
         });
 }
 

@@ -26,7 +26,7 @@
 
 namespace dsc {
 
-constexpr int kLineBytes = 128;   // of the swizzle, and kTileK elements
+constexpr int kLineBytes = 128;  // of the swizzle, and kTileK elements
 constexpr int kCluster = kSm90Cluster;
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kNumConsumers = 2;  // warpgroups
@@ -134,11 +134,22 @@ constexpr bool is_depth(Form form) {
     return form == Form::kRowDepth or form == Form::kWeightDepth;
 }
 
+constexpr int rank_of(Form form) {
+    if (form == Form::kGateUp) return 5;
+    return form == Form::kRows or form == Form::kRowDepth ? 2 : 3;
+}
+
+// Where a box begins, dimensions in the order of its map's.
+struct BoxPlace {
+    int at[5];
+};
+
 // kLines of 128 bytes in each stage, brought as boxes that follow each other in shared memory; half of the
 // boxes are a block's part of what the cluster shares.
 template <Form kForm_, int kLines>
 struct OperandBoxes {
     static constexpr Form kForm = kForm_;
+    static constexpr int kRank = rank_of(kForm);
     static constexpr int kBoxLines = is_depth(kForm) ? kTileK : kLines / kCluster;
     static constexpr int kNumBoxes = kLines / kBoxLines;
     static_assert(kNumBoxes % kCluster == 0 and kBoxLines * kLineBytes % kRingAlignment == 0);
@@ -147,6 +158,15 @@ struct OperandBoxes {
     int first;  // m, n or f
     int group;  // the expert, or its first row where rows are the depth
     uint64_t hint;
+
+    __host__ __device__ BoxPlace box_place(int k_block, int box) const {
+        const int k = k_block * kTileK, line = first + box * kBoxLines;
+        if constexpr (kForm == Form::kRows) return {k, line};
+        if constexpr (kForm == Form::kRowDepth) return {line, group + k};
+        if constexpr (kForm == Form::kWeights) return {k, line, group};
+        if constexpr (kForm == Form::kWeightDepth) return {line, k, group};
+        return {k, 0, 0, first / 8 + box * (kBoxLines / 16), group};
+    }
 
     // This block's copies of one k block. `is_shared`: half of the operand, to both blocks.
     __device__ __forceinline__ void load(char* target, uint64_t* full, int k_block, bool is_shared,
@@ -165,7 +185,8 @@ struct OperandBoxes {
   private:
     template <bool kIsShared>
     __device__ __forceinline__ void load_box(char* target, uint64_t* full, int k_block, int box) const {
-        const int k = k_block * kTileK, place = first + box * kBoxLines;
+        const BoxPlace place = box_place(k_block, box);
+        const auto& [c0, c1, c2, c3, c4] = place.at;
         char* const at = target + box * (kBoxLines * kLineBytes);
         const auto copy = [&](auto one, auto many, auto... coordinates) {
             if constexpr (kIsShared) {
@@ -175,17 +196,12 @@ struct OperandBoxes {
             }
         };
         using namespace cute;
-        if constexpr (kForm == Form::kRows) {
-            copy(SM90_TMA_LOAD_2D{}, SM90_TMA_LOAD_MULTICAST_2D{}, k, place);
-        } else if constexpr (kForm == Form::kRowDepth) {
-            copy(SM90_TMA_LOAD_2D{}, SM90_TMA_LOAD_MULTICAST_2D{}, place, group + k);
-        } else if constexpr (kForm == Form::kWeights) {
-            copy(SM90_TMA_LOAD_3D{}, SM90_TMA_LOAD_MULTICAST_3D{}, k, place, group);
-        } else if constexpr (kForm == Form::kWeightDepth) {
-            copy(SM90_TMA_LOAD_3D{}, SM90_TMA_LOAD_MULTICAST_3D{}, place, k, group);
+        if constexpr (kRank == 2) {
+            copy(SM90_TMA_LOAD_2D{}, SM90_TMA_LOAD_MULTICAST_2D{}, c0, c1);
+        } else if constexpr (kRank == 3) {
+            copy(SM90_TMA_LOAD_3D{}, SM90_TMA_LOAD_MULTICAST_3D{}, c0, c1, c2);
         } else {
-            const int eight = first / 8 + box * (kBoxLines / 16);
-            copy(SM90_TMA_LOAD_5D{}, SM90_TMA_LOAD_MULTICAST_5D{}, k, 0, 0, eight, group);
+            copy(SM90_TMA_LOAD_5D{}, SM90_TMA_LOAD_MULTICAST_5D{}, c0, c1, c2, c3, c4);
         }
     }
 };
