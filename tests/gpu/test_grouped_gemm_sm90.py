@@ -1,0 +1,253 @@
+"""The sm_90a products on a GPU, step by step: every tile with two stages alone, all stages, multicast, skew.
+
+A tile's name may end in the step ("128x256/1" to "/4"), so that the first test to fail says which part of the
+kernel is wrong. docs/grouped_gemm_sm90.md says what each step adds, and what to do when all of them hold.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from dscoder.runtime import native
+from dscoder.testing import gpu
+from dscoder.testing.cases import generator, randn
+from dscoder.testing.compare import assert_close, assert_product, assert_same
+
+pytestmark = pytest.mark.skipif("sm90" not in gpu.archs(), reason="needs a GPU of compute capability 9.0")
+
+DTYPES = [torch.bfloat16, torch.float16]
+STEPS = [1, 2, 3, 4]  # of the ladder
+LARGE_TILES = ["64x256", "128x256"]
+TILES = ["32x128", "64x128", *LARGE_TILES]
+# Rows of each expert: none, one, about a multiple of a tile, rows of one expert alone, more tiles than SMs.
+COUNTS = {
+    "one row": [1],
+    "one expert": [300],
+    "few": [1, 0, 130, 17, 0, 64, 65, 129],
+    "odd and even tiles": [128, 256, 384, 63, 127, 255],
+    "half empty": [0, 77, 0, 40, 0, 200, 0, 3],
+    "decode": [3, 0, 31, 8, 1, 33, 24, 5] * 4,
+    "many": [2900, 0, 1, 640],
+}
+WIDTHS = [
+    (336, 152),
+    (8, 8),
+    (256, 64),
+    (520, 1000),
+]  # N, K: tiles and blocks of the depth in part, and whole
+GUARD_ROWS, ROWS_OF_NONE = 3, 9
+
+
+@pytest.fixture
+def gpu_rng(request: pytest.FixtureRequest) -> torch.Generator:
+    return generator(request.node.nodeid, gpu.DEVICE)
+
+
+def ends_of(counts: Sequence[int]) -> Tensor:
+    ends: Tensor = torch.tensor(counts, device=gpu.DEVICE).cumsum(0).to(torch.int32)
+    return ends
+
+
+def rows_of(rng: torch.Generator, counts: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of all experts, then NaNs in the rows of none."""
+    rows = randn(rng, sum(counts) + ROWS_OF_NONE, width, dtype=dtype)
+    rows[sum(counts) :] = torch.nan
+    return rows
+
+
+def weights(rng: torch.Generator, *shape: int, depth: int, dtype: torch.dtype) -> Tensor:
+    return randn(rng, *shape).div(depth**0.5).to(dtype)
+
+
+class Guarded:
+    """A poisoned output between rows that nobody may write."""
+
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        self.memory = torch.full(
+            (num_rows + 2 * GUARD_ROWS, width), torch.nan, dtype=dtype, device=gpu.DEVICE
+        )
+        self.rows = self.memory[GUARD_ROWS:-GUARD_ROWS]
+
+    def check(self) -> None:
+        """Nothing round it was written."""
+        assert self.memory[:GUARD_ROWS].isnan().all()
+        assert self.memory[-GUARD_ROWS:].isnan().all()
+
+
+def products(x: Tensor, w_EKN: Tensor, counts: Sequence[int]) -> Tensor:
+    """x[m] @ w[e] in float64, zeros for the rows of none."""
+    *by_expert, of_none = torch.split(x.double(), [*counts, len(x) - sum(counts)])
+    made = [rows @ w.double() for rows, w in zip(by_expert, w_EKN, strict=True)]
+    return torch.cat([*made, of_none.new_zeros(len(of_none), w_EKN.shape[2])])
+
+
+def check_product(
+    rng: torch.Generator,
+    tile: str,
+    counts: Sequence[int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    turned: bool,
+) -> None:
+    num_columns, depth = widths
+    x = rows_of(rng, counts, depth, dtype)
+    shape = (depth, num_columns) if turned else (num_columns, depth)
+    w = weights(rng, len(counts), *shape, depth=depth, dtype=dtype)
+    y = Guarded(len(x), num_columns, dtype)
+    native._C.grouped_gemm_forward(x, w, y.rows, ends_of(counts), None, turned, "sm90", tile)
+    assert_product(y.rows, products(x, w if turned else w.mT, counts))
+    assert not y.rows[sum(counts) :].any()
+    y.check()
+
+
+@pytest.mark.sanitize("memcheck", "synccheck")
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_product_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
+    check_product(gpu_rng, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, turned=False)
+
+
+@pytest.mark.sanitize("memcheck", "synccheck")
+@pytest.mark.parametrize("tile", LARGE_TILES)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_product_with_turned_weights_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
+    check_product(gpu_rng, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, turned=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("tile", ["auto", *TILES])
+def test_products(
+    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
+) -> None:
+    check_product(gpu_rng, tile, COUNTS[kind], widths, dtype, turned=False)
+    if tile in ("auto", *LARGE_TILES):
+        check_product(gpu_rng, tile, COUNTS[kind], widths, dtype, turned=True)
+
+
+def check_swiglu(
+    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    width, depth = widths
+    x = rows_of(rng, counts, depth, dtype)
+    w = weights(rng, len(counts), 2 * width, depth, depth=depth, dtype=dtype)
+    hidden, gate_up = Guarded(len(x), width, dtype), Guarded(len(x), 2 * width, dtype)
+    native._C.grouped_swiglu_forward(x, w, hidden.rows, gate_up.rows, ends_of(counts), None, "sm90", tile)
+    assert_product(gate_up.rows, products(x, w.mT, counts))
+    gate, up = gate_up.rows.double().chunk(2, dim=1)
+    assert_close(hidden.rows, silu(gate) * up)
+    alone = Guarded(len(x), width, dtype)
+    native._C.grouped_swiglu_forward(x, w, alone.rows, None, ends_of(counts), None, "sm90", tile)
+    assert_same(alone.rows, hidden.rows)
+    for output in (hidden, gate_up, alone):
+        output.check()
+
+
+@pytest.mark.sanitize("memcheck", "synccheck")
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("step", STEPS)
+def test_swiglu_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
+    check_swiglu(gpu_rng, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("tile", ["auto", *TILES])
+def test_swiglu(
+    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
+) -> None:
+    check_swiglu(gpu_rng, tile, COUNTS[kind], widths, dtype)
+
+
+def check_swiglu_backward(
+    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    width, depth = widths
+    grad = rows_of(rng, counts, depth, dtype)
+    w = weights(rng, len(counts), depth, width, depth=depth, dtype=dtype)
+    gate_up = rows_of(rng, counts, 2 * width, dtype)
+    got = Guarded(len(grad), 2 * width, dtype)
+    native._C.grouped_swiglu_backward(grad, w, gate_up, got.rows, ends_of(counts), "sm90", tile)
+    grad_hidden = products(grad, w, counts).to(dtype).double()[: sum(counts)]
+    gate, up = gate_up[: sum(counts)].double().requires_grad_().chunk(2, dim=1)
+    wanted = torch.autograd.grad(silu(gate) * up, (gate, up), grad_hidden)
+    assert_close(got.rows[: sum(counts)], torch.cat(wanted, dim=1))
+    assert not got.rows[sum(counts) :].any()
+    got.check()
+
+
+@pytest.mark.sanitize("memcheck", "synccheck")
+@pytest.mark.parametrize("tile", LARGE_TILES)
+@pytest.mark.parametrize("step", STEPS)
+def test_swiglu_backward_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
+    check_swiglu_backward(gpu_rng, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("tile", ["auto", *LARGE_TILES])
+def test_swiglu_backward(
+    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
+) -> None:
+    check_swiglu_backward(gpu_rng, tile, COUNTS[kind], widths, dtype)
+
+
+def check_weight_gradient(
+    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    num_columns, depth = widths
+    grad, x = (rows_of(rng, counts, width, dtype) for width in (num_columns, depth))
+    pieces = [torch.split(rows[: sum(counts)].double(), list(counts)) for rows in (grad, x)]
+    wanted = torch.stack([g.mT @ rows for g, rows in zip(*pieces, strict=True)])
+    for out_dtype in (dtype, torch.float32):
+        memory = Guarded(len(counts) * num_columns, depth, out_dtype)
+        out = memory.rows.view(len(counts), num_columns, depth)
+        native._C.grouped_gemm_weight_gradient(grad, x, out, ends_of(counts), None, False, "sm90", tile)
+        assert_product(out, wanted)
+        old = out.double()
+        native._C.grouped_gemm_weight_gradient(grad, x, out, ends_of(counts), None, True, "sm90", tile)
+        assert_close(out, old + wanted)
+        memory.check()
+
+
+@pytest.mark.sanitize("memcheck", "synccheck")
+@pytest.mark.parametrize("step", STEPS)
+def test_a_weight_gradient_step_by_step(step: int, gpu_rng: torch.Generator) -> None:
+    check_weight_gradient(gpu_rng, f"128x256/{step}", COUNTS["few"], (336, 152), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", COUNTS)
+def test_weight_gradients(
+    kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
+) -> None:
+    check_weight_gradient(gpu_rng, "auto", COUNTS[kind], widths, dtype)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_the_same_bits_every_time(tile: str, gpu_rng: torch.Generator) -> None:
+    """Twenty runs one behind the other: a race shows as a difference, in some of them."""
+    counts = COUNTS["many"]
+    x = rows_of(gpu_rng, counts, 1408, torch.bfloat16)
+    w = weights(gpu_rng, len(counts), 2048, 1408, depth=1408, dtype=torch.bfloat16)
+    results = [Guarded(len(x), 2048, torch.bfloat16) for _ in range(20)]
+    for y in results:
+        native._C.grouped_gemm_forward(x, w, y.rows, ends_of(counts), None, False, "sm90", tile)
+    for y in results:
+        assert_same(y.rows, results[0].rows)
+
+
+def test_named_rows_are_refused(gpu_rng: torch.Generator) -> None:
+    x = rows_of(gpu_rng, [4], 64, torch.bfloat16)
+    w = weights(gpu_rng, 1, 64, 64, depth=64, dtype=torch.bfloat16)
+    idx = torch.arange(4, dtype=torch.int32, device=gpu.DEVICE)
+    y = x.new_empty(4, 64)
+    with pytest.raises(ValueError, match=r"^grouped_gemm: arch sm90 reads rows where they lie, got row_idx"):
+        native._C.grouped_gemm_forward(x, w, y, ends_of([4]), idx, False, "sm90", "auto")
