@@ -14,9 +14,12 @@ struct SwigluBackward : RowJob<S, GroupedSwigluBackwardParams, S::kN> {
     __device__ __forceinline__ auto operands(const RowTile& tile) const {
         const GroupedSwigluBackwardParams& p = this->p;
         const T* const w = static_cast<const T*>(p.w) + tile.group * int64_t{p.width} * p.depth;
+        using Map = CopyMap<Major::kK, S::kM, S::kNumThreads>;
+        const auto rows = strided_rows<T, S::kM, S::kNumThreads>(static_cast<const T*>(p.grad),
+                                                                 tile.row + Map::row(threadIdx.x),
+                                                                 tile.end_row, Map::kRowStep, p.depth);
         return operands_of<S>(
-            this->rows_of(tile, p.grad, nullptr, p.num_rows),
-            depth_rows<T, S::kN, S::kNumThreads>(w, this->first_column(tile), p.width, p.depth));
+            rows, depth_rows<T, S::kN, S::kNumThreads>(w, this->first_column(tile), p.width, p.depth));
     }
 
     __device__ __forceinline__ void store(T* staged, const RowTile& tile) const {
