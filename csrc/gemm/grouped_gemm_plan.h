@@ -278,6 +278,9 @@ constexpr std::array<Sm90Tile, 4> kSm90Tiles{{
     {.name = "128x256", .rows = 128, .columns = 256, .num_stages = 4, .swaps = false, .most_rows = 1 << 30},
 }};
 
+// What the large tiles rest on: L2 can feed 650 TFLOP/s only where a cluster shares an operand.
+static_assert(kSm90Tiles[3].l2_demand(650, true) < 5.5 and kSm90Tiles[3].l2_demand(650, false) > 6);
+
 // Decoding has no gradients; a weight gradient has its rows as depth.
 constexpr int first_sm90_tile(GemmStep step) {
     if (step == GemmStep::kForward or step == GemmStep::kSwiglu) return 0;
