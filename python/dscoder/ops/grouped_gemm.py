@@ -35,9 +35,9 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = 
     Rows from offsets_E[-1] on are not read and come out zero. A `w_ENK` that is the transposed view of
     [E, K, N] weights is read as it lies.
 
-    `arch` says what runs on a GPU; a CPU runs the reference. "auto": the kernels of the GPU's generation for
-    bfloat16 and float16 with K and N multiples of 8 and at most 512 experts, else the reference;
-    `grouped_gemm_plan` tells. "sm80", "sm90": these kernels, ValueError where they cannot. "reference".
+    `arch` says what runs on a GPU; a CPU runs the reference. "auto": kernels, `grouped_gemm_plan` tells which,
+    for bfloat16 and float16 with K and N multiples of 8 and at most 512 experts, else the reference. "sm80",
+    "sm90": these kernels, ValueError where they cannot. "reference": that.
 
     Returns:
         y_MN in x's dtype, sums in float32. Differentiable in x and w, once; an expert without rows gets a
