@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Job::S::kNumThreads, Job::S::kMinBlocks)
     while (has_tile) {
         Accumulators<S> acc;
         multiply_tile<S>(acc, ring, ceil_div(job.depth_of(tile), kTileK), source);
-        __syncthreads();  // nobody reads the ring any more
+        __syncthreads();  // nobody reads the ring any more, not even leftovers
         const auto done = tile;
         idx += gridDim.x;
         has_tile = idx < job.num_tiles(table);
