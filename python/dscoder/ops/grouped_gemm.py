@@ -35,7 +35,7 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = 
     Rows from offsets_E[-1] on are not read and come out zero. A `w_ENK` that is the transposed view of
     [E, K, N] weights is read as it lies.
 
-    `arch` says what runs on a GPU; a CPU runs the reference. "auto": kernels, `grouped_gemm_plan` tells which,
+    `arch` says what runs on a GPU (a CPU runs the reference). "auto": kernels, as `grouped_gemm_plan` tells,
     for bfloat16 and float16 with K and N multiples of 8 and at most 512 experts, else the reference. "sm80",
     "sm90": these kernels, ValueError where they cannot. "reference": that.
 
