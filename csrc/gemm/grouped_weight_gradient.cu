@@ -15,6 +15,32 @@ struct ExpertPlace {
     int expert, row, column;
 };
 
+template <typename T>
+__device__ __forceinline__ float2 sum_of(float2 old, float2 sum) {
+    return make_float2(old.x + sum.x, old.y + sum.y);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t sum_of(uint32_t old, float2 sum) {
+    const float2 both = sum_of<T>(floats_of<T>(old), sum);
+    return rounded_pair<T>(both.x, both.y);
+}
+
+// A thread's pairs of one row, onto what is there or not; all that is there is read before the first of it is
+// needed. Pair: two neighbours of the result.
+template <typename S, typename Pair>
+__device__ __forceinline__ void add_row(Pair* row, const RowSums<S>& sums, int num_columns,
+                                        bool accumulates) {
+    Pair old[S::kFragmentsN]{};
+    DSC_UNROLL
+    for (int j = 0; j < S::kFragmentsN; ++j) {
+        if (accumulates and 8 * j < num_columns) old[j] = row[4 * j];
+    }
+    DSC_UNROLL
+    for (int j = 0; j < S::kFragmentsN; ++j) {
+        if (8 * j < num_columns) row[4 * j] = sum_of<typename S::T>(old[j], sums[j]);
+    }
+}
+
 // The result of the elements' type that is not accumulated goes through shared memory in words; float32 and
 // sums onto what is there go straight from registers, four lanes a sector.
 template <typename S_, bool kGathers>
@@ -84,32 +110,13 @@ struct WeightGradient {
             const int num_columns = p.depth - place.column - column;  // from the first on
             const int64_t at = first_element(place) + int64_t{row} * p.depth + column;
             if (p.is_float32) {
-                add_row(reinterpret_cast<float2*>(static_cast<float*>(p.grad_w) + at), sums, num_columns);
+                add_row<S>(reinterpret_cast<float2*>(static_cast<float*>(p.grad_w) + at), sums, num_columns,
+                           p.accumulates);
             } else {
-                add_row(reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_w) + at), sums, num_columns);
+                add_row<S>(reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_w) + at), sums, num_columns,
+                           p.accumulates);
             }
         });
-    }
-
-    // All that is there is read before the first of it is needed.
-    template <typename Pair>
-    __device__ __forceinline__ void add_row(Pair* row, const RowSums<S>& sums, int num_columns) const {
-        Pair old[S::kFragmentsN]{};
-        DSC_UNROLL
-        for (int j = 0; j < S::kFragmentsN; ++j) {
-            if (p.accumulates and 8 * j < num_columns) old[j] = row[4 * j];
-        }
-        DSC_UNROLL
-        for (int j = 0; j < S::kFragmentsN; ++j) {
-            if (8 * j < num_columns) row[4 * j] = sum_of(old[j], sums[j]);
-        }
-    }
-    static __device__ __forceinline__ float2 sum_of(float2 old, float2 sum) {
-        return make_float2(old.x + sum.x, old.y + sum.y);
-    }
-    static __device__ __forceinline__ uint32_t sum_of(uint32_t old, float2 sum) {
-        const float2 both = sum_of(floats_of<T>(old), sum);
-        return rounded_pair<T>(both.x, both.y);
     }
 
     __device__ __forceinline__ void store(T* staged, const ExpertTile& tile) const {
