@@ -35,6 +35,7 @@ void from_half(const uint16_t* x, float* y, int num_values);
 // ---- instructions of sm_80 ----
 void run_load_matrices(const uint16_t* matrices, uint32_t* registers, bool is_transposed);
 void run_multiply_add(const uint16_t* a, const uint16_t* b, float* acc, bool is_bfloat16);
+void run_quad_words(const float* tile, uint16_t* y, bool is_alternating);
 
 enum class Copying {
     kWaited,

@@ -143,6 +143,11 @@ void bind_ptx(py::module_& module) {
         run_load_matrices(matrices.data(), registers.mutable_data(), is_transposed);
         return registers;
     });
+    module.def("quad_words", [](const In<float>& tile, bool is_alternating) {
+        auto y = zeros<uint16_t>(2 * 16 * 32);
+        run_quad_words(tile.data(), y.mutable_data(), is_alternating);
+        return y;
+    });
     module.def("multiply_add",
                [](const In<uint16_t>& a, const In<uint16_t>& b, const In<float>& acc, bool is_bfloat16) {
                    In<float> sums({16, 8});

@@ -1,7 +1,8 @@
 // Kernels around one instruction of sm_80 each (core/ptx_sm80.cuh): what goes in and what comes out is laid
-// open, so that the executor can be held to the PTX manual.
+// open, so that the executor can be held to the PTX manual. And one around the exchange of sums in a quad.
 #include "core/launch.h"
 #include "core/ptx_sm80.cuh"
+#include "gemm/quad_words.cuh"
 #include "host_kernels.h"
 
 namespace dsc::tests {
@@ -66,7 +67,29 @@ __global__ void copies_kernel(const float* x, float* y, Copying kind) {
     }
 }
 
+// The sums of one warp of wgmma, 16 rows of eight blocks: y [2, 16, 32] are blocks 0, 1, 2, 3 and 4, 5, 6, 7,
+// or with kStride 2 the even and the odd ones.
+template <int kStride>
+__global__ void quad_words_kernel(const float* tile, __nv_bfloat16* y) {
+    const int row = threadIdx.x / 4, quad = threadIdx.x % 4;
+    float sums[32];
+    for (int i = 0; i < 32; ++i)
+        sums[i] = tile[64 * (row + 8 * (i / 2 % 2)) + 8 * (i / 4) + 2 * quad + i % 2];
+    for (int part = 0; part < 2; ++part) {
+        for (int half = 0; half < 2; ++half) {
+            const Word word =
+                rounded_word<__nv_bfloat16, kStride>(sums, kStride == 1 ? 4 * part : part, half);
+            *reinterpret_cast<Word*>(y + 32 * (16 * part + row + 8 * half) + 8 * quad) = word;
+        }
+    }
+}
+
 }  // namespace
+
+void run_quad_words(const float* tile, uint16_t* y, bool is_alternating) {
+    const auto kernel = is_alternating ? quad_words_kernel<2> : quad_words_kernel<1>;
+    launch(kernel, 1, kWarp, 0, nullptr, tile, reinterpret_cast<__nv_bfloat16*>(y));
+}
 
 void run_load_matrices(const uint16_t* matrices, uint32_t* registers, bool is_transposed) {
     constexpr size_t kBytes = 4 * 64 * sizeof(uint16_t);
