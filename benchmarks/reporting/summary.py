@@ -89,7 +89,7 @@ def _targets(results: Sequence[Result], device: str) -> str:
         target, result = standing.target, standing.result
         got = f"{result[target.unit]:g} ({result.get('model')}, {result.get('routing')})" if result else ""
         wanted = f"{target.unit}: must {target.must:g}, aim {target.aim:g}"
-        rows.append((f"{target.op} {target.step} T={target.tokens}", wanted, standing.verdict, got))
+        rows.append((target.name, wanted, standing.verdict, got))
     return columns([("target", "wanted", "verdict", "slowest"), *rows]) if rows else ""
 
 

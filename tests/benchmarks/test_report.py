@@ -91,9 +91,10 @@ def test_a_page_has_checks_targets_and_results(make_result: Make, store: Store) 
         *("`moe_gate`", "151 passed, 1 skipped", "passed", "passed", "passed", "2026-11-20", "012345678")
     ]
     targets = {row[0]: row[1:6] for row in rows(page, "Targets")[1:]}
-    assert targets["`moe_gate` forward, T=8192"] == ["us", "8", "3.5", "7", "must met"]
-    assert targets["`moe_permute` backward, T=8192"] == ["GB/s", "2800", "3900", "3000", "must met"]
-    assert targets["`moe_unpermute` forward, T=8192"] == ["GB/s", "2800", "3900", "", "not measured"]
+    partly = "partly measured, 1 of 8"
+    assert targets["moe_gate forward T=8192"] == ["us", "8", "3.5", "7", partly]
+    assert targets["moe_permute backward T=8192"] == ["GB/s", "2800", "3900", "3000", partly]
+    assert targets["moe_unpermute forward T=8192"] == ["GB/s", "2800", "3900", "", "not measured"]
     heads, values = rows(page, "moe_gate")
     row = dict(zip(heads, values, strict=True))
     assert (row["us"], row["GB/s"], row["% of ceiling"], row["torch / ours"]) == ("7", "860", "20", "2.00")
