@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,10 @@ def test_ceilings_of_this_machine_are_measured_once() -> None:
     assert clock.ceilings() is found
 
 
+START = 3.0  # milliseconds that starting a graph takes
+TIMES = {"call": 2.0, "separator": 0.25}
+
+
 class MadeUpCuda:
     """As much of torch.cuda as the clock calls; time is what calls add to `now`, in milliseconds."""
 
@@ -106,9 +111,12 @@ class MadeUpCuda:
 
         class CUDAGraph:
             def replay(self) -> None:
+                """A call that follows another begins before that has ended; all else waits."""
                 made_up.log.append("replay")
-                for _ in range(self.num_calls):
-                    made_up.now += 2.0
+                made_up.now += START
+                for previous, name in pairwise(["start", *self.captured]):
+                    is_overlapping = previous == name == "call"
+                    made_up.now += 0.5 if is_overlapping else TIMES[name]
 
         self.Event, self.CUDAGraph = Event, CUDAGraph
 
@@ -128,12 +136,12 @@ class MadeUpCuda:
 
     @contextlib.contextmanager
     def graph(self, graph: SimpleNamespace, *, stream: object) -> Iterator[None]:
-        self.is_capturing, self.num_captured = True, 0
+        self.is_capturing, self.captured = True, []
         try:
             yield
         finally:
             self.is_capturing = False
-            graph.num_calls = self.num_captured
+            graph.captured = self.captured
 
     def get_sync_debug_mode(self) -> int:
         return self.sync_mode
@@ -144,10 +152,13 @@ class MadeUpCuda:
     def call(self) -> None:
         """A kernel of two milliseconds."""
         self.log.append("call")
+        self.launch("call")
+
+    def launch(self, name: str) -> None:
         if self.is_capturing:
-            self.num_captured += 1
+            self.captured.append(name)
         else:
-            self.now += 2.0
+            self.now += TIMES[name]
 
     def waiting_call(self) -> None:
         """The same, and the host waits for it."""
@@ -174,7 +185,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> MadeUpCuda:
         made_up.now += 100.0
         return flush(x)
 
+    def negate(x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        made_up.launch("separator")
+        return out
+
     monkeypatch.setattr(timing.torch, "max", flushing)
+    monkeypatch.setattr(timing.torch, "neg", negate)
     return made_up
 
 
@@ -186,8 +202,27 @@ def clock(cuda: MadeUpCuda) -> GpuClock:
 def test_a_graph_of_all_copies_is_replayed_behind_a_flush(cuda: MadeUpCuda, clock: GpuClock) -> None:
     runner = clock.runner([cuda.call] * 3)
     cuda.log.clear()
-    assert (runner.method, runner.seconds()) == ("graph", 0.002)
+    assert (runner.method, runner.seconds()) == ("graph", pytest.approx(0.002))
     assert cuda.log == ["flush", "event", "replay", "event"]
+
+
+@pytest.mark.parametrize("num_calls", [1, 7])
+def test_calls_of_a_graph_do_not_overlap_and_its_own_cost_is_not_theirs(
+    num_calls: int, cuda: MadeUpCuda, clock: GpuClock
+) -> None:
+    runner = clock.runner([cuda.call] * num_calls)
+    assert cuda.captured == ["separator", *["separator"] * num_calls]  # the graph without calls came last
+    assert runner.seconds() == pytest.approx(0.002)
+
+
+def test_a_graph_without_calls_is_measured_once_a_length(cuda: MadeUpCuda, clock: GpuClock) -> None:
+    for num_calls in (3, 3, 4, 3):
+        clock.runner([cuda.call] * num_calls)
+    assert cuda.log.count("replay") == 2 * timing.NUM_BLANK_ROUNDS
+
+
+def test_a_call_of_nothing_takes_next_to_nothing(clock: GpuClock) -> None:
+    assert clock.runner([lambda: None]).seconds() == timing.MIN_SECONDS
 
 
 @pytest.mark.parametrize("kind", ["waiting_call", "uncapturable_call"])
