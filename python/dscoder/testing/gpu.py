@@ -18,8 +18,10 @@ Step = Callable[..., tuple[Tensor, ...]]
 DEVICE = "cuda"
 # Two bytes of every poisoned value: a NaN of float32, bfloat16 and float16, a wild int32.
 _POISON = 0x7FFF
-# Block sizes that fill the segments which torch's allocator serves small and large tensors from.
-_POISONED_BLOCKS = [1 << 20] * 64 + [20 << 20] * 8
+_SMALL_BLOCK = 1 << 20  # torch's allocator serves tensors up to this size from a pool of their own
+_NUM_SMALL_BLOCKS = 64
+_LARGE_BLOCK = 256 << 20  # what is poisoned for larger tensors at the least
+_NUM_TIMES_OUTPUTS = 4  # outputs, what is kept for gradients, and scratch
 
 
 def archs() -> list[str]:
@@ -50,10 +52,16 @@ def forward_and_backward(function: Function) -> Step:
     return step
 
 
-def poison_free_memory() -> None:
-    """Leave NaNs and wild indices in the memory that the next tensors on the GPU are allocated in."""
+def poison_free_memory(outputs: Sequence[Tensor] = ()) -> None:
+    """Leave NaNs and wild indices in the memory that the next tensors on the GPU are allocated in.
+
+    One block is large enough for tensors like `outputs` and what is made on the way: the allocator, whose
+    cache is empty but for this, cuts all that is larger than a small block from it.
+    """
     torch.cuda.empty_cache()
-    blocks = [torch.full((n // 2,), _POISON, dtype=torch.int16, device=DEVICE) for n in _POISONED_BLOCKS]
+    large = max(_LARGE_BLOCK, _NUM_TIMES_OUTPUTS * sum(x.nbytes + _SMALL_BLOCK for x in outputs))
+    sizes = [_SMALL_BLOCK] * _NUM_SMALL_BLOCKS + [large]
+    blocks = [torch.full((n // 2,), _POISON, dtype=torch.int16, device=DEVICE) for n in sizes]
     del blocks
 
 
@@ -79,9 +87,9 @@ def assert_all_same(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 
 def assert_is_reference(step: Step, *inputs: Tensor) -> None:
     """The step on the GPU, in poisoned memory, agrees with the step on the CPU, which runs the reference."""
-    on_gpu = _on_gpu(inputs)
-    poison_free_memory()
-    assert_agrees(step(*on_gpu), step(*inputs))
+    on_gpu, wanted = _on_gpu(inputs), step(*inputs)
+    poison_free_memory(wanted)
+    assert_agrees(step(*on_gpu), wanted)
 
 
 def assert_replay_follows(step: Step, *runs: Sequence[Tensor]) -> None:
@@ -139,7 +147,7 @@ def assert_same_bits_every_time(step: Step, *inputs: Tensor, num_times: int = 5)
     on_gpu = _on_gpu(inputs)
     wanted = step(*on_gpu)
     for _ in range(num_times - 1):
-        poison_free_memory()
+        poison_free_memory(wanted)
         assert_all_same(step(*on_gpu), wanted)
 
 
