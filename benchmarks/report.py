@@ -12,13 +12,12 @@ from pathlib import Path
 
 from benchmarks.reporting.plots import ratios, roofline, save
 from benchmarks.reporting.readme import ops_table, replace_table
-from benchmarks.reporting.records import RESULTS, Run, devices, newest_results, read_runs
+from benchmarks.reporting.records import CPU, RESULTS, Run, devices, newest_results, read_runs
 from benchmarks.reporting.tables import PLOTS, device_report
 from benchmarks.reporting.targets import accept, read_accepted, slower
 from dscoder.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = "cpu"  # the folder of results without a GPU
 
 
 def main(argv: Sequence[str], *, root: Path = ROOT) -> int:

@@ -1,13 +1,16 @@
 """The stored runs below benchmarks/results/<device>: those of `make bench` and those of `make gpu-check`."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path("benchmarks/results")
 ACCEPTED = "accepted.json"
+CPU = "cpu"  # the folder of results without a GPU
 KEY = ("op", "step", "model", "routing", "shape", "dtype")  # what tells one result from another
 
 Key = tuple[str, ...]
@@ -39,6 +42,16 @@ class Run:
         return (
             f"{commit[:9]}{' with changes' if self.machine.get('is_dirty') else ''}" if commit else "unknown"
         )
+
+
+def device_folder(device: str) -> str:
+    """The folder of a device below benchmarks/results, such as nvidia_h200."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def run_file(root: Path, device: str, begin: datetime) -> Path:
+    """The file of a run that began at `begin`, such as nvidia_h200/2026-11-20T11-30-00.json."""
+    return root / device_folder(device) / f"{begin.astimezone(UTC):%Y-%m-%dT%H-%M-%S}.json"
 
 
 def key_of(result: Result) -> Key:
@@ -116,7 +129,7 @@ def _benchmark_run(path: Path, stored: Mapping[str, Any]) -> Run:
 
 
 def _started(path: Path, stored: Mapping[str, Any]) -> str:
-    """The time in the name that dscoder.testing.results gives a run; else the one pytest-benchmark wrote."""
+    """The time in the name that `run_file` gives a run; else the one pytest-benchmark wrote."""
     day, _, time = path.stem.partition("T")
     if len(day) == 10 and len(time) == 8:
         return f"{day}T{time.replace('-', ':')}Z"

@@ -71,6 +71,14 @@ def test_the_package_comes_before_a_checkout(home: Path, tmp_path: Path) -> None
         bench.find_home((tmp_path / "absent",))
 
 
+def test_a_run_is_kept_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = bench._default_out(ROOT)
+    assert out.suffix == ".json"
+    assert out.parent.parent == tmp_path / "runs" / "bench"
+    assert out.parent.is_dir()
+
+
 def test_an_unknown_op_is_named_beside_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "moe_gate", "warp_drive"]) == 1
     message = capsys.readouterr().err

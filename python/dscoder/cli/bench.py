@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     options = _parse(argv, sorted(benchmarks_of(home)))
     files = chosen(benchmarks_of(home), options.ops)
     require_installed(NEEDED)
-    out = Path(options.out) if options.out else _default_out()
+    out = Path(options.out) if options.out else _default_out(home)
     out.parent.mkdir(parents=True, exist_ok=True)
     status = subprocess.run(pytest_command(home, files, out, only=options.only), check=False).returncode
     if status == NO_TESTS:
@@ -91,10 +91,11 @@ def pytest_command(home: Path, files: Sequence[Path], out: Path, *, only: str | 
     return [*words, *(["-k", only] if only else []), *map(str, files)]
 
 
-def _default_out() -> Path:
-    # A process of its own: cli imports nothing of testing, which is for tests and benchmarks.
-    command = [sys.executable, "-m", "dscoder.testing.results", "runs/bench"]
-    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+def _default_out(home: Path) -> Path:
+    # A process of its own: cli imports nothing of the benchmarks.
+    command = [sys.executable, "-m", "benchmarks.result_file", str(Path("runs/bench").resolve())]
+    done = subprocess.run(command, cwd=home, check=True, capture_output=True, text=True)
+    return Path(done.stdout.strip())
 
 
 def _cell(value: Any) -> str:

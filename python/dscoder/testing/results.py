@@ -1,18 +1,11 @@
-"""What a benchmark stores: the record of one case, the machine of a run, and where a run is kept.
-
-`python -m dscoder.testing.results [root]` makes the folder of this machine's device below root, by default
-benchmarks/results, and writes the path of one run's file, named by the time, for --benchmark-json.
-"""
+"""What a benchmark stores: the record of one case, and the machine of a run."""
 
 import functools
 import platform
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +13,6 @@ import torch
 
 from dscoder.runtime import native
 from dscoder.testing.timing import Ceilings, device_name
-
-RESULTS = Path("benchmarks/results")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,17 +104,6 @@ def measured_device() -> torch.device:
     return torch.device("cpu")
 
 
-def device_folder(device: torch.device) -> str:
-    """The folder of a device's results, such as nvidia_h200; all CPUs share one."""
-    name = device_name(device) if device.type == "cuda" else "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def result_file(root: Path, device: torch.device, now: datetime) -> Path:
-    """The file of a run that begins `now` on `device`, such as nvidia_h200/2026-11-20T11-30-00.json."""
-    return root / device_folder(device) / f"{now.astimezone(UTC):%Y-%m-%dT%H-%M-%S}.json"
-
-
 def _output(command: list[str]) -> str | None:
     """What a program that is there and succeeds prints, else None."""
     if shutil.which(command[0]) is None:
@@ -165,10 +145,3 @@ def drop_rounds(report: dict[str, Any]) -> None:
     """Keep the statistics of each benchmark, not its thousands of single times."""
     for benchmark in report["benchmarks"]:
         benchmark["stats"].pop("data", None)
-
-
-if __name__ == "__main__":
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    path = result_file(root, measured_device(), datetime.now(UTC))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write(f"{path}\n")
