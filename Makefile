@@ -1,13 +1,16 @@
 # make demo | test | lint | bench | gpu-check | kernel-objects
 #
-# make gpu-check OPS="moe_gate moe_permute" checks these alone. On a machine without a network, PY=python3; and
-# OBJECTS=, WHEELS=, OUT= (folders), COMMIT=, see docs/gpu_check.md.
+# make gpu-check OPS="moe_gate moe_permute" checks these alone; OBJECTS=, WHEELS=, OUT= (folders), COMMIT=, see
+# docs/gpu_check.md. It sets up no .venv: where there is none, it runs with python3 and needs no network.
 #
-# The first call sets up .venv; later calls redo only what changed. PY=python3 uses an environment that is
-# already there instead. TORCH=<requirement> overrides the choice of torch.
+# The first call of another goal sets up .venv; later calls redo only what changed. PY=python3 uses an
+# environment that is already there instead. TORCH=<requirement> overrides the choice of torch.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+ifeq ($(MAKECMDGOALS)$(wildcard $(VENV)/bin/python),gpu-check)
+PY ?= $(PYTHON)
+endif
 PY ?= $(VENV)/bin/python
 
 # Without an NVIDIA driver the CPU build of torch is enough.
@@ -41,7 +44,7 @@ lint: $(READY)
 
 # All of them, or OPS="moe_gate rope"; keeps the run under benchmarks/results/<device>/.
 bench: $(READY)
-	$(PY) -m dscoder bench $(OPS) --out "$$($(PY) -m dscoder.testing.results)"
+	$(PY) -m dscoder bench $(OPS) --out "$$($(PY) -m benchmarks.result_file)"
 
 # The environment of make has an up-to-date dscoder; for any other Python it is built below build/gpu-check.
 gpu-check: $(READY)

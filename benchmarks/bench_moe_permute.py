@@ -27,6 +27,28 @@ def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
     return {"forward": rows + 2 * indices + 4 * layer.num_experts, "backward": rows + indices}[step]
 
 
+@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("maps", many=True))
+def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
+    """Counts, END offsets and the row of every choice."""
+    layer = LAYERS[model]
+    rng = cases.generator(f"{model} {routing}", DEVICE)
+    idx = cases.routing(
+        rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
+    )
+    case = Case(
+        op="moe_permute",
+        step=step,
+        model=model,
+        routing=routing,
+        shape=layer.shape(num_tokens, width=False),
+        dtype=torch.int32,
+        # Reads an index and writes a row for every choice, and the offsets.
+        num_bytes=4 * (2 * idx.numel() + layer.num_experts),
+    )
+    problem = Problem(args=(idx,), kwargs={"num_experts": layer.num_experts})
+    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", step, num_tokens))
+
+
 @pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("forward", "backward"))
 def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
     layer = LAYERS[model]
@@ -50,25 +72,3 @@ def test_step(measure: Callable[..., None], model: str, num_tokens: int, routing
         grads=(cases.randn(rng, num_tokens * layer.num_topk, layer.width, dtype=DTYPE),),
     )
     measure(case, problem, rows, peers_of("moe_permute", step, num_tokens))
-
-
-@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("maps", many=True))
-def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
-    """Counts, END offsets and the row of every choice."""
-    layer = LAYERS[model]
-    rng = cases.generator(f"{model} {routing}", DEVICE)
-    idx = cases.routing(
-        rng, num_tokens=num_tokens, num_experts=layer.num_experts, num_topk=layer.num_topk, kind=routing
-    )
-    case = Case(
-        op="moe_permute",
-        step=step,
-        model=model,
-        routing=routing,
-        shape=layer.shape(num_tokens, width=False),
-        dtype=torch.int32,
-        # Reads an index and writes a row for every choice, and the offsets.
-        num_bytes=4 * (2 * idx.numel() + layer.num_experts),
-    )
-    problem = Problem(args=(idx,), kwargs={"num_experts": layer.num_experts})
-    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", step, num_tokens))

@@ -3,23 +3,24 @@
 `make gpu-check [OPS="moe_gate ..."]`, or `python -m benchmarks.gpu_check [op ...]`. Needs no network and
 installs nothing. See docs/gpu_check.md.
 
-Exit status: 0 all is well (benchmarks may have been cut), 1 something failed or a sanitizer found something,
-2 nothing was checked, 3 tests or sanitizers did not come to an end.
+Exit status: 0 all was run and is well, 1 something failed or a sanitizer found something, 2 nothing was
+checked, 3 nothing failed, but not all was run: the record says what is missing.
 """
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from benchmarks.check.build import FOLDER, ROOT, SITE, build, try_import, unpack_wheels
 from benchmarks.check.machine import describe, find_sanitizer, toolkit_environment
 from benchmarks.check.process import Budget, Runner
-from benchmarks.check.record import Record, device_folder
+from benchmarks.check.record import Record
 from benchmarks.check.steps import (
     FAILED,
     SHARES,
@@ -30,7 +31,7 @@ from benchmarks.check.steps import (
     run_sanitizers,
     run_tests,
 )
-from benchmarks.reporting.records import RESULTS
+from benchmarks.reporting.records import RESULTS, run_file
 from benchmarks.reporting.summary import summarize
 
 REFUSED = 2
@@ -58,17 +59,17 @@ def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
     arguments = parse(argv)
     budget, begin = Budget(arguments.budget), datetime.now(UTC)
     environment = toolkit_environment(os.environ)
-    path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    runner = Runner(root, root / FOLDER / "logs", {**environment, "PYTHONPATH": os.pathsep.join(path)})
+    places = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    runner = Runner(root, root / FOLDER / "logs", {**environment, "PYTHONPATH": os.pathsep.join(places)})
     try:
         plan = make_plan(root, arguments.ops)
         if arguments.wheels:
             wheels = unpack_wheels(runner, arguments.wheels.resolve(), budget.until(SHARES["build"]))
-            path.insert(0, str(wheels))
+            places.insert(0, str(wheels))
             runner.environment["PATH"] = os.pathsep.join((str(wheels / "bin"), environment.get("PATH", "")))
         if not arguments.installed:
-            path.insert(0, str(SITE))
-        runner.environment["PYTHONPATH"] = os.pathsep.join(path)
+            places.insert(0, str(SITE))
+        runner.environment["PYTHONPATH"] = os.pathsep.join(places)
         machine = describe(root, runner.environment)
     except ValueError as error:
         return refuse(str(error))
@@ -77,10 +78,10 @@ def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
             f"torch {machine['torch']} finds no NVIDIA GPU on this machine; nothing was built or checked"
         )
     machine["commit"] = machine["commit"] or arguments.commit
-    folder = root / arguments.results / device_folder(machine["device"])
+    path = run_file(root / arguments.results, machine["device"], begin)
     copies = [arguments.out / "gpu-check.json"] if arguments.out else []
     record = Record(
-        [folder / f"{begin:%Y-%m-%dT%H-%M-%S}.json", *copies],
+        [path, *copies],
         machine,
         ops=list(plan.tests),
         begin=begin,
@@ -89,15 +90,13 @@ def main(argv: Sequence[str], *, root: Path = ROOT) -> int:
     check = Check(runner=runner, budget=budget, record=record, plan=plan)
     stop_with(runner)
     outcomes = run_steps(check, arguments, tuple(machine["capability"]))
-    status = exit_status(outcomes)
-    is_cut = any(outcome in (*UNFINISHED, "cut") for outcome in outcomes)
-    record.end(
-        budget.spent(), is_complete=len(outcomes) == NUM_STEPS and not is_cut and not runner.is_stopped
-    )
+    is_over = len(outcomes) == NUM_STEPS and not runner.is_stopped
+    missing = missing_from(record.data["steps"], is_over=is_over)
+    record.end(budget.spent(), missing)
     if arguments.out:
         gather_logs(runner.logs, arguments.out / "gpu-check.log")
-    sys.stdout.write(summarize(record.data, folder))
-    return status
+    sys.stdout.write(summarize(record.data, path.parent))
+    return exit_status(outcomes, missing)
 
 
 def run_steps(check: Check, arguments: argparse.Namespace, capability: tuple[int, int]) -> list[str]:
@@ -140,11 +139,17 @@ def first_error(output: str) -> str:
     return " ".join(" ".join(lines[begin:]).split())[:MAX_NOTE]
 
 
-def exit_status(outcomes: Sequence[str]) -> int:
-    """1 for what failed, 3 for tests and sanitizers that did not end; benchmarks may be cut."""
+def missing_from(steps: Sequence[Mapping[str, Any]], *, is_over: bool) -> list[str]:
+    """Steps that were cut, stopped or not to be had, and the end if it was not reached."""
+    missing = [f"{step['name']}: {step['outcome']}" for step in steps if step["outcome"] in UNFINISHED]
+    return missing if is_over else [*missing, "the check did not come to its end"]
+
+
+def exit_status(outcomes: Sequence[str], missing: Sequence[str]) -> int:
+    """1 for what failed, else 3 for what is missing."""
     if any(outcome in FAILED for outcome in outcomes):
         return 1
-    return 3 if any(outcome in UNFINISHED for outcome in outcomes) else 0
+    return 3 if missing else 0
 
 
 def refuse(reason: str) -> int:

@@ -51,15 +51,17 @@ def routed_cases(
 ) -> list[tuple[str, int, str, str]]:
     """(model, tokens, routing, step): every kind of routing at the usual batch, uniform at the other sizes.
 
-    Forward and backward in one are the sum of both: at the usual batch and uniform routing alone.
+    What matters most comes first, for runs that are cut: both models at the usual batch, uniform before the
+    other routings. Forward and backward in one are the sum of both: at the usual batch and uniform routing
+    alone.
     """
-    sizes = [(DECODE, "uniform"), *((TOKENS, kind) for kind in kinds)]
+    sizes = [*((TOKENS, kind) for kind in kinds), (DECODE, "uniform")]
     if many:
         sizes.append((MANY_TOKENS, "uniform"))
     return [
         (model, num_tokens, kind, step)
-        for model in LAYERS
         for num_tokens, kind in sizes
+        for model in LAYERS
         for step in steps
         if step != "forward + backward" or (num_tokens, kind) == (TOKENS, "uniform")
     ]

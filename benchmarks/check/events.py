@@ -15,6 +15,7 @@ class Seen:
     failures: list[dict[str, str]] = field(default_factory=list)  # test and reason
     measured: list[dict[str, Any]] = field(default_factory=list)  # what benchmarks stored, with their test
     skips: dict[str, int] = field(default_factory=dict)  # reason: how often
+    num_collected: int = 0
     is_finished: bool = False
 
     @property
@@ -44,6 +45,7 @@ def read_events(path: Path, *, is_stopped: bool) -> Seen:
         failures=failures,
         measured=[{"test": event["test"], **event["info"]} for event in ended if "info" in event],
         skips=dict(Counter(event.get("reason", "") for event in ended if event["outcome"] == "skipped")),
+        num_collected=max((event["collected"] for event in events if "collected" in event), default=0),
         is_finished=any("finished" in event for event in events),
     )
 

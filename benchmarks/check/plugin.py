@@ -1,7 +1,8 @@
 """A pytest plugin that writes each test's outcome as a line of JSON the moment it is known.
 
 A run that is killed, or that a kernel takes down with it, leaves what it had done and the name of the test it
-was in. `--check-tool` keeps the tests that are marked for one tool of compute-sanitizer.
+was in. `--check-tool` keeps the tests that are marked for one tool of compute-sanitizer; `--check-ours` tells
+benchmarks/conftest.py to leave the peers out.
 """
 
 import json
@@ -15,9 +16,10 @@ MAX_REASON = 300
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Both options are for benchmarks.gpu_check alone."""
+    """All of them are for benchmarks.gpu_check alone."""
     parser.addoption("--check-events", type=Path, help="the file that outcomes are appended to")
     parser.addoption("--check-tool", help="keep the tests marked sanitize(), or sanitize(TOOL, ...)")
+    parser.addoption("--check-ours", action="store_true", help="time our ops alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +49,10 @@ class Events:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._outcomes: dict[str, dict[str, Any]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """How many tests there are to run."""
+        self._write({"collected": len(session.items)})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """What a run that ends without a word was in."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -11,11 +10,6 @@ from typing import Any
 
 KIND = "gpu-check"
 FORMAT = 1
-
-
-def device_folder(device: str) -> str:
-    """The folder of a device below benchmarks/results, such as nvidia_h200."""
-    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 class Record:
@@ -38,6 +32,7 @@ class Record:
             "format": FORMAT,
             "started": begin.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "is_complete": False,
+            "missing": ["the check did not come to its end"],
             "seconds": 0.0,
             **machine,
             "ops": list(ops),
@@ -73,15 +68,16 @@ class Record:
             self._save()
 
     def add_benchmarks(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """What benchmarks stored, each with its test's name."""
+        """What benchmarks stored, each with its test's name; a later result of a test replaces an earlier."""
         with self._lock:
-            self.data["benchmarks"] += [dict(result) for result in results]
+            kept = {result["test"]: result for result in [*self.data["benchmarks"], *map(dict, results)]}
+            self.data["benchmarks"] = list(kept.values())
             self._save()
 
-    def end(self, seconds: float, *, is_complete: bool) -> None:
-        """The last write."""
+    def end(self, seconds: float, missing: Sequence[str]) -> None:
+        """The last write; `missing` says what was not shown, and nothing if all was."""
         with self._lock:
-            self.data.update(seconds=round(seconds, 1), is_complete=is_complete)
+            self.data.update(seconds=round(seconds, 1), is_complete=not missing, missing=list(missing))
             self._save()
 
     def _save(self) -> None:

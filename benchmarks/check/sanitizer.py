@@ -28,7 +28,7 @@ _FINDING = re.compile(r"^=+ ((?:Invalid|Error:|Race|Warning:|Barrier|Program hit
 class Verdict:
     """What one tool says about one op."""
 
-    outcome: str  # passed; found, tests failed, broken; nothing ran, not available, stopped
+    outcome: str  # passed, does not apply; found, tests failed, broken; nothing ran, not available, stopped
     num_found: int = 0
     note: str = ""
 
@@ -62,6 +62,8 @@ def judge(tool: str, output: str, code: int | None, seen: Seen) -> Verdict:
     if seen.num_bad:
         failure = seen.failures[0]
         return Verdict(outcome="tests failed", note=f"{failure['test']}: {failure['reason']}")
+    if tool == "racecheck" and seen.is_finished and not seen.num_collected:
+        return Verdict(outcome="does not apply")
     if not seen.counts.get("passed"):
         return Verdict(outcome="nothing ran", note=next(iter(seen.skips), "no test is marked sanitize"))
     if not summaries:

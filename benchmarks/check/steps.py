@@ -11,10 +11,12 @@ from benchmarks.check.events import Seen, read_events
 from benchmarks.check.process import Budget, Ended, Runner
 from benchmarks.check.record import Record
 from benchmarks.check.sanitizer import ENVIRONMENT, TOOLS, Verdict, judge, sanitizer_command
+from benchmarks.reporting.targets import read_targets
 
 # The share of the budget at whose end a step must be over; what one leaves, the next has.
 SHARES = {"build": 0.35, "tests": 0.60, "sanitizers": 0.80, "benchmarks": 0.98}
 GPU_TESTS = "tests/gpu"
+OURS_SHARE = 0.6  # of what benchmarks have, for the run without peers
 MIN_BENCHMARK_S = 15.0  # torch, the kernels and the first flush of L2 take about this long
 
 
@@ -39,7 +41,8 @@ class Check:
 def make_plan(root: Path, ops: Sequence[str]) -> Plan:
     """The files about `ops`, test_<op>.py and test_<op>_*.py; without any, all there are.
 
-    ValueError for an op that has no GPU tests.
+    Ops with targets come first, in the order of targets.json: what is cut is cut from the end. ValueError for
+    an op that has no GPU tests.
     """
     tests = {path.stem.removeprefix("test_"): path for path in sorted((root / GPU_TESTS).glob("test_*.py"))}
     known = {
@@ -49,6 +52,8 @@ def make_plan(root: Path, ops: Sequence[str]) -> Plan:
     if strangers:
         raise ValueError(f"OPS must name ops with GPU tests ({', '.join(tests)}), got {', '.join(strangers)}")
     chosen = [name for name in tests if not ops or any(name == op or name.startswith(f"{op}_") for op in ops)]
+    targets = list(dict.fromkeys(target.op for target in read_targets()))
+    chosen.sort(key=lambda name: targets.index(name) if name in targets else len(targets))
     return Plan(
         tests={name: str(tests[name].relative_to(root)) for name in chosen},
         benchmarks={name: str(known[name].relative_to(root)) for name in chosen if name in known},
@@ -112,49 +117,67 @@ def tests_outcome(ended: Ended, seen: Seen) -> tuple[str, str]:
     return "passed", ""
 
 
+def sanitizer_runs(ops: Sequence[str]) -> list[tuple[str, str]]:
+    """(op, tool): all ops under the tool that finds most, then under the next."""
+    return [(op, tool) for tool in TOOLS for op in ops]
+
+
 def run_sanitizers(check: Check, program: str | None) -> str:
     """The small set marked `sanitize`, under each tool of compute-sanitizer."""
+    pairs = sanitizer_runs(list(check.plan.tests))
+    if program is None:
+        absent = Verdict(outcome="not available", note="compute-sanitizer was not found")
+        for op, tool in pairs:
+            check.record.add_sanitizer(op, tool, asdict(absent))
+        check.record.add_step("sanitizers", absent.outcome, 0.0, absent.note)
+        return absent.outcome
 
     def run(pair: tuple[str, str]) -> str:
         op, tool = pair
-        verdict, seconds = Verdict(outcome="not available", note="compute-sanitizer was not found"), 0.0
-        if program is not None:
-            ended, seen = pytest_run(
-                check,
-                f"{tool}-{op}",
-                [check.plan.tests[op], "-m", "gpu and sanitize", f"--check-tool={tool}"],
-                limit=check.budget.until(SHARES["sanitizers"]),
-                wrap=lambda command: sanitizer_command(program, tool, command),
-            )
-            verdict, seconds = judge(tool, ended.output, ended.code, seen), ended.seconds
+        ended, seen = pytest_run(
+            check,
+            f"{tool}-{op}",
+            [check.plan.tests[op], "-m", "gpu and sanitize", f"--check-tool={tool}"],
+            limit=check.budget.until(SHARES["sanitizers"]),
+            wrap=lambda command: sanitizer_command(program, tool, command),
+        )
+        verdict = judge(tool, ended.output, ended.code, seen)
         check.record.add_sanitizer(op, tool, asdict(verdict))
-        check.record.add_step(f"{tool} {op}", verdict.outcome, seconds, verdict.note)
+        check.record.add_step(f"{tool} {op}", verdict.outcome, ended.seconds, verdict.note)
         return verdict.outcome
 
-    pairs = [(op, tool) for op in check.plan.tests for tool in TOOLS]
     with ThreadPoolExecutor(num_parallel(2)) as pool:
         return worst(list(pool.map(run, pairs)))
 
 
 def run_benchmarks(check: Check) -> str:
-    """One op after the other, alone on the GPU; each has an equal part of what is left."""
-    outcomes = []
+    """Ours alone on every case, in one process; then op by op beside the peers. Nothing else is on the GPU.
+
+    Peers compile and tune for seconds a shape: that time must not be missing for our own results. Beside the
+    peers each op has an equal part of what is left.
+    """
+    if not check.plan.benchmarks:
+        check.record.add_step("benchmarks", "passed", 0.0, "none of these ops has any")
+        return "passed"
+    limit = OURS_SHARE * check.budget.until(SHARES["benchmarks"])
+    outcomes = [measure_files(check, "ours", list(check.plan.benchmarks.values()), ["--check-ours"], limit)]
     for done, (op, file) in enumerate(check.plan.benchmarks.items()):
         left = check.budget.until(SHARES["benchmarks"])
-        limit = left / (len(check.plan.benchmarks) - done)
-        if limit < MIN_BENCHMARK_S:
-            outcomes.append("cut")
-            check.record.add_step(
-                f"benchmarks {op}", "cut", 0.0, f"only {left:.0f} s of the budget were left"
-            )
-            continue
-        arguments = [file, "--benchmark-enable", "--benchmark-only"]
-        ended, seen = pytest_run(check, f"bench-{op}", arguments, limit=limit)
-        check.record.add_benchmarks(seen.measured)
-        outcome, note = benchmarks_outcome(ended, seen)
-        outcomes.append(outcome)
-        check.record.add_step(f"benchmarks {op}", outcome, ended.seconds, note)
+        outcomes.append(measure_files(check, op, [file], [], left / (len(check.plan.benchmarks) - done)))
     return worst(outcomes)
+
+
+def measure_files(check: Check, name: str, files: Sequence[str], options: Sequence[str], limit: float) -> str:
+    """One process that runs benchmarks; what it measured until `limit` is kept."""
+    if limit < MIN_BENCHMARK_S:
+        check.record.add_step(f"benchmarks {name}", "cut", 0.0, f"only {limit:.0f} s of the budget were left")
+        return "cut"
+    arguments = [*files, "--benchmark-enable", "--benchmark-only", *options]
+    ended, seen = pytest_run(check, f"bench-{name}", arguments, limit=limit)
+    check.record.add_benchmarks(seen.measured)
+    outcome, note = benchmarks_outcome(ended, seen)
+    check.record.add_step(f"benchmarks {name}", outcome, ended.seconds, note)
+    return outcome
 
 
 def benchmarks_outcome(ended: Ended, seen: Seen) -> tuple[str, str]:
@@ -163,13 +186,13 @@ def benchmarks_outcome(ended: Ended, seen: Seen) -> tuple[str, str]:
         first = seen.failures[0]
         return "failed", f"{first['test']}: {first['reason']}"
     if ended.code is None:
-        return "cut", f"{len(seen.measured)} results until its limit"
+        return "cut", f"{len(seen.measured)} of {seen.num_collected} results until its limit"
     if ended.code != 0 or not seen.measured:
         return "failed", f"pytest ended with {ended.code}, {len(seen.measured)} results"
     return "passed", f"{len(seen.measured)} results"
 
 
-# From worst to best. A check fails with the first four; with the next two it did not show what it should.
+# From worst to best. A check fails with the first four; with the next four it did not show all.
 ORDER = (
     "failed",
     "found",
@@ -179,10 +202,11 @@ ORDER = (
     "stopped",
     "cut",
     "not available",
+    "does not apply",
     "passed",
 )
 FAILED = ORDER[:4]
-UNFINISHED = ORDER[4:6]
+UNFINISHED = ORDER[4:8]
 
 
 def worst(outcomes: Sequence[str]) -> str:

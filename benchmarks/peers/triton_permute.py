@@ -15,9 +15,9 @@ from triton import Config
 from benchmarks.peers.triton_gate import clock, configs
 from benchmarks.peers.triton_maps import maps
 
-_BLOCKS_AND_WARPS = ((1024, 4), (1024, 2), (2048, 4), (2048, 8), (512, 2), (8192, 8))
+_BLOCKS_AND_WARPS = ((1024, 4), (2048, 4), (2048, 8), (8192, 8))
 COPY_CONFIGS = configs([Config({"BLOCK": block}, num_warps=warps) for block, warps in _BLOCKS_AND_WARPS])
-ROW_CONFIGS = configs([Config({}, num_warps=warps) for warps in (4, 2, 8, 16)])
+ROW_CONFIGS = configs([Config({}, num_warps=warps) for warps in (4, 8, 16)])
 
 
 @triton.autotune(COPY_CONFIGS, key=["num_tokens", "width", "K"], do_bench=clock)

@@ -9,6 +9,7 @@ from benchmarks.reporting.targets import best_peer, read_accepted, read_targets,
 
 MAX_FAILURES = 12
 MAX_STEPS = 24
+MAX_MISSING = 12
 MAX_NOTE = 150
 
 
@@ -22,6 +23,7 @@ def summarize(data: Mapping[str, Any], folder: Path) -> str:
         f"{data['seconds']:.0f} s, {state}"
     )
     sections = [
+        _missing(data["missing"]),
         _steps(data["steps"]),
         _ops(data),
         _targets(results, data["device"]),
@@ -49,6 +51,13 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
     if len(shown) > MAX_STEPS:
         rows.append((f"and {len(shown) - MAX_STEPS} more", "see the JSON", "", ""))
     return columns([("step", "outcome", "took", "note"), *rows])
+
+
+def _missing(missing: Sequence[str]) -> str:
+    if not missing:
+        return ""
+    rest = f", and {len(missing) - MAX_MISSING} more" if len(missing) > MAX_MISSING else ""
+    return f"NOT SHOWN: {', '.join(missing[:MAX_MISSING])}{rest}"
 
 
 def _ops(data: Mapping[str, Any]) -> str:

@@ -76,7 +76,9 @@ def _targets(results: Sequence[Result], device: str) -> str:
         target, result = standing.target, standing.result
         got = f"{result[target.unit]:g}" if result else ""
         case = f"{result.get('model')}, {result.get('routing', 'one routing')}" if result else ""
-        rows.append((target.name, target.unit, f"{target.must:g}", f"{target.aim:g}", got, standing.verdict, case))
+        rows.append(
+            (target.name, target.unit, f"{target.must:g}", f"{target.aim:g}", got, standing.verdict, case)
+        )
     if not rows:
         return ""
     header = ["target", "unit", "must", "aim", "slowest", "verdict", "where"]

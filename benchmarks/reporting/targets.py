@@ -1,7 +1,7 @@
 """Measured against wanted: the targets of targets.json, and the accepted times of a device.
 
-A target names the cases it is about: models, shapes and routings. The slowest decides, and it is met only when
-all of them were measured.
+A target names the cases it is about: models, shapes and routings. The slowest decides, and it is met only
+when all of them were measured.
 """
 
 import json

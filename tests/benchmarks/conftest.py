@@ -1,11 +1,14 @@
-"""Records as runs leave them, with figures that a reader can follow."""
+"""Records as runs leave them, with figures that a reader can follow; machines for a check to run on."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.benchmarks.stand_in import Machine, make_stand_in
 
 MACHINE = {
     "device": "NVIDIA H200",
@@ -59,6 +62,7 @@ def store(tmp_path: Path) -> Callable[..., Path]:
             "format": 1,
             "started": started,
             "is_complete": True,
+            "missing": [],
             "seconds": 400.0,
             **MACHINE,
             "ops": ["moe_gate"],
@@ -76,3 +80,9 @@ def store(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return store_check
+
+
+@pytest.fixture
+def make_machine(tmp_path: Path) -> Callable[..., Machine]:
+    """See `make_stand_in`."""
+    return functools.partial(make_stand_in, tmp_path)

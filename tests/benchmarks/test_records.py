@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.check.record import device_folder
-from benchmarks.reporting.records import devices, key_of, newest_results, read_run, read_runs
+from benchmarks import result_file
+from benchmarks.reporting.records import devices, key_of, newest_results, read_run, read_runs, run_file
 from benchmarks.reporting.targets import (
     Target,
     accept,
@@ -151,7 +153,8 @@ def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
 for model, num_tokens, routing, i in gemm.forward_cases():
-    found["grouped_gemm forward"].append((model, text(model, num_tokens, *gemm.MODELS[model][2 + i]), routing))
+    sizes = gemm.MODELS[model][2 + i]
+    found["grouped_gemm forward"].append((model, text(model, num_tokens, *sizes), routing))
 for model, i in gemm.GRADIENTS:
     sizes = gemm.MODELS[model][2 + i]
     found["grouped_gemm input gradient"].append((model, text(model, gemm.LARGE, *sizes[::-1]), "uniform"))
@@ -215,5 +218,15 @@ def test_the_best_peer_is_the_quickest(make_result: Make) -> None:
     assert best_peer(make_result(peers={})) is None
 
 
-def test_folders_of_devices_are_plain_names() -> None:
-    assert device_folder("NVIDIA H200 (141 GB)") == "nvidia_h200_141_gb"
+def test_a_run_is_named_by_its_device_and_its_time_in_utc() -> None:
+    noon = datetime(2026, 11, 20, 12, 0, 0, tzinfo=UTC)
+    path = run_file(Path("r"), "NVIDIA H200 (141 GB)", noon)
+    assert path == Path("r/nvidia_h200_141_gb/2026-11-20T12-00-00.json")
+    assert run_file(Path("r"), "NVIDIA H200 (141 GB)", noon.astimezone(timezone(timedelta(hours=8)))) == path
+
+
+def test_runs_on_cpus_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(result_file, "measured_device", lambda: torch.device("cpu"))
+    path = result_file.main(tmp_path)
+    assert path.parent == tmp_path / "cpu"
+    assert path.parent.is_dir()
