@@ -91,8 +91,8 @@ void grouped_gemm_forward(py::handle x, py::handle w, py::handle y, py::handle o
                                    .depth = width_of(kOp, "the depth", depth),
                                    .is_w_transposed = is_w_transposed,
                                    .type = type};
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_grouped_gemm(params, {.arch = gemm_arch(kOp, arch), .tile = tile}, call.current_stream());
+    const GemmChoice choice{.arch = gemm_arch(kOp, arch), .tile = tile};
+    call.launch([&](cudaStream_t stream) { launch_grouped_gemm(params, choice, stream); });
 }
 
 void grouped_swiglu_forward(py::handle x, py::handle w, py::handle hidden, py::handle gate_up,
@@ -128,8 +128,8 @@ void grouped_swiglu_forward(py::handle x, py::handle w, py::handle hidden, py::h
                                      .width = width_of(kOp, "the width", width),
                                      .depth = width_of(kOp, "the depth", depth),
                                      .type = type};
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_grouped_swiglu(params, {.arch = gemm_arch(kOp, arch), .tile = tile}, call.current_stream());
+    const GemmChoice choice{.arch = gemm_arch(kOp, arch), .tile = tile};
+    call.launch([&](cudaStream_t stream) { launch_grouped_swiglu(params, choice, stream); });
 }
 
 void grouped_swiglu_backward(py::handle grad, py::handle w, py::handle gate_up, py::handle grad_gate_up,
@@ -158,9 +158,8 @@ void grouped_swiglu_backward(py::handle grad, py::handle w, py::handle gate_up, 
                                              .width = width_of(kOp, "the width", width),
                                              .depth = width_of(kOp, "the depth", depth),
                                              .type = type};
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_grouped_swiglu_backward(params, {.arch = gemm_arch(kOp, arch), .tile = tile},
-                                   call.current_stream());
+    const GemmChoice choice{.arch = gemm_arch(kOp, arch), .tile = tile};
+    call.launch([&](cudaStream_t stream) { launch_grouped_swiglu_backward(params, choice, stream); });
 }
 
 void grouped_gemm_weight_gradient(py::handle grad, py::handle x, py::handle grad_w, py::handle offsets,
@@ -194,9 +193,8 @@ void grouped_gemm_weight_gradient(py::handle grad, py::handle x, py::handle grad
         .is_float32 = is_float32,
         .accumulates = accumulates,
         .type = type};
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_grouped_weight_gradient(params, {.arch = gemm_arch(kOp, arch), .tile = tile},
-                                   call.current_stream());
+    const GemmChoice choice{.arch = gemm_arch(kOp, arch), .tile = tile};
+    call.launch([&](cudaStream_t stream) { launch_grouped_weight_gradient(params, choice, stream); });
 }
 
 }  // namespace

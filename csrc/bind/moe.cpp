@@ -71,8 +71,7 @@ void moe_gate_forward(py::handle logits, py::handle idx, py::handle weight, int 
     const auto idx_TK = call.read<2>("idx", idx, kInt32, {logits_TE.shape[0], kAnySize});
     const MoeGateParams params =
         gate_params(call, kOp, logits_TE, idx_TK, weight, {num_groups, num_groups_kept, scale, renormalize});
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate(params, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_gate(params, stream); });
 }
 
 void moe_gate_backward(py::handle logits, py::handle idx, py::handle grad_weight, py::handle grad_logits,
@@ -81,8 +80,7 @@ void moe_gate_backward(py::handle logits, py::handle idx, py::handle grad_weight
     Call call(kOp);
     const MoeGateBackwardParams params =
         gate_backward_params(call, logits, idx, grad_weight, grad_logits, scale, renormalize);
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate_backward(params, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_gate_backward(params, stream); });
 }
 
 // The tensors of MoeBalanceParams in their order; B and C are those of the first.
@@ -145,8 +143,7 @@ void moe_gate_with_balance_forward(py::handle logits, py::handle idx, py::handle
         gate_params(call, kOp, logits_TE, idx_TK, weight, {num_groups, num_groups_kept, scale, renormalize});
     const MoeBalanceParams params =
         read_balance(call, kOp, balance, logits_TE, idx_TK, num_groups, num_groups_kept);
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate_with_balance(gate, params, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_gate_with_balance(gate, params, stream); });
 }
 
 void moe_gate_with_balance_backward(py::handle logits, py::handle idx, const py::tuple& grads,
@@ -158,8 +155,7 @@ void moe_gate_with_balance_backward(py::handle logits, py::handle idx, const py:
         gate_backward_params(call, logits, idx, grads[0], grad_logits, scale, renormalize);
     const MoeBalanceBackwardParams balance =
         read_balance_backward(call, kOp, grads[1], load, gate.num_tokens, gate.num_experts);
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_gate_with_balance_backward(gate, balance, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_gate_with_balance_backward(gate, balance, stream); });
 }
 
 void moe_balance_loss_forward(py::handle probs, py::handle idx, const py::tuple& balance, int num_groups,
@@ -171,8 +167,9 @@ void moe_balance_loss_forward(py::handle probs, py::handle idx, const py::tuple&
     const auto idx_TK = call.read<2>("idx", idx, kInt32, {probs_TE.shape[0], kAnySize});
     const MoeBalanceParams params =
         read_balance(call, kOp, balance, probs_TE, idx_TK, num_groups, num_groups_kept);
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_balance(probs_TE.data, dtype, idx_TK.as<const int32_t>(), params, call.current_stream());
+    call.launch([&](cudaStream_t stream) {
+        launch_moe_balance(probs_TE.data, dtype, idx_TK.as<const int32_t>(), params, stream);
+    });
 }
 
 void moe_balance_loss_backward(py::handle grad_terms, py::handle load, py::handle grad_probs) {
@@ -185,8 +182,7 @@ void moe_balance_loss_backward(py::handle grad_terms, py::handle load, py::handl
         read_balance_backward(call, kOp, grad_terms, load, num_tokens, num_experts);
     params.grad_probs = grad_TE.data;
     params.dtype = dtype;
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_balance_backward(params, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_balance_backward(params, stream); });
 }
 
 int num_chunks(int64_t num_tokens, int num_sequences) {

@@ -46,8 +46,7 @@ void moe_permute_maps_forward(py::handle idx, py::handle offsets, py::handle row
     constexpr const char* kOp = "moe_permute_maps";
     Call call(kOp);
     const Maps maps = read_maps(call, kOp, idx, offsets, row, counts);
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_permute_maps(maps.params, call.current_stream());
+    call.launch([&](cudaStream_t stream) { launch_moe_permute_maps(maps.params, stream); });
 }
 
 void moe_permute_forward(py::handle x, py::handle idx, py::handle rows, py::handle offsets, py::handle row,
@@ -59,15 +58,14 @@ void moe_permute_forward(py::handle x, py::handle idx, py::handle rows, py::hand
     const auto x_TD = call.read<2>("x", x, dtype_of(type), {maps.num_tokens, kAnySize});
     const int64_t width = x_TD.shape[1];
     const auto rows_MD = call.read<2>("rows", rows, dtype_of(type), {maps.params.num_choices, width});
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_permute({.maps = maps.params,
-                        .x = x_TD.data,
-                        .rows = rows_MD.data,
-                        .num_tokens = maps.num_tokens,
-                        .width = width,
-                        .num_topk = maps.num_topk,
-                        .dtype = type},
-                       call.current_stream());
+    const MoePermuteParams params{.maps = maps.params,
+                                  .x = x_TD.data,
+                                  .rows = rows_MD.data,
+                                  .num_tokens = maps.num_tokens,
+                                  .width = width,
+                                  .num_topk = maps.num_topk,
+                                  .dtype = type};
+    call.launch([&](cudaStream_t stream) { launch_moe_permute(params, stream); });
 }
 
 // weight: a tensor, or None for weights of 1.
@@ -84,16 +82,15 @@ void launch_weighted_sum(const char* op, const char* name, py::handle y, py::han
     if (not weight.is_none()) {
         weight_TK = call.read<2>("weight", weight, kFloat32, {num_tokens, num_topk}).as<const float>();
     }
-    const DeviceGuard guard(op, call.device_idx());
-    launch_moe_unpermute({.y = y_MD.data,
-                          .weight = weight_TK,
-                          .row = row_TK.as<const int32_t>(),
-                          .out = out_TD.data,
-                          .num_tokens = num_tokens,
-                          .width = width,
-                          .num_topk = static_cast<int>(num_topk),
-                          .dtype = type},
-                         call.current_stream());
+    const MoeUnpermuteParams params{.y = y_MD.data,
+                                    .weight = weight_TK,
+                                    .row = row_TK.as<const int32_t>(),
+                                    .out = out_TD.data,
+                                    .num_tokens = num_tokens,
+                                    .width = width,
+                                    .num_topk = static_cast<int>(num_topk),
+                                    .dtype = type};
+    call.launch([&](cudaStream_t stream) { launch_moe_unpermute(params, stream); });
 }
 
 void moe_permute_backward(py::handle grad, py::handle row, py::handle grad_x) {
@@ -118,20 +115,19 @@ void moe_unpermute_backward(py::handle grad, py::handle y, py::handle weight, py
     const auto offsets_E = read_offsets(call, kOp, offsets);
     const auto grad_y_MD = call.read<2>("grad_y", grad_y, dtype_of(type), {num_rows, width});
     const auto grad_weight_TK = call.read<2>("grad_weight", grad_weight, kFloat32, {num_tokens, num_topk});
-    const DeviceGuard guard(kOp, call.device_idx());
-    launch_moe_unpermute_backward({.grad = grad_TD.data,
-                                   .y = y_MD.data,
-                                   .weight = weight_TK.as<const float>(),
-                                   .row = row_TK.as<const int32_t>(),
-                                   .offsets = offsets_E.as<const int32_t>(),
-                                   .grad_y = grad_y_MD.data,
-                                   .grad_weight = grad_weight_TK.as<float>(),
-                                   .num_tokens = num_tokens,
-                                   .width = width,
-                                   .num_topk = static_cast<int>(num_topk),
-                                   .num_experts = static_cast<int>(offsets_E.shape[0]),
-                                   .dtype = type},
-                                  call.current_stream());
+    const MoeUnpermuteBackwardParams params{.grad = grad_TD.data,
+                                            .y = y_MD.data,
+                                            .weight = weight_TK.as<const float>(),
+                                            .row = row_TK.as<const int32_t>(),
+                                            .offsets = offsets_E.as<const int32_t>(),
+                                            .grad_y = grad_y_MD.data,
+                                            .grad_weight = grad_weight_TK.as<float>(),
+                                            .num_tokens = num_tokens,
+                                            .width = width,
+                                            .num_topk = static_cast<int>(num_topk),
+                                            .num_experts = static_cast<int>(offsets_E.shape[0]),
+                                            .dtype = type};
+    call.launch([&](cudaStream_t stream) { launch_moe_unpermute_backward(params, stream); });
 }
 
 }  // namespace

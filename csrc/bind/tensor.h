@@ -88,7 +88,20 @@ struct Array {
     }
 };
 
-// One call of an op: reads its tensors, which must all be on one device, and says where to launch.
+// Makes the call's device current for a launch, and the previous one again afterwards. Throws
+// std::runtime_error when the build has no kernel for that device.
+class DeviceGuard {
+  public:
+    DeviceGuard(const char* op, int device_idx);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int previous_ = -1;
+};
+
+// One call of an op: reads its tensors, which must all be on one device, and launches there.
 class Call {
   public:
     explicit Call(const char* op) : op_(op) {}
@@ -113,31 +126,27 @@ class Call {
     // Which of float32, bfloat16 and float16 the tensor holds; to be read next with that dtype.
     FloatType float_type_of(const char* name, pybind11::handle tensor);
 
-    int device_idx() const { return device_idx_; }
-    cudaStream_t current_stream() const;  // the caller's, on the tensors' device
+    // launch(stream) with the tensors' device current, on the caller's stream there. An error names the op.
+    template <typename Launch>
+    void launch(const Launch& launch) const {
+        const DeviceGuard guard(op_, device_idx_);
+        try {
+            launch(current_stream());
+        } catch (const LaunchError& error) {
+            throw std::runtime_error(concat(op_, ": ", error.what()));
+        }
+    }
 
   private:
     const dlpack::ExchangeApi* see(const char* name, pybind11::handle tensor, dlpack::Tensor& seen) const;
     dlpack::Tensor view(const char* name, pybind11::handle tensor, dlpack::DataType dtype, int rank);
+    cudaStream_t current_stream() const;
     void check_shape(const char* name, const int64_t* wanted, const int64_t* seen, int rank) const;
 
     const char* op_;
     const char* first_name_ = nullptr;  // of the argument that named the device
     int device_idx_ = -1;
     const dlpack::ExchangeApi* api_ = nullptr;
-};
-
-// Makes the call's device current for a launch, and the previous one again afterwards. Throws
-// std::runtime_error when the build has no kernel for that device.
-class DeviceGuard {
-  public:
-    DeviceGuard(const char* op, int device_idx);
-    ~DeviceGuard();
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int previous_ = -1;
 };
 
 }  // namespace dsc::bind

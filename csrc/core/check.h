@@ -14,6 +14,12 @@ class WrongType : public std::logic_error {
     using std::logic_error::logic_error;
 };
 
+// A launch that did not come about. It does not know its op: csrc/bind adds the name.
+class LaunchError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
     std::ostringstream text;

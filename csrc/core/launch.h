@@ -1,6 +1,6 @@
 // Kernel launches: one line that launches on the GPU under nvcc and runs in the host executor otherwise.
 // Launch limits that are broken (too many threads, too much shared memory, no kernel image for this device)
-// throw.
+// throw LaunchError.
 //     launch(moe_gate_kernel<2>, grid, block, shared_bytes, stream, params);
 // launch_overlapped is the same for kernels that keep the rule of core/overlap.h, and starts them early.
 #pragma once
@@ -8,8 +8,7 @@
 #include "core/device.h"
 
 #ifndef DSC_HOST_EXECUTOR
-#include <stdexcept>
-#include <string>
+#include "core/check.h"
 #endif
 
 namespace dsc {
@@ -42,7 +41,7 @@ void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t
 inline void check_launch(cudaError_t status, const char* step) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // a launch error is sticky until read: the next launch must not report this one
-    throw std::runtime_error(std::string(step) + ": " + cudaGetErrorString(status));
+    throw LaunchError(concat(step, ": ", cudaGetErrorString(status)));
 }
 
 template <typename... Params, typename... Args>

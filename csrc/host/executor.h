@@ -8,10 +8,10 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
-#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 
+#include "core/check.h"
 #include "host/vector_types.h"
 
 namespace dsc::host {
@@ -22,9 +22,9 @@ using Place = std::source_location;  // of the intrinsic in the kernel
 template <typename T, typename... Ts>
 concept OneOf = (std::is_same_v<T, Ts> or ...);
 
-class Fault : public std::runtime_error {
+class Fault : public LaunchError {
   public:
-    using std::runtime_error::runtime_error;
+    using LaunchError::LaunchError;
 };
 
 struct LaunchShape {

@@ -22,7 +22,7 @@ function(dscoder_host_bindings target)
 endfunction()
 dscoder_host_bindings(host_bindings ${DSCODER_KERNEL_BINDINGS} ${DSCODER_BINDINGS})
 target_compile_definitions(host_bindings PRIVATE ${DSCODER_MODULE_DEFINITIONS} DSC_MODULE=_C_host)
-dscoder_host_bindings(host_test_bindings tests/csrc/module.cpp)
+dscoder_host_bindings(host_test_bindings tests/csrc/module.cpp csrc/bind/tensor.cpp csrc/bind/device.cpp)
 
 function(dscoder_host_variant name)
     set(executor host_executor_${name})

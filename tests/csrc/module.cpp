@@ -5,7 +5,9 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
+#include "bind/tensor.h"
 #include "host/executor.h"
 #include "host_kernels.h"
 
@@ -166,12 +168,23 @@ void bind_faults(py::module_& module) {
     py::list names;
     for (int i = 0; i < kNumFaults; ++i) names.append(kFaults[i].name);
     module.attr("FAULTS") = names;
-    module.def("run_fault", [](const std::string& name, const In<float>& x) {
-        auto y = zeros<float>(x.size());
+    const auto run = [](const std::string& name, const float* x, float* y, int num_values) {
         for (int i = 0; i < kNumFaults; ++i) {
-            if (name == kFaults[i].name) kFaults[i].launch(x.data(), y.mutable_data(), size_of(x));
+            if (name == kFaults[i].name) kFaults[i].launch(x, y, num_values);
         }
+    };
+    module.def("run_fault", [run](const std::string& name, const In<float>& x) {
+        auto y = zeros<float>(x.size());
+        run(name, x.data(), y.mutable_data(), size_of(x));
         return y;
+    });
+    // As the binding of an op, which takes tensors.
+    module.def("run_fault_of", [run](const std::string& op, const std::string& name, py::handle tensor) {
+        bind::Call call(op.c_str());
+        const auto x = call.read<1>("x", tensor, bind::kFloat32);
+        std::vector<float> y(x.shape[0]);
+        call.launch(
+            [&](cudaStream_t) { run(name, x.as<const float>(), y.data(), static_cast<int>(x.shape[0])); });
     });
 }
 

@@ -46,6 +46,12 @@ def test_strides_of_single_rows_do_not_matter(host_ops: ModuleType) -> None:
     assert best_two(host_ops, row) == WANTED[:1]
 
 
+def test_a_launch_that_fails_names_its_op(host_kernels: ModuleType) -> None:
+    x = torch.zeros(64)
+    with pytest.raises(RuntimeError, match=r"^some_op: host executor: launch: the block has 1025 threads"):
+        host_kernels.run_fault_of("some_op", "too_many_threads", x)
+
+
 def test_no_tokens_touch_nothing(host_ops: ModuleType) -> None:
     assert best_two(host_ops, torch.empty(0, 4)) == []
 
