@@ -8,10 +8,15 @@
 // (tests/csrc/test_build_contract.py) finds the wait ahead of every such access in the machine code.
 //
 // Why that makes chains safe: the wait returns when the whole kernel ahead is over, with its writes to be
-// seen. That kernel could not be over before its own threads had returned from their waits, that is, before
-// the kernel ahead of it was over; and so on back to a launch without overlap, which starts after everything.
-// So the wait is one for all kernels ahead in the stream, as in an ordinary launch. A kernel with a thread
-// that leaves without waiting would break the chain for the kernels behind it: hence no early return.
+// seen, whenever that kernel gave leave to start. It could not be over before its own threads had returned
+// from their waits, that is, before the kernel ahead of it was over; and so on back to a launch without
+// overlap, which starts after everything. So the wait is one for all kernels ahead in the stream, as in an
+// ordinary launch. A kernel with a thread that leaves without waiting would break the chain for the kernels
+// behind it: hence no early return.
+//
+// What that assumes of kernels that are not ours (torch's, a library's) and lie in the same stream: if they
+// are launched to overlap, they have waited, too, before they end. One that does not wait may be over while
+// the kernel ahead of it still runs, and nothing that we do behind it could tell.
 //
 // let_next_kernel_start() gives the next kernel leave to become resident, once all blocks have called it or
 // ended. It orders nothing: the next kernel's wait does, whenever this was called. Call it after the loads
