@@ -48,8 +48,22 @@ def define_op(
 def define_gradient(
     name: str, *, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
 ) -> None:
-    """Give the op `name` a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
-    torch.library.register_autograd(f"dscoder::{name}", backward, setup_context=save, lib=LIBRARY)
+    """Give the op `name` a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs.
+
+    An output that nothing was differentiated through, or that has no gradient, has None among the grads,
+    which are not all None.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # by default torch fills zeros: a launch for each such output
+        save(ctx, inputs, output)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"dscoder::{name}", differentiate, setup_context=keep, lib=LIBRARY)
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -184,7 +184,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(logits_TE, output[1])
 
 
-def _differentiate(ctx: Any, grad_weight_TK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_weight_TK: Tensor, _: None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("moe_gate")
     logits_TE, idx_TK = ctx.saved_tensors
     grad_logits = torch.ops.dscoder.moe_gate_backward.default(
@@ -304,11 +304,16 @@ def _balanced_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _balanced_differentiate(
-    ctx: Any, grad_weight_TK: Tensor, _idx: Tensor, grad_terms: Tensor, _load: Tensor
+    ctx: Any, grad_weight_TK: Tensor | None, _idx: None, grad_terms: Tensor | None, _load: None
 ) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("moe_gate_with_balance")
+    logits_TE, idx_TK, load_3BE = ctx.saved_tensors
+    if grad_weight_TK is None:
+        grad_weight_TK = load_3BE.new_zeros(idx_TK.shape)
+    if grad_terms is None:
+        grad_terms = load_3BE.new_zeros(3)
     grad_logits = torch.ops.dscoder.moe_gate_with_balance_backward.default(
-        grad_weight_TK, grad_terms, *ctx.saved_tensors, ctx.scale, ctx.renormalize
+        grad_weight_TK, grad_terms, logits_TE, idx_TK, load_3BE, ctx.scale, ctx.renormalize
     )
     return grad_logits, None, None, None, None, None, None
 

@@ -172,7 +172,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx: Any, grad_MD: Tensor, _offsets: Tensor, _row: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_MD: Tensor, _offsets: None, _row: None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("moe_permute")
     (row_TK,) = ctx.saved_tensors
     return torch.ops.dscoder.moe_permute_backward.default(grad_MD, row_TK), None, None

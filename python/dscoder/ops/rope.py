@@ -99,6 +99,7 @@ def _fake(q_THr: Tensor, k_TGr: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *_, cos_Lf, sin_Lf, positions_T, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos_Lf, sin_Lf, positions_T)
+    ctx.set_materialize_grads(True)  # one call rotates both
 
 
 def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
