@@ -25,7 +25,7 @@ void register_moe(py::module_& module) {
     define_absent(module, "moe_gate_with_balance",
                   {"moe_gate_with_balance_forward", "moe_gate_with_balance_backward"});
     define_absent(module, "moe_balance_loss",
-                  {"moe_balance_loss_forward", "moe_balance_loss_backward", "moe_balance_num_chunks"});
+                  {"moe_balance_loss_forward", "moe_balance_loss_backward", "moe_balance_plan"});
 }
 
 void register_moe_permute(py::module_& module) {

@@ -6,6 +6,10 @@
 
 namespace dsc {
 
+// The most that a kernel takes. moe_balance_loss alone takes any K.
+constexpr int kMoeMaxExperts = 512;
+constexpr int kMoeMaxTopk = 16;
+
 // moe_gate: softmax over all experts, group-limited top-k (DeepSeek-V2, eqs 20-22 and section 2.2.2).
 //
 // The order of experts, bit for bit the same in the reference: by logit (not by probability: two logits that
@@ -13,9 +17,6 @@ namespace dsc {
 // +0, ties to the smaller index. A group ranks by its largest logit, ties to the smaller group. Experts of
 // dropped groups are never chosen, not even over a -inf in a kept group; so a row's indices are always
 // distinct and in range.
-
-constexpr int kMoeGateMaxExperts = 512;
-constexpr int kMoeGateMaxTopk = 16;
 
 struct MoeGateParams {
     const float* logits;  // [T, E]
@@ -42,57 +43,67 @@ struct MoeGateBackwardParams {
 void launch_moe_gate(const MoeGateParams& p, cudaStream_t stream);
 void launch_moe_gate_backward(const MoeGateBackwardParams& p, cudaStream_t stream);
 
-// moe_balance_loss: the expert-, device- and communication-level terms of DeepSeek-V2 (eqs 23-31),
-// unweighted, taken per sequence and averaged over sequences. Tokens are B sequences of T / B tokens, one
-// after the other; each is cut into C chunks, and a block of the first launch adds up one chunk. A second
-// launch adds the chunks up, always in the same order.
+// moe_balance_loss: the expert-, device- and communication-level terms of DeepSeek-V2 (eqs 23-31), taken per
+// sequence and averaged over sequences. N is 3, the terms unweighted, or 1, their weighted sum. Tokens are B
+// sequences of T / B tokens, one after the other; each is cut into C chunks, and a block of the first launch
+// adds up one chunk. The experts of each group are cut into L slices, and a block of the second launch adds
+// up the chunks of one slice of one sequence, always in the same order.
 struct MoeBalanceParams {
     // Scratch, of any initial value.
-    float* prob_sum;        // [B * C, E], of each chunk: probabilities
-    int32_t* count;         // [B * C, E + G], choices of each expert, tokens with a choice in each group
-    float* group_terms;     // [B * G, 3]
+    float* prob_sum;  // [B * C, E], of each chunk: probabilities
+    int32_t* count;   // [B * C, E + 2 G], choices of each expert, choices and choosing tokens of each group
+    float* slice_terms;     // [B * G * L, N]
     int32_t* num_finished;  // [1]
 
-    float* terms;  // [3]
-    float* load;   // [3, B, E], the gradient of each term in every probability of the sequence
+    float* terms;  // [N]
+    float* load;   // [N, B, E], the gradient of each term in every probability of the sequence
     int64_t num_tokens;
-    int num_sequences, num_chunks, num_experts, num_topk, num_groups, num_groups_kept;
+    int num_sequences, num_chunks, num_slices, num_experts, num_topk, num_groups, num_groups_kept, num_terms;
+    float weight[3];  // of each term in the sum, where N is 1
 };
 
-// C for so many tokens: enough blocks to fill a GPU, few enough that adding the chunks up costs little.
+// C: enough blocks to fill a GPU, few enough that adding the chunks up costs little.
 int moe_balance_num_chunks(int64_t num_tokens, int num_sequences);
+// L: enough blocks to read the chunks at once.
+int moe_balance_num_slices(int num_sequences, int num_experts, int num_groups);
 
 struct MoeBalanceBackwardParams {
-    const float* grad_terms;  // [3]
-    const float* load;        // [3, B, E]
-    void* grad_probs;         // [T, E], every element is written
+    const float* grad_terms;  // [N]
+    const float* load;        // [N, B, E]
     int64_t num_tokens;
-    int num_sequences, num_chunks, num_experts;
-    FloatType dtype;  // of grad_probs
+    int num_sequences, num_chunks, num_experts, num_terms;
 };
 
-// From probabilities [T, E] and the gate's choices idx [T, K], of which those outside [0, E) count for
-// nobody.
-void launch_moe_balance(const void* probs, FloatType dtype, const int32_t* idx, const MoeBalanceParams& p,
-                        cudaStream_t stream);
-void launch_moe_balance_backward(const MoeBalanceBackwardParams& p, cudaStream_t stream);
+// From probabilities and the gate's choices, of which those outside [0, E) count for nobody.
+struct MoeBalanceLossParams {
+    MoeBalanceParams balance;
+    const void* probs;   // [T, E]
+    const int32_t* idx;  // [T, K]
+    FloatType dtype;     // of probs
+};
+
+struct MoeBalanceLossBackwardParams {
+    MoeBalanceBackwardParams balance;
+    void* grad_probs;  // [T, E], every element is written
+    FloatType dtype;   // of grad_probs
+};
+
+void launch_moe_balance(const MoeBalanceLossParams& p, cudaStream_t stream);
+void launch_moe_balance_backward(const MoeBalanceLossBackwardParams& p, cudaStream_t stream);
 // The second launch alone.
 void launch_moe_balance_finish(const MoeBalanceParams& p, cudaStream_t stream);
 
 // moe_gate_with_balance: both ops at once, the probabilities never leaving the registers. `balance` describes
-// the same tokens, experts and groups as `gate`.
+// the same tokens, experts and groups as `gate`; its N is 3.
 void launch_moe_gate_with_balance(const MoeGateParams& gate, const MoeBalanceParams& balance,
                                   cudaStream_t stream);
-// grad_logits of the weights and the terms together; `grad_probs` and `dtype` are not used.
+// grad_logits of the weights and the terms together.
 void launch_moe_gate_with_balance_backward(const MoeGateBackwardParams& gate,
                                            const MoeBalanceBackwardParams& balance, cudaStream_t stream);
 
 // moe_permute: tokens in expert order. M = T * K; expert e owns the rows from offsets[e - 1] to offsets[e],
 // in the order of the flat choices t * K + k. A choice outside [0, E) is dropped: its row is -1, and as many
 // rows at the end belong to nobody.
-
-constexpr int kMoePermuteMaxExperts = 512;
-constexpr int kMoeMaxTopk = 16;
 
 // Which rows the choices get. One launch, or two where there are more choices than one block should rank.
 struct MoePermuteMapsParams {

@@ -2,9 +2,10 @@
 // that ends both this op and moe_gate_with_balance.
 //
 // First launch: a block adds up the probabilities and counts the choices of a chunk of one sequence's tokens
-// (moe_gate_balance.cu does the same from the logits). Second launch: a block adds up the chunks of one group
-// of experts of one sequence, which is all that a term's share of the group depends on; the block that
-// finishes last adds up the shares. Every sum of floats is taken in an order that shapes alone decide.
+// (moe_gate_balance.cu does the same from the logits). Second launch: a block adds up the chunks of one slice
+// of a group's experts of one sequence, and what the group's experts were chosen in all; that is all that the
+// slice's share of each term depends on. The block that finishes last adds up the shares. Every sum of floats
+// is taken in an order that shapes alone decide.
 #include <algorithm>
 
 #include "core/dtype.h"
@@ -17,130 +18,135 @@ namespace dsc {
 namespace balance {
 namespace {
 
-constexpr int kNumThreads = 256;
-constexpr int kFinishThreads = 512;  // at most: few blocks, each with many chunks to add up
-constexpr int kMaxExperts = kMoeGateMaxExperts;
-constexpr int kNumTerms = 3;
+constexpr int kTokenThreads = 320;           // of a block that takes tokens: two rows of 160 experts
+constexpr int kMaxThreads = kMoeMaxExperts;  // of any block: at least a row
+constexpr int kMaxTerms = 3;
 
-// A block as a table of threads, a column an expert, so that neighbours read neighbours: the most rows of
-// `width` columns that fit. A wider row is taken in several passes.
+// A block as a table of threads, a column an expert, so that neighbours read neighbours.
 struct Table {
     int num_columns, num_rows, row, column;
     bool has_place;
 
     __device__ __forceinline__ explicit Table(int width)
-        : num_columns(min(width, static_cast<int>(blockDim.x))),
-          num_rows(static_cast<int>(blockDim.x) / num_columns),
-          row(static_cast<int>(threadIdx.x) / num_columns),
-          column(static_cast<int>(threadIdx.x) % num_columns),
+        : num_columns(width),
+          num_rows(static_cast<int>(blockDim.x) / width),
+          row(static_cast<int>(threadIdx.x) / width),
+          column(static_cast<int>(threadIdx.x) % width),
           has_place(row < num_rows) {}
 };
 
 // Adds up a column of the block's table in the order of its rows; the result is the first row's.
-template <typename T>
-__device__ __forceinline__ T column_sum(const Table& table, T value, T* values) {
+__device__ __forceinline__ float column_sum(const Table& table, float value) {
+    DSC_SHARED(float[kMaxThreads], values);
     values[threadIdx.x] = value;
     __syncthreads();
-    T sum{};
+    float sum = 0.0f;
     if (table.row == 0) {
         for (int row = 0; row < table.num_rows; ++row) sum += values[row * table.num_columns + table.column];
     }
-    __syncthreads();  // the next sum takes the same place
     return sum;
 }
 
 // ---- first launch ----
 
-// Each choice of the chunk's tokens counts for its expert, and for its group unless an earlier one of the
-// same token did.
-__device__ __forceinline__ void count_choices(const int32_t* idx, const MoeBalanceParams& p,
-                                              const Chunk& chunk, int* count) {
-    const int group_width = p.num_experts / p.num_groups;
-    const int64_t end = chunk.end * p.num_topk;
-    for (int64_t i = chunk.first * p.num_topk + threadIdx.x; i < end; i += blockDim.x) {
-        const int expert = idx[i];
-        if (expert < 0 or expert >= p.num_experts) continue;
+// Each choice of the chunk's tokens counts for its expert and its group, and its token for the group unless
+// an earlier choice of the token did.
+__device__ __forceinline__ void count_choices(const MoeBalanceLossParams& p, const Chunk& chunk, int* count) {
+    const int num_experts = p.balance.num_experts, num_groups = p.balance.num_groups;
+    const int num_topk = p.balance.num_topk;
+    const int group_width = num_experts / num_groups;
+    const int64_t end = chunk.end * num_topk;
+    for (int64_t i = chunk.first * num_topk + threadIdx.x; i < end; i += blockDim.x) {
+        const int expert = p.idx[i];
+        if (expert < 0 or expert >= num_experts) continue;
         const int group = expert / group_width;
         bool is_first = true;
-        for (int64_t earlier = i - i % p.num_topk; earlier < i; ++earlier) {
-            const int other = idx[earlier];
-            if (other >= 0 and other < p.num_experts and other / group_width == group) is_first = false;
+        for (int64_t earlier = i - i % num_topk; earlier < i; ++earlier) {
+            const int other = p.idx[earlier];
+            if (other >= 0 and other < num_experts and other / group_width == group) is_first = false;
         }
         atomicAdd(&count[expert], 1);
-        if (is_first) atomicAdd(&count[p.num_experts + group], 1);
+        atomicAdd(&count[num_experts + group], 1);
+        if (is_first) atomicAdd(&count[num_experts + num_groups + group], 1);
     }
 }
 
 template <typename Float>
-__global__ void __launch_bounds__(kNumThreads)
-    moe_balance_tally_kernel(const Float* probs, const int32_t* idx, const MoeBalanceParams p) {
-    DSC_SHARED(int[2 * kMaxExperts], count);
-    DSC_SHARED(float[kNumThreads], values);
-    const Chunk chunk = chunk_of_block(p);
-    const Table table(p.num_experts);
-    const int num_counts = p.num_experts + p.num_groups;
-    for (int i = threadIdx.x; i < num_counts; i += kNumThreads) count[i] = 0;
+__global__ void __launch_bounds__(kMaxThreads) moe_balance_tally_kernel(const MoeBalanceLossParams p) {
+    DSC_SHARED(int[3 * kMoeMaxExperts], count);
+    const auto* const probs = static_cast<const Float*>(p.probs);
+    const MoeBalanceParams& b = p.balance;
+    const Chunk chunk = chunk_of_block(b);
+    const Table table(b.num_experts);
+    for (int i = threadIdx.x; i < num_counts(b); i += blockDim.x) count[i] = 0;
     __syncthreads();
 
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (blockIdx.x == 0 and threadIdx.x == 0) *p.num_finished = 0;
-    count_choices(idx, p, chunk, count);
-    for (int first = 0; first < p.num_experts; first += table.num_columns) {
-        const int expert = first + table.column;
-        const bool is_expert = table.has_place and expert < p.num_experts;
-        float sum = 0.0f;
-        for (int64_t t = chunk.first + table.row; is_expert and t < chunk.end; t += table.num_rows) {
-            sum += static_cast<float>(probs[t * p.num_experts + expert]);
-        }
-        sum = column_sum(table, sum, values);
-        if (is_expert and table.row == 0) {
-            p.prob_sum[static_cast<int64_t>(blockIdx.x) * p.num_experts + expert] = sum;
-        }
+    if (blockIdx.x == 0 and threadIdx.x == 0) *b.num_finished = 0;
+    count_choices(p, chunk, count);
+    float sum = 0.0f;
+    for (int64_t t = chunk.first + table.row; table.has_place and t < chunk.end; t += table.num_rows) {
+        sum += static_cast<float>(probs[t * b.num_experts + table.column]);
     }
-    for (int i = threadIdx.x; i < num_counts; i += kNumThreads) {  // column_sum has waited for all counts
-        p.count[static_cast<int64_t>(blockIdx.x) * num_counts + i] = count[i];
-    }
+    sum = column_sum(table, sum);
+    const int64_t row = blockIdx.x;
+    if (table.row == 0) b.prob_sum[row * b.num_experts + table.column] = sum;
+    // column_sum has waited for all counts.
+    for (int i = threadIdx.x; i < num_counts(b); i += blockDim.x) b.count[row * num_counts(b) + i] = count[i];
 }
 
 // ---- second launch ----
 
-// What the tokens of one sequence add up to for one group of experts.
-struct GroupTotals {
-    float prob_sum[kMaxExperts];
-    int count[kMaxExperts];
-    int group_count, num_sent;
+// The experts of one block, of one group; none if the group has fewer experts than slices.
+struct Slice {
+    int sequence, group, first_expert, num_experts;
 };
 
-__device__ __forceinline__ void add_chunks(const MoeBalanceParams& p, int sequence, int group,
-                                           GroupTotals& totals) {
-    DSC_SHARED(float[kFinishThreads], values);
-    DSC_SHARED(int[kFinishThreads], counts);
-    const int width = p.num_experts / p.num_groups;
-    const int num_counts = p.num_experts + p.num_groups;
-    const int64_t first_chunk = static_cast<int64_t>(sequence) * p.num_chunks;
-    const Table table(width);
-    for (int first = 0; first < width; first += table.num_columns) {
-        const int member = first + table.column;
-        const int expert = group * width + member;
-        const bool is_member = table.has_place and member < width;
-        float sum = 0.0f;
-        int count = 0;
-        for (int c = table.row; is_member and c < p.num_chunks; c += table.num_rows) {
-            sum += p.prob_sum[(first_chunk + c) * p.num_experts + expert];
-            count += p.count[(first_chunk + c) * num_counts + expert];
+__device__ __forceinline__ Slice slice_of_block(const MoeBalanceParams& p, int slice_width) {
+    const int slice = static_cast<int>(blockIdx.x) % p.num_slices;
+    const int group = static_cast<int>(blockIdx.x) / p.num_slices % p.num_groups;
+    const int sequence = static_cast<int>(blockIdx.x) / p.num_slices / p.num_groups;
+    const int group_width = p.num_experts / p.num_groups;
+    const int first = min(slice * slice_width, group_width);
+    return {sequence, group, group * group_width + first, min(slice_width, group_width - first)};
+}
+
+// Choices of the tokens of one sequence.
+struct SliceCounts {
+    int of_expert[kMoeMaxExperts];
+    int of_group, tokens_of_group;
+};
+
+// Counts the slice's choices; returns, to the first row of the table, the sums of the probabilities.
+__device__ __forceinline__ float add_chunks(const MoeBalanceParams& p, const Slice& slice, const Table& table,
+                                            SliceCounts& counts) {
+    const int64_t first_chunk = static_cast<int64_t>(slice.sequence) * p.num_chunks;
+    const float* const prob_sum = p.prob_sum + first_chunk * p.num_experts;
+    const int32_t* const count = p.count + first_chunk * num_counts(p);
+    float sum = 0.0f;
+    if (table.has_place and table.column < slice.num_experts) {
+        const int expert = slice.first_expert + table.column;
+        int num_choices = 0;
+        for (int64_t c = table.row; c < p.num_chunks; c += table.num_rows) {
+            sum += prob_sum[c * p.num_experts + expert];
+            num_choices += count[c * num_counts(p) + expert];
         }
-        sum = column_sum(table, sum, values);
-        count = column_sum(table, count, counts);
-        if (is_member and table.row == 0) {
-            totals.prob_sum[member] = sum;
-            totals.count[member] = count;
-            atomicAdd(&totals.group_count, count);
-        }
+        atomicAdd(&counts.of_expert[table.column], num_choices);
     }
-    for (int c = threadIdx.x; c < p.num_chunks; c += blockDim.x) {
-        atomicAdd(&totals.num_sent, p.count[(first_chunk + c) * num_counts + p.num_experts + group]);
+    int num_choices = 0, num_tokens = 0;
+    for (int64_t c = threadIdx.x; c < p.num_chunks; c += blockDim.x) {
+        const int32_t* const of_group = count + c * num_counts(p) + p.num_experts + slice.group;
+        num_choices += of_group[0];
+        num_tokens += of_group[p.num_groups];
     }
+    num_choices = __reduce_add_sync(kAllLanes, num_choices);
+    num_tokens = __reduce_add_sync(kAllLanes, num_tokens);
+    if (threadIdx.x % kWarpSize == 0) {
+        atomicAdd(&counts.of_group, num_choices);
+        atomicAdd(&counts.tokens_of_group, num_tokens);
+    }
+    return column_sum(table, sum);
 }
 
 // The sum over the block's threads, in thread 0: over each warp, then over the warps in their order.
@@ -169,72 +175,83 @@ __device__ __forceinline__ bool is_last_block(int32_t* num_finished) {
     return ticket == static_cast<int>(gridDim.x) - 1;
 }
 
+// From a count to the gradient of the term in a probability, times the term's weight where there is one.
 struct Factors {
-    float expert, device, communication;  // from a count to the gradient of the term in a probability
+    float expert, device, communication;
 };
 
-__global__ void __launch_bounds__(kFinishThreads)
-    moe_balance_finish_kernel(const MoeBalanceParams p, const Factors factors) {
-    DSC_SHARED(GroupTotals, totals);
-    DSC_SHARED(float[kFinishThreads / kWarpSize], values);
-    const int sequence = blockIdx.x / p.num_groups;
-    const int group = blockIdx.x % p.num_groups;
-    const int width = p.num_experts / p.num_groups;
-    if (threadIdx.x == 0) totals.group_count = totals.num_sent = 0;
+// Adds up what the blocks have left in slice_terms. Called by the last of them.
+__device__ __forceinline__ void add_slices(const MoeBalanceParams& p, float* values) {
+    const volatile float* const slice_terms = p.slice_terms;  // other SMs wrote it: past this one's L1
+    float total[kMaxTerms] = {};
+    for (int64_t i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+        DSC_UNROLL
+        for (int c = 0; c < kMaxTerms; ++c) {
+            if (c < p.num_terms) total[c] += slice_terms[i * p.num_terms + c];
+        }
+    }
+    DSC_UNROLL
+    for (int c = 0; c < kMaxTerms; ++c) {
+        const float sum = block_sum(total[c], values);
+        if (threadIdx.x == 0 and c < p.num_terms) p.terms[c] = sum;
+    }
+}
+
+__global__ void __launch_bounds__(kMaxThreads)
+    moe_balance_finish_kernel(const MoeBalanceParams p, const Factors factors, int slice_width) {
+    DSC_SHARED(SliceCounts, counts);
+    DSC_SHARED(float[kMaxThreads / kWarpSize], values);
+    const Slice slice = slice_of_block(p, slice_width);
+    const Table table(slice_width);
+    if (table.row == 0) counts.of_expert[table.column] = 0;
+    if (threadIdx.x == 0) counts.of_group = counts.tokens_of_group = 0;
     __syncthreads();
 
     wait_for_previous_kernel();
     let_next_kernel_start();
-    add_chunks(p, sequence, group, totals);
-    __syncthreads();
-
-    const float device_load = static_cast<float>(totals.group_count) * factors.device;
-    const float sent_load = static_cast<float>(totals.num_sent) * factors.communication;
-    float term[kNumTerms] = {};
-    for (int member = threadIdx.x; member < width; member += blockDim.x) {
-        const float expert_load = static_cast<float>(totals.count[member]) * factors.expert;
-        const float load[kNumTerms] = {expert_load, device_load, sent_load};
+    const float prob_sum = add_chunks(p, slice, table, counts);  // has waited for all counts
+    float term[kMaxTerms] = {};
+    if (table.row == 0 and table.column < slice.num_experts) {
+        float load[kMaxTerms] = {static_cast<float>(counts.of_expert[table.column]) * factors.expert,
+                                 static_cast<float>(counts.of_group) * factors.device,
+                                 static_cast<float>(counts.tokens_of_group) * factors.communication};
+        if (p.num_terms == 1) load[0] += load[1] + load[2];
         DSC_UNROLL
-        for (int c = 0; c < kNumTerms; ++c) {
-            const int64_t row = static_cast<int64_t>(c) * p.num_sequences + sequence;
-            p.load[row * p.num_experts + group * width + member] = load[c];
-            term[c] += load[c] * totals.prob_sum[member];
+        for (int c = 0; c < kMaxTerms; ++c) {
+            if (c >= p.num_terms) break;
+            const int64_t row = static_cast<int64_t>(c) * p.num_sequences + slice.sequence;
+            p.load[row * p.num_experts + slice.first_expert + table.column] = load[c];
+            term[c] = load[c] * prob_sum;
         }
     }
     DSC_UNROLL
-    for (int c = 0; c < kNumTerms; ++c) {
+    for (int c = 0; c < kMaxTerms; ++c) {
         const float sum = block_sum(term[c], values);
-        if (threadIdx.x == 0) p.group_terms[static_cast<int64_t>(blockIdx.x) * kNumTerms + c] = sum;
+        if (threadIdx.x == 0 and c < p.num_terms) {
+            p.slice_terms[static_cast<int64_t>(blockIdx.x) * p.num_terms + c] = sum;
+        }
     }
-    if (not is_last_block(p.num_finished)) return;
-    const volatile float* const group_terms = p.group_terms;  // other SMs wrote it: past this one's L1
-    float total[kNumTerms] = {};
-    for (int64_t i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
-        DSC_UNROLL
-        for (int c = 0; c < kNumTerms; ++c) total[c] += group_terms[i * kNumTerms + c];
-    }
-    DSC_UNROLL
-    for (int c = 0; c < kNumTerms; ++c) {
-        const float sum = block_sum(total[c], values);
-        if (threadIdx.x == 0) p.terms[c] = sum;
-    }
+    if (is_last_block(p.num_finished)) add_slices(p, values);
 }
 
 // ---- gradient ----
 
 // A row's gradient is the same for all tokens of a sequence.
 template <typename Float>
-__global__ void __launch_bounds__(kNumThreads) moe_balance_backward_kernel(const MoeBalanceBackwardParams p) {
-    const Chunk chunk = chunk_of_block(p);
-    const Table table(p.num_experts);
+__global__ void __launch_bounds__(kMaxThreads)
+    moe_balance_backward_kernel(const MoeBalanceLossBackwardParams p) {
+    const MoeBalanceBackwardParams& b = p.balance;
+    const Chunk chunk = chunk_of_block(b);
+    const Table table(b.num_experts);
     auto* const grad_probs = static_cast<Float*>(p.grad_probs);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    for (int expert = table.column; table.has_place and expert < p.num_experts; expert += table.num_columns) {
-        const auto grad = static_cast<Float>(grad_of_prob(p, chunk.sequence, expert));
-        for (int64_t t = chunk.first + table.row; t < chunk.end; t += table.num_rows) {
-            grad_probs[t * p.num_experts + expert] = grad;
-        }
+    if (not table.has_place) return;
+    const auto grad =
+        static_cast<Float>(b.num_terms == 1 ? grad_of_prob<1>(b, chunk.sequence, table.column)
+                                            : grad_of_prob<kMaxTerms>(b, chunk.sequence, table.column));
+    for (int64_t t = chunk.first + table.row; t < chunk.end; t += table.num_rows) {
+        grad_probs[t * b.num_experts + table.column] = grad;
     }
 }
 
@@ -242,8 +259,14 @@ __global__ void __launch_bounds__(kNumThreads) moe_balance_backward_kernel(const
 
 template <typename Params>
 void check_limits(const Params& p) {
-    DSC_CHECK(p.num_experts <= kMaxExperts, "moe_balance_loss: num_experts must be <= ", kMaxExperts,
+    DSC_CHECK(p.num_experts <= kMoeMaxExperts, "moe_balance_loss: num_experts must be <= ", kMoeMaxExperts,
               ", got ", p.num_experts);
+}
+
+// Whole rows of the table, in whole warps.
+dim3 token_threads(int num_experts) {
+    const int num_rows = std::max(kTokenThreads / num_experts, 1);
+    return dim3(static_cast<unsigned>(ceil_div(num_rows * num_experts, kWarpSize) * kWarpSize));
 }
 
 Factors factors_of(const MoeBalanceParams& p) {
@@ -251,9 +274,12 @@ Factors factors_of(const MoeBalanceParams& p) {
     const double length = static_cast<double>(std::max<int64_t>(p.num_tokens / p.num_sequences, 1));
     const double expert = p.num_experts / (p.num_topk * length * num_tokens);
     const double communication = p.num_groups / (p.num_groups_kept * length * num_tokens);
-    return {.expert = static_cast<float>(expert),
-            .device = static_cast<float>(expert * p.num_groups / p.num_experts),
-            .communication = static_cast<float>(communication)};
+    const auto weighted = [&](double factor, float weight) {
+        return static_cast<float>(p.num_terms == 1 ? factor * weight : factor);
+    };
+    return {.expert = weighted(expert, p.weight[0]),
+            .device = weighted(expert * p.num_groups / p.num_experts, p.weight[1]),
+            .communication = weighted(communication, p.weight[2])};
 }
 
 }  // namespace
@@ -268,36 +294,45 @@ int moe_balance_num_chunks(int64_t num_tokens, int num_sequences) {
     return static_cast<int>(std::max<int64_t>(wanted, 1));
 }
 
-void launch_moe_balance(const void* probs, FloatType dtype, const int32_t* idx, const MoeBalanceParams& p,
-                        cudaStream_t stream) {
-    balance::check_limits(p);
-    with_float_type(dtype, [&]<typename Float>() {
-        launch_overlapped(balance::moe_balance_tally_kernel<Float>, balance::grid_of(p),
-                          dim3(balance::kNumThreads), 0, stream, static_cast<const Float*>(probs), idx, p);
+int moe_balance_num_slices(int num_sequences, int num_experts, int num_groups) {
+    // Of 8 experts, which are one sector of every chunk; at most 256 in all, unless there are more groups.
+    constexpr int kExpertsPerSlice = 8, kMaxSlices = 256;
+    const int64_t num_groups_of_all = static_cast<int64_t>(num_sequences) * num_groups;
+    const int64_t wanted = std::min<int64_t>(ceil_div(num_experts / num_groups, kExpertsPerSlice),
+                                             kMaxSlices / num_groups_of_all);
+    return static_cast<int>(std::max<int64_t>(wanted, 1));
+}
+
+void launch_moe_balance(const MoeBalanceLossParams& p, cudaStream_t stream) {
+    balance::check_limits(p.balance);
+    with_float_type(p.dtype, [&]<typename Float>() {
+        launch_overlapped(balance::moe_balance_tally_kernel<Float>, balance::grid_of(p.balance),
+                          balance::token_threads(p.balance.num_experts), 0, stream, p);
     });
-    launch_moe_balance_finish(p, stream);
+    launch_moe_balance_finish(p.balance, stream);
 }
 
 void launch_moe_balance_finish(const MoeBalanceParams& p, cudaStream_t stream) {
     // A thread for each number that a block adds up, and enough for the last block to add up the others'
     // terms.
     constexpr int64_t kTermsPerWarp = 4096;
-    const int64_t num_blocks = static_cast<int64_t>(p.num_sequences) * p.num_groups;
-    const int64_t num_numbers = static_cast<int64_t>(p.num_chunks) * (p.num_experts / p.num_groups);
+    const int64_t num_blocks = static_cast<int64_t>(p.num_sequences) * p.num_groups * p.num_slices;
+    const int slice_width = ceil_div(p.num_experts / p.num_groups, p.num_slices);
+    const int64_t num_numbers = static_cast<int64_t>(p.num_chunks) * slice_width;
     const int64_t num_warps =
         std::min<int64_t>(std::max(ceil_div<int64_t>(num_numbers, kWarpSize), num_blocks / kTermsPerWarp),
-                          balance::kFinishThreads / kWarpSize);
+                          balance::kMaxThreads / kWarpSize);
     launch_overlapped(balance::moe_balance_finish_kernel, dim3(static_cast<unsigned>(num_blocks)),
                       dim3(static_cast<unsigned>(num_warps * kWarpSize)), 0, stream, p,
-                      balance::factors_of(p));
+                      balance::factors_of(p), slice_width);
 }
 
-void launch_moe_balance_backward(const MoeBalanceBackwardParams& p, cudaStream_t stream) {
-    balance::check_limits(p);
-    if (p.num_tokens == 0) return;
+void launch_moe_balance_backward(const MoeBalanceLossBackwardParams& p, cudaStream_t stream) {
+    balance::check_limits(p.balance);
+    if (p.balance.num_tokens == 0) return;
     with_float_type(p.dtype, [&]<typename Float>() {
-        launch_overlapped(balance::moe_balance_backward_kernel<Float>, balance::grid_of(p),
-                          dim3(balance::kNumThreads), 0, stream, p);
+        launch_overlapped(balance::moe_balance_backward_kernel<Float>, balance::grid_of(p.balance),
+                          balance::token_threads(p.balance.num_experts), 0, stream, p);
     });
 }
 

@@ -25,6 +25,11 @@ __device__ __forceinline__ Chunk chunk_of_block(const Params& p) {
     return {sequence, begin + first, begin + min(first + size, length)};
 }
 
+// Numbers in a row of MoeBalanceParams::count.
+__device__ __forceinline__ int num_counts(const MoeBalanceParams& p) {
+    return p.num_experts + 2 * p.num_groups;
+}
+
 template <typename Params>
 dim3 grid_of(const Params& p) {
     constexpr int kMaxTokens = 1 << 30;
@@ -33,11 +38,12 @@ dim3 grid_of(const Params& p) {
     return dim3(static_cast<unsigned>(p.num_sequences) * static_cast<unsigned>(p.num_chunks));
 }
 
-// The gradient of all terms together in the probability of an expert of the sequence.
+// The gradient of all terms together in the probability of an expert of the sequence. kNumTerms: num_terms.
+template <int kNumTerms>
 __device__ __forceinline__ float grad_of_prob(const MoeBalanceBackwardParams& p, int sequence, int expert) {
     float grad = 0.0f;
     DSC_UNROLL
-    for (int c = 0; c < 3; ++c) {
+    for (int c = 0; c < kNumTerms; ++c) {
         const int64_t row = static_cast<int64_t>(c) * p.num_sequences + sequence;
         grad += p.grad_terms[c] * p.load[row * p.num_experts + expert];
     }

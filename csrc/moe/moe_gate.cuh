@@ -39,7 +39,7 @@ struct Layout {
     static constexpr Groups kGroups = kGroups_;
     static constexpr bool kIsExact = kLanes < kWarpSize;  // E = kLanes * kPerLane, rows 16-byte aligned
     static constexpr int kTokensPerBlock = kNumThreads / kLanes;
-    static constexpr int kSlots = ceil_div(kMoeGateMaxTopk, kLanes);  // results a lane keeps
+    static constexpr int kSlots = ceil_div(kMoeMaxTopk, kLanes);  // results a lane keeps
 };
 using Experts64 = Layout<8, 8, 8, Groups::kAllKept>;
 using Experts160 = Layout<8, 20, 8, Groups::kPerLane>;
@@ -309,17 +309,16 @@ inline bool is_aligned(const void* pointer) {
 
 template <typename Params>
 void check_limits(const char* op, const Params& p) {
-    DSC_CHECK(p.num_experts <= kMoeGateMaxExperts, op, ": num_experts must be <= ", kMoeGateMaxExperts,
-              ", got ", p.num_experts);
-    DSC_CHECK(p.num_topk <= kMoeGateMaxTopk, op, ": num_topk must be <= ", kMoeGateMaxTopk, ", got ",
-              p.num_topk);
+    DSC_CHECK(p.num_experts <= kMoeMaxExperts, op, ": num_experts must be <= ", kMoeMaxExperts, ", got ",
+              p.num_experts);
+    DSC_CHECK(p.num_topk <= kMoeMaxTopk, op, ": num_topk must be <= ", kMoeMaxTopk, ", got ", p.num_topk);
 }
 
 template <Groups kGroups, typename Function>
 void with_any_layout(int num_experts, const Function& function) {
     if (num_experts <= 64) return function.template operator()<AnyExperts<2, kGroups>>();
     if (num_experts <= 256) return function.template operator()<AnyExperts<8, kGroups>>();
-    function.template operator()<AnyExperts<kMoeGateMaxExperts / kWarpSize, kGroups>>();
+    function.template operator()<AnyExperts<kMoeMaxExperts / kWarpSize, kGroups>>();
 }
 
 // Calls function.operator()<L>() with the layout that routes these tokens.

@@ -15,6 +15,7 @@ namespace gate {
 namespace {
 
 constexpr uint32_t kAllExperts = ~0u;
+constexpr int kNumTerms = 3;  // the balance terms come unweighted
 
 template <typename L>
 struct Token {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kNumThreads)
     for (int j = 0; j < L::kPerLane; ++j) {
         const int expert = lane * L::kPerLane + j;
         const bool is_expert = L::kIsExact or expert < p.num_experts;
-        grad_prob[j] = is_expert ? balance::grad_of_prob(b, chunk.sequence, expert) : 0.0f;
+        grad_prob[j] = is_expert ? balance::grad_of_prob<kNumTerms>(b, chunk.sequence, expert) : 0.0f;
     }
     for (int64_t first = chunk.first; first < chunk.end; first += L::kTokensPerBlock) {
         const bool is_token = first + row < chunk.end;

@@ -20,11 +20,10 @@ template <typename L>
 struct Tally {
     static constexpr int kNumExperts = L::kLanes * L::kPerLane;
     float prob_sum[kNumWarps][kNumExperts];
-    int count[kNumExperts];
-    int sent[kNumExperts];  // tokens with a choice in the group
+    int count[3 * kNumExperts];  // as a row of MoeBalanceParams::count
 };
 
-// Counts the row's choices, and each group once: at its first choice.
+// Counts the row's choices, of experts and of groups, and a token once a group: at its first choice there.
 template <typename L>
 __device__ __forceinline__ void count_choices(const MoeGateParams& p, const Routed<L>& routed, bool is_token,
                                               int lane, Tally<L>& tally) {
@@ -50,7 +49,8 @@ __device__ __forceinline__ void count_choices(const MoeGateParams& p, const Rout
     for (int i = 0; i < L::kSlots; ++i) {
         if (not is_token or lane + i * L::kLanes >= p.num_topk) continue;
         atomicAdd(&tally.count[routed.chosen[i].slot], 1);
-        if (is_first[i]) atomicAdd(&tally.sent[group[i]], 1);
+        atomicAdd(&tally.count[p.num_experts + group[i]], 1);
+        if (is_first[i]) atomicAdd(&tally.count[p.num_experts + p.num_groups + group[i]], 1);
     }
 }
 
@@ -79,11 +79,9 @@ __device__ __forceinline__ void store_tally(const MoeBalanceParams& b, float (&p
         for (int warp = 0; warp < kNumWarps; ++warp) sum += tally.prob_sum[warp][e];
         b.prob_sum[row * b.num_experts + e] = sum;
     }
-    const int num_counts = b.num_experts + b.num_groups;
-    for (int i = threadIdx.x; i < num_counts; i += kNumThreads) {
-        const bool is_expert = i < b.num_experts;
-        b.count[row * num_counts + i] = is_expert ? tally.count[i] : tally.sent[i - b.num_experts];
-    }
+    const int num_counts = balance::num_counts(b);
+    for (int i = threadIdx.x; i < num_counts; i += kNumThreads)
+        b.count[row * num_counts + i] = tally.count[i];
 }
 
 template <typename L>
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kNumThreads)
     const int lane = threadIdx.x % L::kLanes;
     const int row = threadIdx.x / L::kLanes;
     const balance::Chunk chunk = balance::chunk_of_block(b);
-    for (int i = threadIdx.x; i < Tally<L>::kNumExperts; i += kNumThreads) tally.count[i] = tally.sent[i] = 0;
+    for (int i = threadIdx.x; i < balance::num_counts(b); i += kNumThreads) tally.count[i] = 0;
     __syncthreads();
 
     wait_for_previous_kernel();

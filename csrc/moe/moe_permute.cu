@@ -19,7 +19,7 @@
 namespace dsc {
 namespace {
 
-constexpr int kMapThreads = kMoePermuteMaxExperts;  // a thread owns an expert
+constexpr int kMapThreads = kMoeMaxExperts;  // a thread owns an expert
 constexpr int kMapWarps = kMapThreads / kWarpSize;
 constexpr int64_t kMinChunk = 1024;  // choices: 64 a warp
 constexpr int64_t kMaxChunks = 128;  // about one an SM, and few enough to add up
@@ -52,7 +52,7 @@ __device__ __forceinline__ void count_choices(const MoePermuteMapsParams& p, int
 
 __global__ void __launch_bounds__(kMapThreads)
     moe_permute_count_kernel(const MoePermuteMapsParams p, int64_t chunk) {
-    DSC_SHARED(int[kMoePermuteMaxExperts], count);
+    DSC_SHARED(int[kMoeMaxExperts], count);
     const int own = threadIdx.x;  // the thread's expert
     count[own] = 0;
     __syncthreads();
@@ -124,7 +124,7 @@ __device__ __forceinline__ void place_segment(const MoePermuteMapsParams& p, int
 
 __global__ void __launch_bounds__(kMapThreads)
     moe_permute_place_kernel(const MoePermuteMapsParams p, int64_t chunk) {
-    DSC_SHARED(int[kMapWarps][kMoePermuteMaxExperts], next_row);  // before that: choices of the warp
+    DSC_SHARED(int[kMapWarps][kMoeMaxExperts], next_row);  // before that: choices of the warp
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int own = threadIdx.x;  // the thread's expert
     DSC_UNROLL
@@ -216,8 +216,8 @@ int moe_permute_num_counts(int64_t num_choices) {
 }
 
 void launch_moe_permute_maps(const MoePermuteMapsParams& p, cudaStream_t stream) {
-    DSC_CHECK(p.num_experts <= kMoePermuteMaxExperts,
-              "moe_permute: num_experts must be <= ", kMoePermuteMaxExperts, ", got ", p.num_experts);
+    DSC_CHECK(p.num_experts <= kMoeMaxExperts, "moe_permute: num_experts must be <= ", kMoeMaxExperts,
+              ", got ", p.num_experts);
     DSC_CHECK(p.num_choices <= INT32_MAX, "moe_permute: idx must have at most ", INT32_MAX, " elements, got ",
               p.num_choices);
     const int64_t chunk = chunk_size(p.num_choices);

@@ -30,6 +30,8 @@ class Case:
     scale: float = 1.0
     renormalize: bool = False
     num_chunks: int | None = None  # None: as many as the kernels' plan says
+    num_slices: int | None = None
+    weights: tuple[float, float, float] | None = None  # of the loss; None: its terms
     is_tied: bool = False
     is_aligned: bool = True
     order: int = 0
@@ -62,15 +64,18 @@ def assert_guards_whole(*tensors: Tensor) -> None:
 
 
 def buffers_of(host_ops: ModuleType, case: Case) -> tuple[Tensor, ...]:
-    num_chunks = case.num_chunks or host_ops.moe_balance_num_chunks(case.num_tokens, case.num_sequences)
+    sizes = (case.num_tokens, case.num_experts, case.num_sequences, case.num_groups)
+    num_chunks, num_slices = host_ops.moe_balance_plan(*sizes)
+    num_chunks, num_slices = case.num_chunks or num_chunks, case.num_slices or num_slices
+    num_terms = 3 if case.weights is None else 1
     shape = (case.num_sequences, num_chunks)
     return (
         guarded(*shape, case.num_experts),
-        guarded(*shape, case.num_experts + case.num_groups, dtype=torch.int32),
-        guarded(case.num_sequences, case.num_groups, 3),
+        guarded(*shape, case.num_experts + 2 * case.num_groups, dtype=torch.int32),
+        guarded(case.num_sequences, case.num_groups, num_slices, num_terms),
         guarded(1, dtype=torch.int32),
-        guarded(3),
-        guarded(3, case.num_sequences, case.num_experts),
+        guarded(num_terms),
+        guarded(num_terms, case.num_sequences, case.num_experts),
     )
 
 
@@ -136,17 +141,19 @@ def check_alone(host_ops: ModuleType, host_kernels: ModuleType, case: Case, dtyp
     low, high = -case.num_experts // 2, 3 * case.num_experts // 2 + 1
     idx_TK = torch.randint(low, high, (case.num_tokens, case.num_topk), generator=rng, dtype=torch.int32)
     buffers = buffers_of(host_ops, case)
-    host_ops.moe_balance_loss_forward(probs_TE, idx_TK, buffers, **case.groups)
+    host_ops.moe_balance_loss_forward(probs_TE, idx_TK, buffers, **case.groups, weights=case.weights)
     assert_guards_whole(*buffers)
-    terms_3, load_3BE = buffers[-2:]
+    terms, load_NBE = buffers[-2:]
 
     leaf_TE = probs_TE.clone().requires_grad_()
     wanted = ops.moe_balance_terms(leaf_TE, idx_TK, num_sequences=case.num_sequences, **case.groups)
-    compare.assert_close(terms_3, wanted)
-    grad_terms = torch.randn(3, generator=rng)
+    if case.weights is not None:
+        wanted = (wanted * torch.tensor(case.weights)).sum(dim=0, keepdim=True)
+    compare.assert_close(terms, wanted)
+    grad_terms = torch.randn(len(wanted), generator=rng)
     wanted.backward(grad_terms)
     grad_probs = guarded(case.num_tokens, case.num_experts, dtype=dtype)
-    host_ops.moe_balance_loss_backward(grad_terms, load_3BE, grad_probs)
+    host_ops.moe_balance_loss_backward(grad_terms, load_NBE, grad_probs)
     assert_guards_whole(grad_probs)
     assert leaf_TE.grad is not None
     compare.assert_close(grad_probs, leaf_TE.grad)
@@ -206,6 +213,25 @@ def test_any_number_of_sequences_tokens_and_chunks(
     check_alone(host_ops, host_kernels, case, torch.float32)
 
 
+# 20, 61 and 256 experts a group: slices of one width, a last one that is shorter, some that are empty.
+@pytest.mark.parametrize("num_slices", [1, 3, 7, 8, 20])
+@pytest.mark.parametrize("case", [SHAPES[3], SHAPES[8], SHAPES[12]], ids=shape_name)
+def test_any_number_of_slices(
+    host_ops: ModuleType, host_kernels: ModuleType, case: Case, num_slices: int
+) -> None:
+    case = replace(case, num_slices=num_slices, num_chunks=3)
+    check_fused(host_ops, host_kernels, case)
+    check_alone(host_ops, host_kernels, case, torch.float32)
+
+
+@pytest.mark.parametrize("weights", [(0.003, 0.05, 0.02), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("case", SHAPES, ids=shape_name)
+def test_the_loss_is_the_weighted_sum(
+    host_ops: ModuleType, host_kernels: ModuleType, case: Case, weights: tuple[float, float, float]
+) -> None:
+    check_alone(host_ops, host_kernels, replace(case, weights=weights), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [SHAPES[3], SHAPES[8], SHAPES[11], SHAPES[13]], ids=shape_name)
 def test_probabilities_of_any_float(
@@ -242,7 +268,8 @@ def cases(draw: st.DrawFn) -> Case:
     divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
     num_groups = draw(st.sampled_from(divisors))
     num_groups_kept = draw(st.integers(1, num_groups))
-    num_candidates = num_experts // num_groups * num_groups_kept
+    group_width = num_experts // num_groups
+    num_candidates = group_width * num_groups_kept
     return Case(
         num_sequences=draw(st.integers(1, 5)),
         length=draw(st.integers(0, 9)),
@@ -253,6 +280,7 @@ def cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([1.0, 16.0])),
         renormalize=draw(st.booleans()),
         num_chunks=draw(st.sampled_from([None, 1, 2, 5])),
+        num_slices=draw(st.one_of(st.none(), st.integers(1, group_width))),
         is_tied=draw(st.booleans()),
         is_aligned=draw(st.booleans()),
         order=draw(st.integers(0, 2**32)),
@@ -279,11 +307,19 @@ def test_any_shape_agrees_with_the_two_references(
 
 
 @SETTINGS
-@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    case=cases(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weights=st.sampled_from([None, (0.003, 0.05, 0.02)]),
+)
 def test_any_shape_of_probabilities_agrees_with_the_reference(
-    host_ops: ModuleType, host_kernels: ModuleType, case: Case, dtype: torch.dtype
+    host_ops: ModuleType,
+    host_kernels: ModuleType,
+    case: Case,
+    dtype: torch.dtype,
+    weights: tuple[float, float, float] | None,
 ) -> None:
-    check_alone(host_ops, host_kernels, case, dtype)
+    check_alone(host_ops, host_kernels, replace(case, weights=weights), dtype)
 
 
 # ---- poison ----
@@ -310,18 +346,7 @@ def test_nan_probabilities_reach_the_terms(host_ops: ModuleType) -> None:
     assert buffers[4].isnan().all()
 
 
-# ---- the plan, and wrong arguments ----
-
-
-def test_chunks_fill_a_gpu_and_stay_few(host_ops: ModuleType) -> None:
-    plan = host_ops.moe_balance_num_chunks
-    assert plan(0, 1) == plan(0, 9) == plan(16, 1) == 1
-    assert plan(17, 1) == 2
-    assert plan(8192, 1) == plan(131072, 1) == 512
-    assert plan(8192, 4) == 128
-    assert plan(8192, 2048) == plan(4096, 4096) == 1
-    with pytest.raises(ValueError, match="num_sequences >= 1, got 5 and 0"):
-        plan(5, 0)
+# ---- wrong arguments ----
 
 
 def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -336,7 +361,9 @@ def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (0, shaped(3, 1, 64), ValueError, "num_tokens must be a multiple of num_sequences, got 10 and 3"),
         (1, shaped(2, 1, 65), TypeError, "count must be int32, got float32"),
         (1, shaped(2, 2, 65, dtype=torch.int32), ValueError, "count must have shape"),
-        (2, shaped(2, 2, 3), ValueError, "group_terms must have shape"),
+        (2, shaped(2, 2, 1, 3), ValueError, "slice_terms must have shape"),
+        (2, shaped(2, 1, 0, 3), ValueError, "slice_terms must have from 1 to num_experts 64 slices"),
+        (2, shaped(2, 1, 65, 3), ValueError, "slice_terms must have from 1 to num_experts 64 slices"),
         (3, shaped(2, dtype=torch.int32), ValueError, "num_finished must have shape"),
         (4, shaped(4), ValueError, "terms must have shape"),
         (5, shaped(3, 1, 64), ValueError, "load must have shape"),

@@ -68,6 +68,14 @@ def test_the_loss(use_kernels: UseKernels, dtype: torch.dtype, rng: torch.Genera
     check(use_kernels, lambda x: ops.moe_balance_terms(x, idx, **options), probs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weighted_loss(use_kernels: UseKernels, dtype: torch.dtype, rng: torch.Generator) -> None:
+    idx, _ = ops.moe_gate(randn(rng, 21, 160), **V2)
+    probs = randn(rng, 21, 160).softmax(dim=-1).to(dtype)
+    options = {"num_sequences": 3, "num_groups": 8, "num_groups_kept": 3, "expert": 0.3, "device": 0.5}
+    check(use_kernels, lambda x: ops.moe_balance_loss(x, idx, **options, communication=0.2), probs)
+
+
 @pytest.mark.parametrize(
     "function",
     [

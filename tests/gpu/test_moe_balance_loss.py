@@ -46,6 +46,13 @@ def routed(rng: torch.Generator, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 V2_STEP = gpu.forward_and_backward(fused(**V2, num_sequences=4))
+LOSS_STEP = gpu.forward_and_backward(
+    lambda probs_TE, idx_TK: ops.moe_balance_loss(
+        *(probs_TE, idx_TK),
+        **{"num_sequences": 4, "num_groups": 8, "num_groups_kept": 3},
+        **{"expert": 0.003, "device": 0.05, "communication": 0.02},
+    )
+)
 TERMS_STEP = gpu.forward_and_backward(terms(num_sequences=4, num_groups=8, num_groups_kept=3))
 
 
@@ -118,6 +125,12 @@ def test_alone_a_few_tokens(shape: tuple[int, int, int, int], rng: torch.Generat
     gpu.assert_is_reference(gpu.forward_and_backward(terms(**options)), probs_TE, idx_TK)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("num_tokens", [0, 4, 68, 4096])
+def test_the_weighted_loss_is_the_reference(num_tokens: int, rng: torch.Generator) -> None:
+    gpu.assert_is_reference(LOSS_STEP, *routed(rng, num_tokens))
+
+
 # ---- out of the host's way ----
 
 
@@ -127,7 +140,10 @@ def test_they_pass_opcheck(rng: torch.Generator) -> None:
     assert_op_registered(torch.ops.dscoder.moe_gate_with_balance.default, args)
     probs_TE, idx_TK = (x.to(gpu.DEVICE) for x in routed(rng, 36))
     assert_op_registered(
-        torch.ops.dscoder.moe_balance_loss.default, (probs_TE.requires_grad_(), idx_TK, 4, 8, 3)
+        torch.ops.dscoder.moe_balance_loss.default, (probs_TE.requires_grad_(), idx_TK, 4, 8, 3, None)
+    )
+    assert_op_registered(
+        torch.ops.dscoder.moe_balance_loss.default, (probs_TE, idx_TK, 4, 8, 3, [0.003, 0.05, 0.02])
     )
 
 
@@ -150,11 +166,13 @@ def test_they_run_on_the_callers_stream(rng: torch.Generator) -> None:
 def test_they_never_wait_for_the_gpu(rng: torch.Generator) -> None:
     gpu.assert_never_waits(V2_STEP, randn(rng, 512, 160))
     gpu.assert_never_waits(TERMS_STEP, *routed(rng, 512))
+    gpu.assert_never_waits(LOSS_STEP, *routed(rng, 512))
 
 
 def test_the_same_bits_every_time(rng: torch.Generator) -> None:
     gpu.assert_same_bits_every_time(V2_STEP, randn(rng, 8192, 160), num_times=10)
     gpu.assert_same_bits_every_time(TERMS_STEP, *routed(rng, 8192), num_times=10)
+    gpu.assert_same_bits_every_time(LOSS_STEP, *routed(rng, 8192), num_times=10)
 
 
 def test_two_streams_at_once_do_not_mix(rng: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dscoder import ops
 from dscoder.ops import library
@@ -19,7 +20,7 @@ OPS = {
     "moe_permute_backward": lambda f, i: (f, i),
     "moe_unpermute": lambda f, i: (f, f, i, i[0]),
     "moe_unpermute_backward": lambda f, i: (f, f, f, i, i[0]),
-    "moe_balance_loss": lambda f, i: (f, i, 1, 1, 1),
+    "moe_balance_loss": lambda f, i: (f, i, 1, 1, 1, None),
     "moe_balance_loss_backward": lambda f, i: (f[0], f[None], 1, torch.float32),
     "grouped_gemm": lambda f, i: (f, f[None], i[0], "auto"),
     "grouped_gemm_weight_gradient": lambda f, i: (f, f, i[0], None, "auto"),
@@ -96,8 +97,88 @@ def test_what_is_no_int_is_refused_by_name(value: object) -> None:
         library.check_at_least("op", "count", value, 1)  # type: ignore[arg-type]
 
 
-X = torch.zeros(2, 4)
+class Forgetful(torch.autograd.Function):
+    """Passes no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> None:
+        return None
+
+
+class Ops(TorchDispatchMode):
+    """The names of what is called while it is on, views left out: they launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+PROBS = torch.full((2, 4), 0.25)
 IDX = torch.zeros(2, 1, dtype=torch.int32)
+LEAST: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "gate": (lambda x: ops.moe_gate(x, num_topk=1)[1], ["moe_gate_backward"]),
+    "gate_with_balance": (
+        lambda x: torch.cat([y.flatten() for y in ops.moe_gate_with_balance(x, num_topk=1)[1:]]),
+        ["moe_gate_with_balance_backward"],
+    ),
+    "gate_with_balance_for_weights": (
+        lambda x: ops.moe_gate_with_balance(x, num_topk=1)[1],
+        ["new_zeros", "moe_gate_with_balance_backward"],
+    ),
+    "gate_with_balance_for_terms": (
+        lambda x: ops.moe_gate_with_balance(x, num_topk=1)[2],
+        ["new_zeros", "moe_gate_with_balance_backward"],
+    ),
+    "balance_terms": (lambda x: ops.moe_balance_terms(x, IDX), ["moe_balance_loss_backward"]),
+    "balance_loss": (
+        lambda x: ops.moe_balance_loss(x, IDX, expert=0.1, device=0.2, communication=0.3),
+        ["moe_balance_loss_backward"],
+    ),
+    "permute": (lambda x: ops.moe_permute(x, IDX, num_experts=2)[0], ["moe_permute_backward"]),
+}
+
+
+@pytest.mark.parametrize(("function", "wanted"), LEAST.values(), ids=LEAST)
+def test_a_gradient_fills_no_zeros_that_nobody_reads(
+    function: Callable[[Tensor], Tensor], wanted: list[str]
+) -> None:
+    x = PROBS.clone().requires_grad_()
+    out = function(x)
+    grad = torch.ones_like(out)
+    with Ops() as called:
+        torch.autograd.grad(out, x, grad)
+    assert called.names == wanted
+
+
+def test_the_weighted_loss_is_one_op_in_either_direction() -> None:
+    x = PROBS.clone().requires_grad_()
+    with Ops() as called:
+        loss = ops.moe_balance_loss(x, IDX, expert=0.1, device=0.2, communication=0.3)
+    assert called.names == ["moe_balance_loss"]
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("function", [function for function, _ in LEAST.values()], ids=LEAST)
+def test_where_no_gradient_comes_from_none_goes_on(function: Callable[[Tensor], Tensor]) -> None:
+    x = PROBS.clone().requires_grad_()
+    out = Forgetful.apply(function(x)) + x.sum()
+    with Ops() as called:
+        (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad.eq(out.numel()).all()
+    assert not [name for name in called.names if name.startswith("moe_")]
+
+
+X = torch.zeros(2, 4)
+
 INTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "gate_topk": (lambda n: ops.moe_gate(X, num_topk=n), "moe_gate: num_topk"),
     "gate_groups": (lambda n: ops.moe_gate(X, num_topk=1, num_groups=n), "moe_gate: num_groups"),

@@ -53,13 +53,16 @@ def test_perfect_balance_gives_one_and_one_expert_for_all_gives_their_number() -
 
 
 def test_the_loss_is_the_weighted_sum_of_the_terms(rng: torch.Generator) -> None:
-    probs, idx = torch.rand(6, 4, generator=rng), routing(rng, num_tokens=6, num_experts=4, num_topk=2)
+    probs = torch.rand(6, 4, generator=rng).requires_grad_()
+    idx = routing(rng, num_tokens=6, num_experts=4, num_topk=2)
     expert, device, communication = ops.moe_balance_terms(probs, idx, num_groups=2, num_groups_kept=2)
     loss = ops.moe_balance_loss(
         probs, idx, num_groups=2, num_groups_kept=2, expert=0.003, device=0.05, communication=0.02
     )
     assert loss.shape == ()
-    assert_close(loss, 0.003 * expert + 0.05 * device + 0.02 * communication)
+    wanted = 0.003 * expert + 0.05 * device + 0.02 * communication
+    assert_close(loss, wanted)
+    assert_close(torch.autograd.grad(loss, probs)[0], torch.autograd.grad(wanted, probs)[0])
 
 
 def test_sequences_are_balanced_one_by_one(rng: torch.Generator) -> None:
@@ -119,7 +122,9 @@ def test_strides_change_nothing(rng: torch.Generator) -> None:
 def test_it_is_a_proper_op(num_tokens: int, rng: torch.Generator) -> None:
     probs = torch.rand(num_tokens, 4, generator=rng).requires_grad_()
     idx = routing(rng, num_tokens=num_tokens, num_experts=4, num_topk=2)
-    assert_op_registered(torch.ops.dscoder.moe_balance_loss.default, (probs, idx, 2, 2, 1))
+    op = torch.ops.dscoder.moe_balance_loss.default
+    for weights in (None, [0.003, 0.05, 0.02]):
+        assert_op_registered(op, (probs, idx, 2, 2, 1, weights))
 
 
 def test_it_compiles_whole(rng: torch.Generator) -> None:
@@ -147,6 +152,7 @@ PROBS, IDX = torch.zeros(6, 4), torch.zeros(6, 2, dtype=torch.int32)
         (PROBS, IDX[:5], {}, ValueError, r"idx must have shape \(6, 2\), got \(5, 2\)"),
         (PROBS, IDX[:, :0], {}, ValueError, "num_topk must be >= 1, got 0"),
         (PROBS.to("meta"), IDX, {}, ValueError, "idx must be on meta like probs, got cpu"),
+        (PROBS[:, :0], IDX, {}, ValueError, "num_experts must be >= 1, got 0"),
         (PROBS, IDX, {"num_sequences": 0}, ValueError, "num_sequences must be >= 1, got 0"),
         (PROBS, IDX, {"num_sequences": 4}, ValueError, "num_tokens must be a multiple .*, got 6 and 4"),
         (PROBS, IDX, {"num_groups": 0}, ValueError, "num_groups must be >= 1, got 0"),
@@ -158,5 +164,6 @@ PROBS, IDX = torch.zeros(6, 4), torch.zeros(6, 2, dtype=torch.int32)
 def test_wrong_arguments_are_named(
     probs: Tensor, idx: Tensor, arguments: dict[str, int], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=f"^moe_balance_loss: {message}$"):
-        ops.moe_balance_terms(probs, idx, **arguments)
+    for function in (ops.moe_balance_terms, ops.moe_balance_loss):
+        with pytest.raises(error, match=f"^moe_balance_loss: {message}$"):
+            function(probs, idx, **arguments)

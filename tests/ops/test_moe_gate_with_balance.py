@@ -119,6 +119,7 @@ def test_a_second_derivative_is_refused_not_wrong(op: str, function: Callable[[T
     ("logits", "arguments", "error", "message"),
     [
         (torch.zeros(6, 8, dtype=torch.int64), {}, TypeError, "logits must be float32 or .*, got int64"),
+        (torch.zeros(6, 0), {}, ValueError, "num_experts must be >= 1, got 0"),
         (torch.zeros(6, 8), {"num_topk": 9}, ValueError, r"num_topk must be <= 8 \(.*\), got 9"),
         (torch.zeros(6, 8), {"num_groups": 3}, ValueError, "num_experts must be a multiple .* 8 and 3"),
         (torch.zeros(6, 8), {"num_groups_kept": 2}, ValueError, "num_groups_kept must be <= .* 1, got 2"),

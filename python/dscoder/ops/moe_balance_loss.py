@@ -43,14 +43,12 @@ def moe_balance_loss(
     Returns:
         A float32 scalar (float64 for float64 probs), differentiable in probs_TE.
     """
-    terms = moe_balance_terms(
-        probs_TE,
-        idx_TK,
-        num_sequences=num_sequences,
-        num_groups=num_groups,
-        num_groups_kept=num_groups_kept,
+    _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    loss: Tensor
+    loss, _ = torch.ops.dscoder.moe_balance_loss.default(
+        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept, (expert, device, communication)
     )
-    return terms[0] * expert + terms[1] * device + terms[2] * communication
+    return loss.squeeze(0)
 
 
 def moe_balance_terms(
@@ -70,6 +68,17 @@ def moe_balance_terms(
     Returns:
         float32 [3] (float64 for float64 probs), differentiable in probs_TE.
     """
+    _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    terms: Tensor
+    terms, _ = torch.ops.dscoder.moe_balance_loss.default(
+        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept, None
+    )
+    return terms
+
+
+def _check(
+    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+) -> None:
     op = "moe_balance_loss"
     check_tensor(op, "probs", probs_TE, num_dims=2, dtypes=FLOATS)
     check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
@@ -79,11 +88,6 @@ def moe_balance_terms(
     num_tokens, num_experts = probs_TE.shape
     check_sequences(op, num_tokens, num_sequences)
     check_groups(op, num_experts, num_groups, num_groups_kept)
-    terms: Tensor
-    terms, _ = torch.ops.dscoder.moe_balance_loss.default(
-        probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept
-    )
-    return terms
 
 
 def check_sequences(op: str, num_tokens: int, num_sequences: int) -> None:
@@ -97,6 +101,7 @@ def check_sequences(op: str, num_tokens: int, num_sequences: int) -> None:
 
 def check_groups(op: str, num_experts: int, num_groups: int, num_groups_kept: int) -> None:
     """ValueError unless the experts are so many groups of one width, of which so many may be kept."""
+    check_at_least(op, "num_experts", num_experts, 1)
     check_at_least(op, "num_groups", num_groups, 1)
     check_at_least(op, "num_groups_kept", num_groups_kept, 1)
     if num_experts % num_groups:
@@ -127,78 +132,98 @@ def _loads(idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_gr
 
 
 def balance_reference(
-    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+    probs_TE: Tensor,
+    idx_TK: Tensor,
+    num_sequences: int,
+    num_groups: int,
+    num_groups_kept: int,
+    weights: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The terms [3], and load_3BE: the gradient of each in every probability of a sequence."""
+    """The terms [N], and load_NBE: the gradient of each in every probability of a sequence.
+
+    N is 3, or 1 where there are weights: the terms' sum.
+    """
     num_tokens, num_experts = probs_TE.shape
     length = num_tokens // num_sequences
     dtype = accumulate_dtype(probs_TE.dtype)
     idx = idx_TK.reshape(num_sequences, length * idx_TK.shape[1])
-    load_3BE = _loads(idx, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
+    load_NBE = _loads(idx, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
     # Every term is linear in the probabilities: load / (S * B) is its gradient in every token's row.
-    load_3BE /= max(num_tokens, 1)
+    load_NBE /= max(num_tokens, 1)
+    if weights is not None:
+        expert, device, communication = weights
+        load_NBE = (load_NBE[0] * expert + load_NBE[1] * device + load_NBE[2] * communication).unsqueeze(0)
     total_BE = probs_TE.reshape(num_sequences, length, num_experts).sum(dim=1, dtype=dtype)
-    return (load_3BE * total_BE).sum(dim=(1, 2)), load_3BE
+    return (load_NBE * total_BE).sum(dim=(1, 2)), load_NBE
 
 
 def balance_reference_gradient(
-    grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype
+    grad_terms: Tensor, load_NBE: Tensor, num_tokens: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of probs_TE: the same row for all tokens of a sequence."""
-    _, num_sequences, num_experts = load_3BE.shape
-    grad_BE = torch.einsum("i,ibe->be", grad_terms.to(load_3BE.dtype), load_3BE).to(dtype)
+    _, num_sequences, num_experts = load_NBE.shape
+    grad_BE = torch.einsum("i,ibe->be", grad_terms.to(load_NBE.dtype), load_NBE).to(dtype)
     length = num_tokens // num_sequences
     grad = grad_BE.unsqueeze(1).expand(num_sequences, length, num_experts)
     return grad.reshape(num_tokens, num_experts)
 
 
-def balance_buffers(tokens_TE: Tensor, num_sequences: int, num_groups: int) -> tuple[Tensor, ...]:
-    """What the kernels fill for these tokens: four tensors of scratch, the terms and load_3BE."""
+def balance_buffers(
+    tokens_TE: Tensor, num_sequences: int, num_groups: int, num_terms: int = 3
+) -> tuple[Tensor, ...]:
+    """What the kernels fill for these tokens: four tensors of scratch, the terms and load_NBE."""
     num_tokens, num_experts = tokens_TE.shape
-    num_chunks = native._C.moe_balance_num_chunks(num_tokens, num_sequences)
+    num_chunks, num_slices = native._C.moe_balance_plan(num_tokens, num_experts, num_sequences, num_groups)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return tokens_TE.new_empty(shape, dtype=dtype)
 
     return (
         empty(num_sequences, num_chunks, num_experts),
-        empty(num_sequences, num_chunks, num_experts + num_groups, dtype=torch.int32),
-        empty(num_sequences, num_groups, 3),
+        empty(num_sequences, num_chunks, num_experts + 2 * num_groups, dtype=torch.int32),
+        empty(num_sequences, num_groups, num_slices, num_terms),
         empty(1, dtype=torch.int32),
-        empty(3),
-        empty(3, num_sequences, num_experts),
+        empty(num_terms),
+        empty(num_terms, num_sequences, num_experts),
     )
 
 
 def _forward_kernel(
-    probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
+    probs_TE: Tensor,
+    idx_TK: Tensor,
+    num_sequences: int,
+    num_groups: int,
+    num_groups_kept: int,
+    weights: list[float] | None,
 ) -> tuple[Tensor, Tensor]:
     if probs_TE.dtype == torch.float64:
-        return balance_reference(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
-    buffers = balance_buffers(probs_TE, num_sequences, num_groups)
+        return balance_reference(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept, weights)
+    buffers = balance_buffers(probs_TE, num_sequences, num_groups, 3 if weights is None else 1)
     native._C.moe_balance_loss_forward(
-        probs_TE.contiguous(), idx_TK.contiguous(), buffers, num_groups, num_groups_kept
+        probs_TE.contiguous(), idx_TK.contiguous(), buffers, num_groups, num_groups_kept, weights
     )
-    *_, terms, load_3BE = buffers
-    return terms, load_3BE
+    *_, terms, load_NBE = buffers
+    return terms, load_NBE
 
 
-def _backward_kernel(grad_terms: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+def _backward_kernel(grad_terms: Tensor, load_NBE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
-        return balance_reference_gradient(grad_terms, load_3BE, num_tokens, dtype)
-    grad_probs = _backward_fake(grad_terms, load_3BE, num_tokens, dtype)
-    native._C.moe_balance_loss_backward(grad_terms.contiguous(), load_3BE, grad_probs)
+        return balance_reference_gradient(grad_terms, load_NBE, num_tokens, dtype)
+    grad_probs = _backward_fake(grad_terms, load_NBE, num_tokens, dtype)
+    native._C.moe_balance_loss_backward(grad_terms.contiguous(), load_NBE, grad_probs)
     return grad_probs
 
 
-def _forward_fake(probs_TE: Tensor, _idx: Tensor, num_sequences: int, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(probs_TE.dtype)
-    load_3BE = probs_TE.new_empty((3, num_sequences, probs_TE.shape[1]), dtype=dtype)
-    return probs_TE.new_empty(3, dtype=dtype), load_3BE
+def _forward_fake(
+    probs_TE: Tensor, _idx: Tensor, num_sequences: int, _groups: int, _kept: int, weights: list[float] | None
+) -> tuple[Tensor, Tensor]:
+    num_terms = 3 if weights is None else 1
+    terms = probs_TE.new_empty(num_terms, dtype=accumulate_dtype(probs_TE.dtype))
+    return terms, terms.new_empty(num_terms, num_sequences, probs_TE.shape[1])
 
 
-def _backward_fake(_grad: Tensor, load_3BE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    return load_3BE.new_empty((num_tokens, load_3BE.shape[2]), dtype=dtype)
+def _backward_fake(_grad: Tensor, load_NBE: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return load_NBE.new_empty((num_tokens, load_NBE.shape[2]), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -207,18 +232,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_terms: Tensor, _: None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("moe_balance_loss")
-    (load_3BE,) = ctx.saved_tensors
+    (load_NBE,) = ctx.saved_tensors
     grad_probs = torch.ops.dscoder.moe_balance_loss_backward.default(
-        grad_terms, load_3BE, ctx.num_tokens, ctx.dtype
+        grad_terms, load_NBE, ctx.num_tokens, ctx.dtype
     )
-    return grad_probs, None, None, None, None
+    return grad_probs, None, None, None, None, None
 
 
 define_op(
-    "moe_balance_loss(Tensor probs, Tensor idx, SymInt num_sequences, int num_groups, int num_groups_kept)"
-    " -> (Tensor terms, Tensor load)",
+    "moe_balance_loss(Tensor probs, Tensor idx, SymInt num_sequences, int num_groups, int num_groups_kept,"
+    " float[]? weights) -> (Tensor terms, Tensor load)",
     reference=balance_reference,
     kernel=_forward_kernel,
     fake=_forward_fake,

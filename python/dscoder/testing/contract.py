@@ -183,28 +183,28 @@ KERNELS = {
     "moe_gate_backward_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"SHFL.BFLY": 15}),
     "moe_gate_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(registers=64, wants={"SHFL.BFLY": 15}),
     "moe_gate_with_balance_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
-        registers=64, shared=1536, wants={"LDG.E.128": 2, **ROW_OF_8}
+        registers=64, shared=1792, wants={"LDG.E.128": 2, **ROW_OF_8}
     ),
     "moe_gate_with_balance_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
-        registers=96, shared=9472, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
+        registers=96, shared=10112, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
     ),
     "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)0>>": Kernel(
-        registers=40, shared=1536, wants=ROW_OF_32
+        registers=40, shared=1792, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)0>>": Kernel(
-        registers=64, shared=6144, wants=ROW_OF_32
+        registers=64, shared=7168, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
-        registers=96, shared=12288, wants=ROW_OF_32
+        registers=96, shared=14336, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_kernel<Layout<32, 2, 2, (Groups)2>>": Kernel(
-        registers=40, shared=5632, wants=ROW_OF_32
+        registers=40, shared=5888, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_kernel<Layout<32, 8, 8, (Groups)2>>": Kernel(
-        registers=72, shared=22528, wants=ROW_OF_32
+        registers=72, shared=23552, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_kernel<Layout<32, 16, 16, (Groups)2>>": Kernel(
-        registers=112, shared=45056, wants=ROW_OF_32
+        registers=112, shared=47104, wants=ROW_OF_32
     ),
     "moe_gate_with_balance_backward_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(
         registers=64, wants={"LDG.E.128": 2, "STG.E.128": 2, "SHFL.BFLY": 9}
@@ -221,10 +221,10 @@ KERNELS = {
     "moe_gate_with_balance_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
         registers=96, wants={"SHFL.BFLY": 15}
     ),
-    "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=5120, wants={"ATOMS": 2}),
-    "moe_balance_finish_kernel": Kernel(registers=40, shared=8272, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
+    "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=8192, wants={"ATOMS": 3}),
+    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3}),
+    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3}),
+    "moe_balance_finish_kernel": Kernel(registers=40, shared=4172, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
     "moe_balance_backward_kernel<float>": Kernel(registers=40),
     "moe_balance_backward_kernel<__nv_bfloat16>": Kernel(registers=40),
     "moe_balance_backward_kernel<__half>": Kernel(registers=40),
