@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
@@ -161,6 +162,39 @@ def test_no_device_exceeds_its_share():
         on_device = idx_TK // 6 == device
         dropped, stayed = affinity_TK[on_device & (kept < 0)], affinity_TK[on_device & (kept >= 0)]
         assert not len(dropped) or dropped.max() <= stayed.min()
+
+
+class Softmaxes(TorchDispatchMode):
+    """Counts them; those of an op's own are not seen."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten._softmax.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("scale", "renormalize", "num_softmaxes"),
+    [(1.0, False, 0), (16.0, False, 0), (2.446, False, 1), (0.5, False, 1), (16.0, True, 1)],
+)
+def test_dropping_takes_the_gates_weights_where_they_order_as_the_probabilities(
+    scale, renormalize, num_softmaxes
+):
+    config = replace(CONFIG, scale=scale, renormalize=renormalize, capacity_factor=0.5)
+    moe = build(config).train()
+    x_TD = torch.randn(101, 8, generator=torch.Generator().manual_seed(9))
+    logits_TE = F.linear(x_TD, moe.gate.weight)
+    gate = {"num_topk": 2, "num_groups": 3, "num_groups_kept": 2, "scale": scale, "renormalize": renormalize}
+    idx_TK, weight_TK = ops.moe_gate(logits_TE, **gate)
+    with Softmaxes() as softmaxes:
+        affinity_TK = moe._affinity(logits_TE, idx_TK, weight_TK)
+    assert softmaxes.num == num_softmaxes
+    options = {"config": config, "capacity_factor": 0.5, "never_dropped_T": torch.arange(101) % 7 == 0}
+    kept = drop_over_capacity(idx_TK, affinity_TK, **options)
+    wanted = drop_over_capacity(idx_TK, logits_TE.softmax(dim=-1).gather(1, idx_TK.long()), **options)
+    assert torch.equal(kept, wanted)
+    assert bool((kept < 0).any())
 
 
 def test_about_a_tenth_of_the_sequences_is_never_dropped_whatever_their_row():

@@ -1,5 +1,7 @@
 """DeepSeekMoE (DeepSeek-V2 section 2.2): routed experts by top-K gating, shared experts, token dropping."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +31,8 @@ def drop_over_capacity(
     num_choices = idx_TK.numel()  # T * K, the length of what follows
     capacity = int(capacity_factor * num_choices / config.num_groups)
     is_protected = never_dropped_T.repeat_interleave(config.num_topk)
-    # Affinities are at most 1, so 2 sorts before every choice that may be dropped.
-    sort_key = affinity_TK.detach().flatten().masked_fill(is_protected, 2.0)
+    # Affinities are finite, so infinity sorts before every choice that may be dropped.
+    sort_key = affinity_TK.detach().flatten().masked_fill(is_protected, torch.inf)
     device = idx_TK.flatten() // (config.num_experts // config.num_groups)
     by_affinity = sort_key.argsort(descending=True, stable=True)
     by_device = device[by_affinity].sort(stable=True)
@@ -97,7 +99,7 @@ class Moe(nn.Module):
         if placement.never_dropped_T is not None and config.capacity_factor is not None:
             idx_TK = drop_over_capacity(
                 idx_TK,
-                logits_TE.softmax(dim=-1).gather(1, idx_TK.long()),
+                self._affinity(logits_TE, idx_TK, weight_TK),
                 config=config,
                 capacity_factor=config.capacity_factor,
                 never_dropped_T=placement.never_dropped_T,
@@ -107,6 +109,14 @@ class Moe(nn.Module):
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return out_TD, terms_3
+
+    def _affinity(self, logits_TE: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The chosen experts' probabilities, or a multiple that orders all choices in the same way."""
+        mantissa, exponent = math.frexp(self.config.scale)
+        # Times another number two probabilities may round to one weight, and the later choice would go.
+        if mantissa == 0.5 and exponent > 0 and not self.config.renormalize:
+            return weight_TK
+        return logits_TE.softmax(dim=-1).gather(1, idx_TK.long())
 
     def _route(self, logits_TE: Tensor, placement: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
         config = self.config
