@@ -55,7 +55,13 @@ inline void check_tensor_map(const TensorMapSpec& spec) {
     }
 }
 
-#ifdef __CUDACC__
+#ifndef __CUDACC__
+
+using TensorMap = TensorMapSpec;  // as the host executor plays the copy engine
+
+#else
+
+using TensorMap = CUtensorMap;
 
 // The driver's cuTensorMapEncodeTiled.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {

@@ -9,7 +9,7 @@
 #include "gemm/grouped_gemm_epilogue.cuh"
 #include "gemm/quad_words.cuh"
 #include "gemm/swiglu.cuh"
-#include "gemm/tile_product_sm90.cuh"
+#include "gemm/warpgroup_tile_sm90.cuh"
 
 namespace dsc {
 

@@ -13,7 +13,8 @@
 // of `b`; where the other one has begun to read `b`, it reads a zero before and after.
 #pragma once
 
-#include "gemm/grouped_gemm_sm90.cuh"
+#include "core/ptx_sm90.cuh"
+#include "gemm/grouped_jobs_sm90.cuh"
 
 namespace dsc {
 
@@ -79,8 +80,8 @@ struct WeightGradientSm90 {
         char* const b = ring + S::kStages * S::kBytesA + stage * S::kBytesB;
         blank_lines<S::kWarpgroupM / kTileK>(a, num_lines);
         blank_lines<S::kN / kTileK>(b, num_lines);
-        cutlass::arch::fence_view_async_shared();
-        cutlass::arch::NamedBarrier::sync(kWarpgroup, kBlankBarrier + warpgroup);
+        order_before_async_reads();
+        meet(kNumCutlassBarriers + kBlankBarrier + warpgroup, kWarpgroup);
     }
 
     __device__ __forceinline__ void store(const WarpgroupSums<S>& sums, const ProductTile& tile) const {

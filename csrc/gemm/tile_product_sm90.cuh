@@ -21,18 +21,9 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "core/warp.h"
-#include "gemm/tile_product_sm80.cuh"
+#include "gemm/warpgroup_tile_sm90.cuh"
 
 namespace dsc {
-
-constexpr int kLineBytes = 128;  // of the swizzle, and kTileK elements
-constexpr int kCluster = kSm90Cluster;
-constexpr int kWarpgroup = 128;   // threads
-constexpr int kNumConsumers = 2;  // warpgroups
-constexpr int kNumThreadsSm90 = (1 + kNumConsumers) * kWarpgroup;
-static_assert(kNumThreadsSm90 == kSm90Threads);
-constexpr int kRingAlignment = 1024;  // eight lines: the swizzle repeats
 
 // A loop that the compiler leaves one.
 #define DSC_LOOP _Pragma("unroll 1")
@@ -40,45 +31,37 @@ constexpr int kRingAlignment = 1024;  // eight lines: the swizzle repeats
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
-// What a block computes at a time.
-template <typename T_, int kM_, int kN_, int kStages_, Major kMajorA_, Major kMajorB_>
-struct WarpgroupTile {
-    using T = T_;
-    using Element = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
-    static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
-    static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
-    static constexpr int kWarpgroupsM = kM >= 128 ? 2 : 1, kWarpgroupsN = kNumConsumers / kWarpgroupsM;
-    static constexpr int kWarpgroupM = kM / kWarpgroupsM, kWarpgroupN = kN / kWarpgroupsN;
-    static constexpr int kBytesA = kM * kLineBytes, kBytesB = kN * kLineBytes;
-    static constexpr int kStageBytes = kBytesA + kBytesB, kRingBytes = kStages * kStageBytes;
-    static constexpr int kBlocksN = kWarpgroupN / 8;  // of 8 columns, in a thread's sums
-    static_assert(kWarpgroupM == 64 and kStages >= 2 and kTileK * sizeof(T) == kLineBytes);
+static_assert(kNormalHint == static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL) and
+              kOnceHint == static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST) and
+              kAgainHint == static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST));
 
-    static constexpr auto kGmmaA = kMajorA == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-    static constexpr auto kGmmaB = kMajorB == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+// The instruction and the layouts of both rings, from which its descriptors are made.
+template <typename S>
+struct WarpgroupMma {
+    using Element =
+        std::conditional_t<std::is_same_v<typename S::T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
+
+    static constexpr auto kGmmaA = S::kMajorA == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+    static constexpr auto kGmmaB = S::kMajorB == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
     using Mma = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<Element, Element, float,
-                                   cute::Shape<cute::_64, cute::Int<kWarpgroupN>, cute::Int<kTileK>>, kGmmaA,
-                                   kGmmaB>(),
-        cute::Layout<cute::Shape<cute::Int<kWarpgroupsM>, cute::Int<kWarpgroupsN>, cute::_1>>{}));
+                                   cute::Shape<cute::_64, cute::Int<S::kWarpgroupN>, cute::Int<kTileK>>,
+                                   kGmmaA, kGmmaB>(),
+        cute::Layout<cute::Shape<cute::Int<S::kWarpgroupsM>, cute::Int<S::kWarpgroupsN>, cute::_1>>{}));
 
     template <Major kMajor, int kRows>
     static constexpr auto ring_layout() {
         using namespace cute;
-        const auto shape = Shape<Int<kRows>, Int<kTileK>, Int<kStages>>{};
+        const auto shape = Shape<Int<kRows>, Int<kTileK>, Int<S::kStages>>{};
         if constexpr (kMajor == Major::kK) {
             return tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, shape, Step<_1, _2, _3>{});
         } else {
             return tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{}, shape, Step<_2, _1, _3>{});
         }
     }
-    using RingA = decltype(ring_layout<kMajorA, kM>());
-    using RingB = decltype(ring_layout<kMajorB, kN>());
+    using RingA = decltype(ring_layout<S::kMajorA, S::kM>());
+    using RingB = decltype(ring_layout<S::kMajorB, S::kN>());
 };
-
-// A thread's sums: acc[4 * j + 2 * half + i] is row `half` and column i of the j-th block of eight columns.
-template <typename S>
-using WarpgroupSums = float[4 * S::kBlocksN];
 
 // ---- the ring ----
 
@@ -117,94 +100,45 @@ __device__ __forceinline__ void release_stage(uint64_t* empty) {
     if (lane < kCluster) EmptyBarrier::arrive(empty, lane, true);
 }
 
-// ---- operands ----
+// ---- copies ----
 
-// How an operand lies in memory, and with it the dimensions of its tensor map, innermost first. Coordinates
-// outside a map read as zeros.
-enum class Form {
-    kRows,         // x [M, K], a line per row: k, row
-    kRowDepth,     // x [M, C] whose rows are the depth: column, row
-    kWeights,      // w [E, N, K]: k, n, expert
-    kWeightDepth,  // w [E, K, N]: n, k, expert
-    kGateUp,       // w [E, 2, F, K], eight rows of gate and eight of up in turn: k, f % 8, gate or up, f / 8,
-                   // expert
-};
-
-constexpr bool is_depth(Form form) {
-    return form == Form::kRowDepth or form == Form::kWeightDepth;
+// One box, to this block or, with kIsShared, to both.
+template <bool kIsShared, typename Boxes>
+__device__ __forceinline__ void load_box(const Boxes& boxes, char* target, uint64_t* full, int k_block,
+                                         int box) {
+    const BoxPlace place = boxes.box_place(k_block, box);
+    const auto& [c0, c1, c2, c3, c4] = place.at;
+    char* const at = target + box * (Boxes::kBoxLines * kLineBytes);
+    const auto copy = [&](auto one, auto many, auto... coordinates) {
+        if constexpr (kIsShared) {
+            decltype(many)::copy(boxes.map, full, (1 << kCluster) - 1, boxes.hint, at, coordinates...);
+        } else {
+            decltype(one)::copy(boxes.map, full, boxes.hint, at, coordinates...);
+        }
+    };
+    using namespace cute;
+    if constexpr (Boxes::kRank == 2) {
+        copy(SM90_TMA_LOAD_2D{}, SM90_TMA_LOAD_MULTICAST_2D{}, c0, c1);
+    } else if constexpr (Boxes::kRank == 3) {
+        copy(SM90_TMA_LOAD_3D{}, SM90_TMA_LOAD_MULTICAST_3D{}, c0, c1, c2);
+    } else {
+        copy(SM90_TMA_LOAD_5D{}, SM90_TMA_LOAD_MULTICAST_5D{}, c0, c1, c2, c3, c4);
+    }
 }
 
-constexpr int rank_of(Form form) {
-    if (form == Form::kGateUp) return 5;
-    return form == Form::kRows or form == Form::kRowDepth ? 2 : 3;
+// This block's copies of one k block. `is_shared`: half of the operand, to both blocks.
+template <typename Boxes>
+__device__ __forceinline__ void load_operand(const Boxes& boxes, char* target, uint64_t* full, int k_block,
+                                             bool is_shared, int rank) {
+    constexpr int kHalf = Boxes::kNumBoxes / kCluster;
+    if (is_shared) {
+        DSC_UNROLL
+        for (int i = 0; i < kHalf; ++i) load_box<true>(boxes, target, full, k_block, rank * kHalf + i);
+    } else {
+        DSC_UNROLL
+        for (int box = 0; box < Boxes::kNumBoxes; ++box) load_box<false>(boxes, target, full, k_block, box);
+    }
 }
-
-// Where a box begins, dimensions in the order of its map's.
-struct BoxPlace {
-    int at[5];
-};
-
-// kLines of 128 bytes in each stage, brought as boxes that follow each other in shared memory; half of the
-// boxes are a block's part of what the cluster shares.
-template <Form kForm_, int kLines>
-struct OperandBoxes {
-    static constexpr Form kForm = kForm_;
-    static constexpr int kRank = rank_of(kForm);
-    static constexpr int kBoxLines = is_depth(kForm) ? kTileK : kLines / kCluster;
-    static constexpr int kNumBoxes = kLines / kBoxLines;
-    static_assert(kNumBoxes % kCluster == 0 and kBoxLines * kLineBytes % kRingAlignment == 0);
-
-    const CUtensorMap* map;
-    int first;  // m, n or f
-    int group;  // the expert, or its first row where rows are the depth
-    uint64_t hint;
-
-    __host__ __device__ BoxPlace box_place(int k_block, int box) const {
-        const int k = k_block * kTileK, line = first + box * kBoxLines;
-        if constexpr (kForm == Form::kRows) return {k, line};
-        if constexpr (kForm == Form::kRowDepth) return {line, group + k};
-        if constexpr (kForm == Form::kWeights) return {k, line, group};
-        if constexpr (kForm == Form::kWeightDepth) return {line, k, group};
-        return {k, 0, 0, first / 8 + box * (kBoxLines / 16), group};
-    }
-
-    // This block's copies of one k block. `is_shared`: half of the operand, to both blocks.
-    __device__ __forceinline__ void load(char* target, uint64_t* full, int k_block, bool is_shared,
-                                         int rank) const {
-        if (is_shared) {
-            DSC_UNROLL
-            for (int i = 0; i < kNumBoxes / kCluster; ++i) {
-                load_box<true>(target, full, k_block, rank * (kNumBoxes / kCluster) + i);
-            }
-        } else {
-            DSC_UNROLL
-            for (int box = 0; box < kNumBoxes; ++box) load_box<false>(target, full, k_block, box);
-        }
-    }
-
-  private:
-    template <bool kIsShared>
-    __device__ __forceinline__ void load_box(char* target, uint64_t* full, int k_block, int box) const {
-        const BoxPlace place = box_place(k_block, box);
-        const auto& [c0, c1, c2, c3, c4] = place.at;
-        char* const at = target + box * (kBoxLines * kLineBytes);
-        const auto copy = [&](auto one, auto many, auto... coordinates) {
-            if constexpr (kIsShared) {
-                decltype(many)::copy(map, full, (1 << kCluster) - 1, hint, at, coordinates...);
-            } else {
-                decltype(one)::copy(map, full, hint, at, coordinates...);
-            }
-        };
-        using namespace cute;
-        if constexpr (kRank == 2) {
-            copy(SM90_TMA_LOAD_2D{}, SM90_TMA_LOAD_MULTICAST_2D{}, c0, c1);
-        } else if constexpr (kRank == 3) {
-            copy(SM90_TMA_LOAD_3D{}, SM90_TMA_LOAD_MULTICAST_3D{}, c0, c1, c2);
-        } else {
-            copy(SM90_TMA_LOAD_5D{}, SM90_TMA_LOAD_MULTICAST_5D{}, c0, c1, c2, c3, c4);
-        }
-    }
-};
 
 // ---- the product ----
 
@@ -216,12 +150,13 @@ __device__ __forceinline__ void multiply_tile(WarpgroupSums<S>& sums, char* ring
                                               RingBarriers<S::kStages>& barriers, RingPlace& place,
                                               int num_stages, int num_k_blocks, const Prepare& prepare) {
     using namespace cute;
-    using Element = typename S::Element;
-    typename S::Mma mma;
+    using Wgmma = WarpgroupMma<S>;
+    using Element = typename Wgmma::Element;
+    typename Wgmma::Mma mma;
     const auto part = mma.get_slice(threadIdx.x - kWarpgroup);
-    const auto ring_a = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(ring)), typename S::RingA{});
+    const auto ring_a = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(ring)), typename Wgmma::RingA{});
     const auto ring_b = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(ring + S::kStages * S::kBytesA)),
-                                    typename S::RingB{});
+                                    typename Wgmma::RingB{});
     const auto a = part.make_fragment_A(part.partition_A(ring_a));  // (MMA, 1, k / 16, stage)
     const auto b = part.make_fragment_B(part.partition_B(ring_b));
     auto acc = partition_fragment_C(mma, Shape<Int<S::kM>, Int<S::kN>>{});

@@ -8,12 +8,13 @@
 
 #include "gemm/grouped_gemm_launch_sm90.cuh"
 #include "gemm/grouped_gemm_wgrad_sm90.cuh"
+#include "played_copies.h"
 
 namespace dsc {
 namespace {
 
 int num_wrong = 0, num_compared = 0;
-int swizzle_lines = 8;  // after which the swizzle repeats; a planted mistake changes it
+size_t swizzle_lines = 8;  // after which the swizzle repeats; a planted mistake changes it
 
 void compare(const char* what, int64_t got, int64_t wanted, const char* where, int i, int j) {
     ++num_compared;
@@ -21,30 +22,6 @@ void compare(const char* what, int64_t got, int64_t wanted, const char* where, i
     if (num_wrong++ < 10) {
         std::printf("%s %s: (%d, %d) is %lld, wanted %lld\n", what, where, i, j, static_cast<long long>(got),
                     static_cast<long long>(wanted));
-    }
-}
-
-// ---- the copy engine ----
-
-// cp.async.bulk.tensor with the 128-byte swizzle: 16-byte chunk c of line l lands at c ^ (l % 8), zeros for
-// what lies outside the tensor.
-void copy_box(const TensorMapSpec& map, const BoxPlace& place, char* ring, size_t target) {
-    size_t num_elements = 1;
-    for (int d = 0; d < map.rank; ++d) num_elements *= map.box[d];
-    for (size_t i = 0; i < num_elements; ++i) {
-        size_t rest = i;
-        const char* source = static_cast<const char*>(map.base);
-        bool is_inside = true;
-        for (int d = 0; d < map.rank; ++d) {
-            const int64_t at = place.at[d] + static_cast<int64_t>(rest % map.box[d]);
-            rest /= map.box[d];
-            is_inside = is_inside and at >= 0 and at < static_cast<int64_t>(map.sizes[d]);
-            if (is_inside) source += at * static_cast<int64_t>(d == 0 ? 2 : map.strides[d - 1]);
-        }
-        const size_t byte = target + 2 * i,
-                     swizzled = byte ^ ((byte / kLineBytes % swizzle_lines) * kWordBytes);
-        *reinterpret_cast<uint16_t*>(ring + swizzled) =
-            is_inside ? *reinterpret_cast<const uint16_t*>(source) : 0;
     }
 }
 
@@ -56,8 +33,8 @@ void load_stage(const TensorMapSpec& map, const Boxes& boxes, char* ring, size_t
     for (int rank = 0; rank < (is_shared ? kCluster : 1); ++rank) {
         for (int i = 0; i < per_rank; ++i) {
             const int box = rank * per_rank + i;
-            copy_box(map, boxes.box_place(k_block, box), ring,
-                     target + static_cast<size_t>(box) * Boxes::kBoxLines * kLineBytes);
+            tests::play_box(map, boxes.box_place(k_block, box), ring,
+                            target + static_cast<size_t>(box) * Boxes::kBoxLines * kLineBytes, swizzle_lines);
         }
     }
 }
@@ -116,7 +93,7 @@ TensorMapSpec spec_of(const void* base, const Sizes& s) {
 // All stages of one operand, its own copies and shared ones, read back through CuTe's layout.
 template <typename S, typename Boxes, typename Ring>
 void check_operand(const char* name, const Sizes& s, int first, int group) {
-    using Element = typename S::Element;
+    using Element = typename WarpgroupMma<S>::Element;
     constexpr int kLines = decltype(cute::size<0>(Ring{}))::value;
     static_assert(kLines == Boxes::kNumBoxes * Boxes::kBoxLines);
     const int64_t num_elements =
@@ -152,8 +129,10 @@ void check_job(const char* name, const Sizes& s) {
     using A = std::conditional_t<Job::kSwaps, typename Job::Columns, typename Job::Rows>;
     using B = std::conditional_t<Job::kSwaps, typename Job::Rows, typename Job::Columns>;
     for (const int first : {0, 8, s.rows - 3}) {
-        check_operand<S, A, typename S::RingA>(name, s, Job::kSwaps ? first / 8 * 8 : first, s.experts - 1);
-        check_operand<S, B, typename S::RingB>(name, s, Job::kSwaps ? first : first / 8 * 8, s.experts - 1);
+        check_operand<S, A, typename WarpgroupMma<S>::RingA>(name, s, Job::kSwaps ? first / 8 * 8 : first,
+                                                             s.experts - 1);
+        check_operand<S, B, typename WarpgroupMma<S>::RingB>(name, s, Job::kSwaps ? first : first / 8 * 8,
+                                                             s.experts - 1);
     }
 }
 
@@ -163,7 +142,7 @@ void check_job(const char* name, const Sizes& s) {
 template <typename S>
 void check_sums(const char* name) {
     using namespace cute;
-    typename S::Mma mma;
+    typename WarpgroupMma<S>::Mma mma;
     const auto tile = make_identity_tensor(Shape<Int<S::kM>, Int<S::kN>>{});
     for (int thread = kWarpgroup; thread < kNumThreadsSm90; ++thread) {
         const auto part = mma.get_slice(thread - kWarpgroup).partition_C(tile);
@@ -229,9 +208,10 @@ void check_all() {
     check_job<Fewest, SwigluSm90<Fewest, true>>("32x128 swiglu", sizes);
     using Job = WeightGradientSm90<Gradient, T>;
     for (const int first_row : {0, 1, 77, 202}) {
-        check_operand<Gradient, typename Job::A, typename Gradient::RingA>("gradient a", sizes, 64,
-                                                                           first_row);
-        check_operand<Gradient, typename Job::B, typename Gradient::RingB>("gradient b", sizes, 0, first_row);
+        check_operand<Gradient, typename Job::A, typename WarpgroupMma<Gradient>::RingA>("gradient a", sizes,
+                                                                                         64, first_row);
+        check_operand<Gradient, typename Job::B, typename WarpgroupMma<Gradient>::RingB>("gradient b", sizes,
+                                                                                         0, first_row);
     }
     check_sums<Large>("128x256");
     check_sums<Small>("64x256");

@@ -1,0 +1,86 @@
+"""The sm_90a products with the hardware played on the CPU: where operands land, and what becomes of the sums.
+
+Two programs, kept in build/played until a source changes. sm90_layouts.cu (nvcc) reads what the played copy
+engine wrote back through CuTe's layouts. sm90_jobs.cpp (any C++ compiler) runs the kernel's jobs whole in the
+host executor, the products played too, and compares them with float64.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE, CSRC, BUILD = ROOT / "tests" / "csrc", ROOT / "csrc", ROOT / "build" / "played"
+NVCC = shutil.which("nvcc")
+CXX = shutil.which(os.environ.get("CXX", "g++"))
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the layouts are not compiled")
+needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler: the jobs are not compiled")
+
+
+def compiled(*command: str | Path) -> Path:
+    """The program that the command makes, by the hash of the command and of all it may include."""
+    sources = [*CSRC.glob("core/*.*h"), *CSRC.glob("gemm/*.*h"), *CSRC.glob("host/*.*"), *HERE.glob("*.h")]
+    state = hashlib.sha256(" ".join(map(str, command)).encode())
+    for path in sorted([*sources, *(part for part in command if isinstance(part, Path))]):
+        state.update(path.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    program = BUILD / state.hexdigest()[:16]
+    if not program.exists():
+        half_done = BUILD / f"{program.name}.{os.getpid()}"
+        subprocess.run([*command, "-o", half_done], check=True)
+        half_done.rename(program)
+    return program
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def layouts() -> Path:
+    cutlass = importlib.metadata.distribution("nvidia-cutlass").locate_file("cutlass_library/source/include")
+    includes = [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(cutlass)]
+    options = ["-std=c++20", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", *includes]
+    return compiled(NVCC or "nvcc", *options, HERE / "sm90_layouts.cu")
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Path:
+    options = ["-std=c++20", "-O2", "-DDSC_HOST_EXECUTOR", "-fno-strict-aliasing", f"-I{CSRC}", f"-I{HERE}"]
+    return compiled(CXX or "g++", *options, HERE / "sm90_jobs.cpp", *sorted(CSRC.glob("host/*.cpp")))
+
+
+@needs_nvcc
+def test_boxes_land_where_wgmma_reads_them_and_sums_are_where_they_are_stored(layouts: Path) -> None:
+    done = run(layouts)
+    assert done.returncode == 0, done.stdout
+    assert int(done.stdout.split()[0]) > 7_000_000
+    assert done.stdout.endswith(" compared, 0 wrong\n")
+
+
+@needs_nvcc
+def test_a_wrong_swizzle_is_seen(layouts: Path) -> None:
+    done = run(layouts, "planted")
+    assert done.returncode == 1
+    assert "operand" in done.stdout
+
+
+@needs_cxx
+def test_every_job_is_right_and_stays_within_its_output(jobs: Path) -> None:
+    done = run(jobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert verdicts == ["right"] * 21
+
+
+@needs_cxx
+def test_rows_past_an_expert_that_stay_in_its_weight_gradient_are_seen(jobs: Path) -> None:
+    wrong = [line for line in run(jobs, "planted").stdout.splitlines() if line.endswith("WRONG")]
+    assert len(wrong) == 4
+    assert all(line.startswith("gradient") for line in wrong)
