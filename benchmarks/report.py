@@ -1,8 +1,9 @@
-"""Turn the stored runs into tables, plots and the README's table of ops.
+"""Turn the stored runs into tables and plots, and what of them the README shows.
 
 `python -m benchmarks.report` writes report.md, roofline.png and ratios.png into the folder of each device
-below benchmarks/results, and the table in README.md. `--accept` makes the newest run's times the accepted
-ones of its device; `--check` fails where a newer result takes over 5 % longer than accepted.
+below benchmarks/results, and brings the README's table of ops and plots up to date. `--accept` makes the
+newest run's times the accepted ones of its device; `--check` fails where a newer result takes over 5 % longer
+than accepted.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reporting.plots import ratios, roofline, save
-from benchmarks.reporting.readme import ops_table, replace_table
+from benchmarks.reporting.readme import generated, replace_generated
 from benchmarks.reporting.records import CPU, RESULTS, Run, devices, newest_results, read_runs
 from benchmarks.reporting.tables import PLOTS, device_report
 from benchmarks.reporting.targets import accept, read_accepted, slower
@@ -71,11 +72,11 @@ def gpu_runs(folder: Path) -> list[Run]:
 
 
 def write_readme(root: Path, folder: Path) -> None:
-    """Bring the README's table up to date."""
+    """Bring the README's table and plots up to date."""
     path = root / "README.md"
     text = path.read_text(encoding="utf-8")
     path.write_text(
-        replace_table(text, ops_table(root, native.kernel_ops(), gpu_runs(folder))), encoding="utf-8"
+        replace_generated(text, generated(root, native.kernel_ops(), gpu_runs(folder))), encoding="utf-8"
     )
 
 

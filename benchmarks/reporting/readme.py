@@ -1,16 +1,36 @@
-"""The README's table of ops: what each computes, what runs it, and when that last ran on a GPU."""
+"""What the README shows of the results: the table of ops, and the plots of the GPU that was measured last.
+
+The table says of each op what it computes, what runs it, and when that last ran on a GPU.
+"""
 
 import ast
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.reporting.records import Run, newest_results
-from benchmarks.reporting.tables import TOOL_NAMES, counted, markdown
+from benchmarks.reporting.tables import PLOTS, TOOL_NAMES, counted, markdown
 from benchmarks.reporting.targets import best_peer
 
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 ARCHS = "sm_80, sm_90a"  # the default of DSCODER_CUDA_ARCHS
 NOT_OPS = ("__init__", "library")
+
+
+def generated(root: Path, kernel_ops: Collection[str], runs: Sequence[Run]) -> str:
+    """What stands between the markers; `runs` are those on GPUs, the oldest first."""
+    return "\n\n".join(filter(None, [ops_table(root, kernel_ops, runs), plots_of_newest(root, runs)]))
+
+
+def plots_of_newest(root: Path, runs: Sequence[Run]) -> str:
+    """The plots of the GPU that was measured last, as report.py writes them; "" while none was."""
+    measured = [run for run in runs if run.results]
+    if not measured:
+        return ""
+    newest = measured[-1]
+    folder = newest.path.parent.relative_to(root).as_posix()
+    links = [f"![{name.partition('.')[0]} of {newest.machine['device']}]({folder}/{name})" for name in PLOTS]
+    title = f"Results on {newest.machine['device']}, all of them in [its report]({folder}/report.md):"
+    return "\n\n".join([title, *links])
 
 
 def ops_table(root: Path, kernel_ops: Collection[str], runs: Iterable[Run]) -> str:
@@ -56,9 +76,9 @@ def last_run(op: str, runs: Sequence[Run]) -> str:
     return "; ".join(words)
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_generated(text: str, made: str) -> str:
     """`text` with what stands between the markers replaced; ValueError without exactly one pair."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md must hold one {BEGIN} and one {END}")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"

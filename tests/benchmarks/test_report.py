@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import gpu_runs, main
 from benchmarks.reporting.plots import ratios, roofline
-from benchmarks.reporting.readme import BEGIN, END, last_run, ops_table, replace_table, summary_of
+from benchmarks.reporting.readme import (
+    BEGIN,
+    END,
+    generated,
+    last_run,
+    ops_table,
+    plots_of_newest,
+    replace_generated,
+    summary_of,
+)
 from benchmarks.reporting.records import RESULTS, read_run, read_runs
 from benchmarks.reporting.summary import columns, summarize
 from benchmarks.reporting.tables import device_report
@@ -44,10 +54,10 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_readme_table_is_up_to_date() -> None:
+def test_the_readme_is_up_to_date() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = ops_table(ROOT, native.kernel_ops(), gpu_runs(ROOT / RESULTS))
-    assert replace_table(text, table) == text, "run `python -m benchmarks.report`"
+    made = generated(ROOT, native.kernel_ops(), gpu_runs(ROOT / RESULTS))
+    assert replace_generated(text, made) == text, "run `python -m benchmarks.report`"
 
 
 def test_the_table_says_what_never_ran(tree: Path) -> None:
@@ -73,6 +83,19 @@ def test_a_failure_is_said_too(make_result: Make, store: Store) -> None:
     )
 
 
+def test_the_plots_are_those_of_the_gpu_that_was_measured_last(make_result: Make, store: Store) -> None:
+    older, newer = read_run(store(NOON, make_result())), read_run(store(ONE))
+    root = older.path.parents[2]
+    assert plots_of_newest(root, []) == ""
+    assert plots_of_newest(root, [newer]) == ""  # it has no results
+    other = replace(
+        older, path=root / "results" / "nvidia_a100" / "x.json", machine={"device": "NVIDIA A100"}
+    )
+    assert "results/nvidia_a100/ratios.png" in plots_of_newest(root, [older, other, newer])
+    assert "nvidia_h200" not in plots_of_newest(root, [older, other, newer])
+    assert "results/nvidia_h200/roofline.png" in plots_of_newest(root, [other, older])
+
+
 def test_every_op_has_a_summary() -> None:
     for file in sorted((ROOT / "python" / "dscoder" / "ops").glob("[a-z]*.py")):
         assert file.stem == "library" or len(summary_of(file)) > 10, file
@@ -80,7 +103,7 @@ def test_every_op_has_a_summary() -> None:
 
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="must hold one <!-- kernels:begin -->"):
-        replace_table(f"{BEGIN} {BEGIN} {END}", "table")
+        replace_generated(f"{BEGIN} {BEGIN} {END}", "table")
 
 
 def test_a_page_has_checks_targets_and_results(make_result: Make, store: Store) -> None:
@@ -137,7 +160,12 @@ def test_the_command_writes_all_and_accepts_and_flags(
     written = {path.name for path in folder.iterdir()} - {"2026-11-20T12-00-00.json"}
     assert written == {"accepted.json", "report.md", "roofline.png", "ratios.png"}
     assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    assert "151 passed" in (tree / "README.md").read_text(encoding="utf-8")
+    readme = (tree / "README.md").read_text(encoding="utf-8")
+    assert "151 passed" in readme
+    shown = re.findall(r"!\[\w+ of NVIDIA H200\]\(([^)]+)\)", readme)
+    assert shown == ["results/nvidia_h200/roofline.png", "results/nvidia_h200/ratios.png"]
+    for name in [*shown, *re.findall(r"\[its report\]\(([^)]+)\)", readme)]:
+        assert (tree / name).is_file()
     store(ONE, make_result(us=7.5))
     assert main(arguments, root=tree) == 0
     assert main([*arguments, "--check"], root=tree) == 1
