@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.check.build import FOLDER, ROOT, SITE, build, try_import, unpack_wheels
+from benchmarks.check.build import FOLDER, ROOT, SITE, build, find_objects, try_import, unpack_wheels
 from benchmarks.check.machine import describe, find_sanitizer, toolkit_environment
 from benchmarks.check.process import Budget, Runner
 from benchmarks.check.record import Record
@@ -45,7 +45,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", help="check these alone (default: every op with GPU tests)")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all (default: 540)")
-    parser.add_argument("--objects", type=Path, help="link the kernels of this folder (make kernel-objects)")
+    parser.add_argument(
+        "--objects",
+        type=Path,
+        help="link the kernels of this folder (default: build/kernel-objects if they fit)",
+    )
     parser.add_argument("--wheels", type=Path, help="a folder of wheels of packages that this machine lacks")
     parser.add_argument("--installed", action="store_true", help="check the installed dscoder, build nothing")
     parser.add_argument("--commit", help="the commit of these sources, where git cannot tell")
@@ -116,9 +120,9 @@ def build_or_find(
     seconds, site = 0.0, None
     if not arguments.installed:
         site = SITE
-        objects = arguments.objects.resolve() if arguments.objects else None
         limit = check.budget.until(SHARES["build"])
         try:
+            objects = arguments.objects.resolve() if arguments.objects else find_objects(check.runner, limit)
             ended = build(check.runner, capability=capability, objects=objects, limit=limit)
         except ValueError as error:
             return "failed", seconds, str(error)

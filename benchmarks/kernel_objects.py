@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 
-from benchmarks.check.build import LIBRARY, ROOT, STAMP, configure_command, tool
+from benchmarks.check.build import LIBRARY, OBJECTS, ROOT, STAMP, configure_command, tool
 
 WORK = ROOT / "build" / "objects"
-TARGET = ROOT / "build" / "kernel-objects"
 
 
 def main() -> int:
-    """Configure, compile what changed, stamp, and put the two files that travel into TARGET."""
+    """Configure, compile what changed, stamp, and put the two files that travel into OBJECTS."""
     try:
         commands = [
             configure_command(WORK, ["DSCODER_KERNEL_OBJECTS="], os.environ),
@@ -28,11 +27,12 @@ def main() -> int:
         code = subprocess.run(command, cwd=ROOT).returncode
         if code:
             return code
-    TARGET.mkdir(parents=True, exist_ok=True)
+    target = ROOT / OBJECTS
+    target.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARY, STAMP):
-        shutil.copy2(WORK / name, TARGET / name)
-    megabytes = (TARGET / LIBRARY).stat().st_size / 1e6
-    sys.stdout.write(f"{TARGET.relative_to(ROOT)}: {LIBRARY} ({megabytes:.1f} MB) and {STAMP}\n")
+        shutil.copy2(WORK / name, target / name)
+    megabytes = (target / LIBRARY).stat().st_size / 1e6
+    sys.stdout.write(f"{OBJECTS}: {LIBRARY} ({megabytes:.1f} MB) and {STAMP}\n")
     return 0
 
 

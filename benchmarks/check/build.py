@@ -18,6 +18,7 @@ from benchmarks.check.process import Ended, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("build/gpu-check")
+OBJECTS = Path("build/kernel-objects")  # where `make kernel-objects` leaves them
 TAG = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 SITE = ROOT / FOLDER / TAG / "site"  # what goes into PYTHONPATH: dscoder and its metadata
 POINTERS = {"CUDACXX", "CUDA_HOME", "CUDA_PATH"}  # what names a toolkit
@@ -92,6 +93,17 @@ def archs_for(capability: tuple[int, int]) -> str:
     """What the kernels are compiled for where they run on one GPU alone."""
     major, minor = capability
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def find_objects(runner: Runner, limit: float) -> Path | None:
+    """The objects that lie in OBJECTS, if CMake finds that they fit these sources and this machine."""
+    objects = ROOT / OBJECTS
+    if not (objects / STAMP).exists():
+        return None
+    folder = ROOT / FOLDER / TAG / "linked"
+    command = configure_command(folder, [f"DSCODER_KERNEL_OBJECTS={objects}"], runner.environment)
+    ended = runner.run(command, name="build-objects", limit=limit)
+    return objects if ended.code == 0 else None
 
 
 def build(runner: Runner, *, capability: tuple[int, int], objects: Path | None, limit: float) -> Ended:

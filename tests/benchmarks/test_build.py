@@ -11,7 +11,7 @@ import pytest
 import dscoder
 from benchmarks.check import build
 from benchmarks.check.machine import find_sanitizer, toolkit_environment
-from benchmarks.check.process import Runner
+from benchmarks.check.process import Ended, Runner
 
 
 @pytest.fixture
@@ -57,6 +57,28 @@ def test_without_nvcc_and_objects_both_ways_out_are_named(runner: Runner) -> Non
     runner.environment = {"PATH": "/nowhere"}
     with pytest.raises(ValueError, match=r"no nvcc .* run `make kernel-objects` where nvcc is"):
         build.build(runner, capability=(9, 0), objects=None, limit=10.0)
+
+
+@pytest.mark.parametrize(("code", "is_used"), [(0, True), (1, False)])
+def test_objects_that_lie_there_are_linked_if_they_fit(
+    monkeypatch: pytest.MonkeyPatch, runner: Runner, tmp_path: Path, code: int, is_used: bool
+) -> None:
+    seen = []
+
+    def run(command: list[str], *, name: str, limit: float) -> Ended:
+        seen.extend(command)
+        return Ended(code=code, seconds=1.0, output="")
+
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1"\n', encoding="utf-8")
+    monkeypatch.setattr(runner, "run", run)
+    assert build.find_objects(runner, 10.0) is None
+    assert not seen
+    folder = tmp_path / "build" / "kernel-objects"
+    folder.mkdir(parents=True)
+    (folder / build.STAMP).touch()
+    assert build.find_objects(runner, 10.0) == (folder if is_used else None)
+    assert f"-DDSCODER_KERNEL_OBJECTS={folder}" in seen
 
 
 def test_the_copied_package_says_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

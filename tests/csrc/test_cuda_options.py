@@ -12,6 +12,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from dscoder.runtime import native
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_PATH = os.pathsep.join(("/usr/bin", "/bin"))
 HIDDEN = (
@@ -124,12 +126,13 @@ def test_an_architecture_without_kernels_is_refused(
     assert "DSCODER_CUDA_ARCHS may hold 80 to 89 and 90a, got" in said
 
 
-def test_without_kernels_that_need_cutlass_it_is_not_looked_for(configure: Configure, tmp_path: Path) -> None:
+def test_kernels_that_need_cutlass_say_so_where_it_is_not(configure: Configure, tmp_path: Path) -> None:
     real = shutil.which("nvcc")
     if real is None:
         pytest.skip("no nvcc: CUTLASS is not looked for")
     succeeded, said = configure(CUDACXX=real, CUTLASS_DIR=str(tmp_path))
-    assert succeeded, said
+    assert not succeeded
+    assert f"There are no CUTLASS headers (looked for '{tmp_path}/include/cutlass/version.h')" in said
 
 
 WITH_CUTLASS = """
@@ -182,7 +185,7 @@ def objects(tmp_path: Path) -> Path:
     library.write_text("!<arch>\n", encoding="utf-8")
     scripts = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     facts = {"ROOT": ROOT, "LIBRARY": library, "STAMP": stamp, "NVCC": "13.0.88", "ARCHS": "80 90a"}
-    facts |= {"FLAGS": "-O3", "COMPILER": "GNU 12.2.0", "PROCESSOR": os.uname().machine}
+    facts |= {"FLAGS": "-O3", "COMPILER": native.build_tools()["compiler"], "PROCESSOR": os.uname().machine}
     options = [f"-D{name}={value}" for name, value in facts.items()]
     script = ROOT / "csrc" / "kernel_objects.cmake"
     subprocess.run([shutil.which("cmake", path=scripts) or "cmake", *options, "-P", script], check=True)
@@ -204,6 +207,8 @@ def test_objects_that_fit_are_linked_without_nvcc(objects_build: Path, objects: 
         ("nvcc", "12.9.86"),
         ("archs", "90a"),
         ("processor", "riscv64"),
+        ("compiler", "GNU 99.1.0"),
+        ("compiler", "Unheard 1.0.0"),
         ("library", "0" * 64),
     ],
 )
