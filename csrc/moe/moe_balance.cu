@@ -35,6 +35,27 @@ struct Table {
           has_place(row < num_rows) {}
 };
 
+// The sum of column[i * stride] for i = first, first + step, ... below `end`, in that order, several loads in
+// flight.
+template <typename Sum, typename T>
+__device__ __forceinline__ Sum sum_in_order(const T* column, int stride, int first, int end, int step) {
+    constexpr int kInFlight = 8;  // past the end the first again, so that no load is conditional
+    Sum sum{};
+    for (; first < end; first += kInFlight * step) {
+        T value[kInFlight];
+        DSC_UNROLL
+        for (int j = 0; j < kInFlight; ++j) {
+            const int64_t i = first + j * step < end ? first + j * step : first;
+            value[j] = column[i * stride];
+        }
+        DSC_UNROLL
+        for (int j = 0; j < kInFlight; ++j) {
+            sum += first + j * step < end ? static_cast<Sum>(value[j]) : Sum{};
+        }
+    }
+    return sum;
+}
+
 // Adds up a column of the block's table in the order of its rows; the result is the first row's.
 __device__ __forceinline__ float column_sum(const Table& table, float value) {
     DSC_SHARED(float[kMaxThreads], values);
@@ -86,8 +107,9 @@ __global__ void __launch_bounds__(kMaxThreads) moe_balance_tally_kernel(const Mo
     if (blockIdx.x == 0 and threadIdx.x == 0) *b.num_finished = 0;
     count_choices(p, chunk, count);
     float sum = 0.0f;
-    for (int64_t t = chunk.first + table.row; table.has_place and t < chunk.end; t += table.num_rows) {
-        sum += static_cast<float>(probs[t * b.num_experts + table.column]);
+    if (table.has_place) {
+        sum = sum_in_order<float>(probs + chunk.first * b.num_experts + table.column, b.num_experts,
+                                  table.row, static_cast<int>(chunk.end - chunk.first), table.num_rows);
     }
     sum = column_sum(table, sum);
     const int64_t row = blockIdx.x;
@@ -127,11 +149,9 @@ __device__ __forceinline__ float add_chunks(const MoeBalanceParams& p, const Sli
     float sum = 0.0f;
     if (table.has_place and table.column < slice.num_experts) {
         const int expert = slice.first_expert + table.column;
-        int num_choices = 0;
-        for (int64_t c = table.row; c < p.num_chunks; c += table.num_rows) {
-            sum += prob_sum[c * p.num_experts + expert];
-            num_choices += count[c * num_counts(p) + expert];
-        }
+        sum = sum_in_order<float>(prob_sum + expert, p.num_experts, table.row, p.num_chunks, table.num_rows);
+        const int num_choices =
+            sum_in_order<int>(count + expert, num_counts(p), table.row, p.num_chunks, table.num_rows);
         atomicAdd(&counts.of_expert[table.column], num_choices);
     }
     int num_choices = 0, num_tokens = 0;
@@ -197,7 +217,7 @@ __device__ __forceinline__ void add_slices(const MoeBalanceParams& p, float* val
     }
 }
 
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)  // few blocks: registers before residents
     moe_balance_finish_kernel(const MoeBalanceParams p, const Factors factors, int slice_width) {
     DSC_SHARED(SliceCounts, counts);
     DSC_SHARED(float[kMaxThreads / kWarpSize], values);

@@ -221,10 +221,14 @@ KERNELS = {
     "moe_gate_with_balance_backward_kernel<Layout<32, 16, 16, (Groups)0>>": Kernel(
         registers=96, wants={"SHFL.BFLY": 15}
     ),
-    "moe_balance_tally_kernel<float>": Kernel(registers=48, shared=8192, wants={"ATOMS": 3}),
-    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3}),
-    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3}),
-    "moe_balance_finish_kernel": Kernel(registers=40, shared=4172, wants={"ATOMG": 1, "SHFL.BFLY": 30}),
+    "moe_balance_tally_kernel<float>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3, "LDG.E": 16}),
+    "moe_balance_tally_kernel<__nv_bfloat16>": Kernel(
+        registers=40, shared=8192, wants={"ATOMS": 3, "LDG.E.U16": 8}
+    ),
+    "moe_balance_tally_kernel<__half>": Kernel(registers=40, shared=8192, wants={"ATOMS": 3, "LDG.E.U16": 8}),
+    "moe_balance_finish_kernel": Kernel(
+        registers=64, shared=4172, wants={"ATOMG": 1, "LDG.E": 18, "SHFL.BFLY": 30}
+    ),
     "moe_balance_backward_kernel<float>": Kernel(registers=40),
     "moe_balance_backward_kernel<__nv_bfloat16>": Kernel(registers=40),
     "moe_balance_backward_kernel<__half>": Kernel(registers=40),
