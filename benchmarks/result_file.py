@@ -1,6 +1,7 @@
 """Where a run of this machine is kept: `python -m benchmarks.result_file [root]` writes the path of its file.
 
-The folder of the device below root (default: benchmarks/results) is made; the file is named by the time.
+It lies in the folder of the device below root (default: benchmarks/results) and is named by the time; neither
+is made.
 """
 
 import sys
@@ -15,9 +16,7 @@ from dscoder.testing.timing import device_name
 def main(root: Path) -> Path:
     """The file of a run that begins now, on the device that benchmarks measure; all CPUs share a folder."""
     device = measured_device()
-    path = run_file(root, device_name(device) if device.type == "cuda" else CPU, datetime.now(UTC))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return run_file(root, device_name(device) if device.type == "cuda" else CPU, datetime.now(UTC))
 
 
 if __name__ == "__main__":

@@ -229,4 +229,4 @@ def test_runs_on_cpus_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(result_file, "measured_device", lambda: torch.device("cpu"))
     path = result_file.main(tmp_path)
     assert path.parent == tmp_path / "cpu"
-    assert path.parent.is_dir()
+    assert not path.parent.exists()

@@ -2,6 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from io import StringIO
 from pathlib import Path
@@ -9,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import dscoder
 from dscoder.cli import bench
 from dscoder.cli.main import main
 
@@ -42,7 +48,7 @@ def home(tmp_path: Path) -> Path:
     """A checkout with one benchmark in it."""
     folder = tmp_path / "home" / "benchmarks"
     folder.mkdir(parents=True)
-    for name in ("__init__.py", "conftest.py", "shapes.py", "bench.ini"):
+    for name in ("__init__.py", "conftest.py", "shapes.py", "start.py", "bench.ini"):
         (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
     (folder / "peers").symlink_to(ROOT / "benchmarks" / "peers")
     (folder / "bench_add.py").write_text(BENCHMARK)
@@ -62,7 +68,7 @@ def test_the_wheel_brings_what_the_verb_looks_for() -> None:
         "packages"
     ]
     assert packages[f"dscoder/{bench.HOMES[0].name}/benchmarks"] == "benchmarks"
-    assert bench.HOMES[0].parent == ROOT / "python" / "dscoder"
+    assert bench.HOMES[0].parent == Path(dscoder.__file__).parent
 
 
 def test_the_package_comes_before_a_checkout(home: Path, tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_a_run_is_kept_where_the_user_is(tmp_path: Path, monkeypatch: pytest.Mon
     out = bench._default_out(ROOT)
     assert out.suffix == ".json"
     assert out.parent.parent == tmp_path / "runs" / "bench"
-    assert out.parent.is_dir()
+    assert not out.parent.exists()
 
 
 def test_an_unknown_op_is_named_beside_the_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +122,84 @@ def test_a_run_is_shown_and_stored(
     shown = capfd.readouterr().out
     assert "add.py::test_step[small]: us " in shown
     assert f"stored in {out}" in shown
+
+
+# Ends up in the child that times: `started` exists once one benchmark is done and the other one runs.
+SLEEPER = """
+import time
+from pathlib import Path
+
+def test_quick(store, benchmark):
+    benchmark.pedantic(lambda: None)
+    store("add", "forward", "T=2", {}, {})
+
+def test_slow(benchmark):
+    Path("started").touch()
+    time.sleep(600)
+"""
+VERB = "import sys; from pathlib import Path; from dscoder.cli import bench, main; "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_keeps_what_it_measured(
+    home: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    (home / "benchmarks" / "bench_sleep.py").write_text(SLEEPER)
+    # What lies where the user is shadows nothing.
+    (tmp_path / "json.py").write_text("raise SystemExit('the json of somebody')")
+    code = VERB + f"bench.HOMES = (Path({str(home)!r}),); sys.exit(main.main(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", code, "bench", "sleep", "--out", "run.json"]
+    environment = {**os.environ, "PYTEST_ADDOPTS": "--no-such-option"}
+    with (tmp_path / "said").open("w") as said:
+        verb = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and verb.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for _ in range(2):  # as timeout(1) does
+        verb.send_signal(number)
+    assert verb.wait(timeout=60) == status, (tmp_path / "said").read_text()
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert [one["extra_info"]["op"] for one in report["benchmarks"] if "op" in one["extra_info"]] == ["add"]
+    text = (tmp_path / "said").read_text()
+    assert "stored in run.json" in text
+    assert f"ended by {number.name}" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "json.py", "run.json", "said", "started"}
+
+
+def test_a_second_signal_kills(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    code = VERB + f"print(bench.run_stoppable([sys.executable, '-c', {deaf!r}]))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as verb:
+        assert verb.stdout is not None
+        assert verb.stdout.readline() == "1\n"
+        verb.send_signal(signal.SIGTERM)
+        time.sleep(bench.SAME_STOP_SECONDS + 0.2)
+        verb.send_signal(signal.SIGINT)
+        assert verb.stdout.read() == f"{(-signal.SIGKILL.value, signal.SIGTERM.value)}\n"
+
+
+def test_out_is_checked_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "rope", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"dscoder bench: out must be a file, got the folder {tmp_path}\n"
+    (tmp_path / "x.json").touch()
+    assert main(["bench", "rope", "--out", str(tmp_path / "x.json" / "y.json")]) == 1
+    assert f"a folder that can be written, got {tmp_path / 'x.json'}: " in capsys.readouterr().err
+
+
+def test_a_run_that_stored_nothing_leaves_the_old_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh, out = tmp_path / "fresh.json", tmp_path / "old.json"
+    out.write_text("not whole {")
+    fresh.touch()
+    bench.keep(fresh, out)
+    assert capsys.readouterr().out == "nothing was measured, nothing is stored\n"
+    assert out.read_text() == "not whole {"
+    fresh.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
+    bench.keep(fresh, out)
+    assert f"stored in {out} (replaced the run that was there)" in capsys.readouterr().out
+    assert json.loads(out.read_text())["benchmarks"] == []
 
 
 @pytest.mark.slow

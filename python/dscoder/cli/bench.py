@@ -2,10 +2,16 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -18,26 +24,33 @@ HOMES = (PACKAGE / "_bench", PACKAGE.parents[1])
 PREFIX = "bench_"
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 NO_TESTS = 5  # exit status of pytest that found nothing to run
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_STOP_SECONDS = 1.0  # timeout(1) and terminals send a signal more than once
 
 
 def main(argv: Sequence[str]) -> None:
     """Time ops beside their peers on this machine: its GPU if there is one, else the CPU.
 
-    Without arguments everything is timed. Every result is written as soon as it is there, a table of all of
-    them at the end, and what was measured as JSON (docs/benchmarks.md says what it holds).
+    Without arguments everything is timed. How long that takes depends on the machine and on which peers are
+    installed: name ops to time these alone, the more so on a CPU. Every result is shown as soon as it is
+    there, a table of all of them at the end, and they are stored as JSON (docs/benchmarks.md says what it
+    holds). Ctrl-C ends the run and keeps what was measured; a second one ends it at once.
     """
     home = find_home(HOMES)
     options = _parse(argv, sorted(benchmarks_of(home)))
     files = chosen(benchmarks_of(home), options.ops)
     require_installed(NEEDED)
     out = Path(options.out) if options.out else _default_out(home)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    status = subprocess.run(pytest_command(home, files, out, only=options.only), check=False).returncode
-    if status == NO_TESTS:
-        raise ValueError(f"only must match a benchmark, got {options.only!r}")
-    if out.is_file() and out.stat().st_size:
-        Console(width=None if sys.stdout.isatty() else 200).print(results_table(json.loads(out.read_text())))
-        print(f"stored in {out}")
+    print(f"runs {', '.join(path.name for path in files)} of {home / 'benchmarks'}", flush=True)
+    with scratch_beside(out) as folder:
+        fresh = folder / "run.json"
+        status, stop = run_stoppable(pytest_command(home, files, fresh, only=options.only))
+        if status == NO_TESTS:
+            raise ValueError(f"only must match a benchmark, got {options.only!r}")
+        keep(fresh, out)
+    if stop is not None:
+        print(f"dscoder bench: ended by {signal.Signals(stop).name}", file=sys.stderr)
+        raise SystemExit(128 + stop)
     if status:
         raise RuntimeError(f"a benchmark failed (pytest's exit status is {status}); its message is above")
 
@@ -48,8 +61,71 @@ def _parse(argv: Sequence[str], names: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--only", type=str, help='those whose name holds this, such as "v2_lite and uniform" (pytest\'s -k)'
     )
-    parser.add_argument("--out", type=str, help="JSON file (default: runs/bench/<device>/<UTC>.json)")
+    parser.add_argument(
+        "--out", type=str, help="JSON file, replaced if it exists (default: runs/bench/<device>/<UTC>.json)"
+    )
     return parser.parse_args(list(argv))
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """An empty folder on the file system of `out`, which this shows can be written, gone at the end."""
+    if out.is_dir():
+        raise ValueError(f"out must be a file, got the folder {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".bench_")
+    except OSError as error:
+        raise ValueError(
+            f"out must lie in a folder that can be written, got {out.parent}: {error.strerror}"
+        ) from error
+    with scratch as name:
+        yield Path(name)
+
+
+def run_stoppable(command: Sequence[str]) -> tuple[int, int | None]:
+    """The exit status of a command, and the signal that ended it, if one did.
+
+    The first signal reaches the command as SIGINT, on which pytest gives up the benchmark that it is in and
+    stores the others; it is waited for. A later one kills it.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+    stops: list[tuple[int, float]] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if not stops:
+            stops.append((number, now))
+            for child in running:
+                child.send_signal(signal.SIGINT)
+        elif now - stops[0][1] > SAME_STOP_SECONDS:
+            for child in running:
+                os.killpg(child.pid, signal.SIGKILL)
+
+    previous = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        # A process group of its own: what a terminal sends comes by way of `stop`, once.
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        running.append(child)
+        if stops:
+            child.send_signal(signal.SIGINT)
+        status = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status, stops[0][0] if stops else None
+
+
+def keep(fresh: Path, out: Path) -> None:
+    """Move what a run stored to `out` and show it; nothing where it ended before it stored anything."""
+    if not fresh.is_file() or not fresh.stat().st_size:
+        print("nothing was measured, nothing is stored")
+        return
+    report = json.loads(fresh.read_text(encoding="utf-8"))
+    replaced = " (replaced the run that was there)" if out.exists() else ""
+    fresh.replace(out)
+    Console(width=None if sys.stdout.isatty() else 200).print(results_table(report))
+    print(f"stored in {out}{replaced}")
 
 
 def find_home(homes: Sequence[Path]) -> Path:
@@ -84,17 +160,22 @@ def require_installed(needed: dict[str, str]) -> None:
 
 
 def pytest_command(home: Path, files: Sequence[Path], out: Path, *, only: str | None) -> list[str]:
-    """pytest on these files alone, whatever is configured where the command is called."""
-    words = [sys.executable, "-m", "pytest", "--quiet", "--capture=no", "-p", "no:cacheprovider"]
+    """pytest on these files alone, whatever is configured or lies where the command is called."""
+    words = [sys.executable, "-P", str(home / "benchmarks" / "start.py")]
+    words += ["--quiet", "--capture=no", "-p", "no:cacheprovider"]
     words += ["-c", str(home / "benchmarks" / "bench.ini"), "--rootdir", str(home)]
     words += ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={out.resolve()}"]
+    # Nothing is stored there, but the folder is made: else in the caller's.
+    words += [f"--benchmark-storage=file://{out.resolve().parent / 'storage'}"]
     return [*words, *(["-k", only] if only else []), *map(str, files)]
 
 
 def _default_out(home: Path) -> Path:
     # A process of its own: cli imports nothing of the benchmarks.
     command = [sys.executable, "-m", "benchmarks.result_file", str(Path("runs/bench").resolve())]
-    done = subprocess.run(command, cwd=home, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=home, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the device must be one that torch knows, got {done.stderr.strip()[-200:]}")
     return Path(done.stdout.strip())
 
 
