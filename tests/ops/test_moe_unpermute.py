@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,9 +10,10 @@ from dscoder.testing.compare import assert_close, assert_gradients, assert_op_re
 from dscoder.testing.poison import poison_rows_from, with_strides
 
 
-def handle_of(rows: list[list[int]], num_experts: int = 2) -> ops.PermuteHandle:
+def handle_of(rows: list[list[int]]) -> ops.PermuteHandle:
+    """A handle of one expert."""
     row_TK = torch.tensor(rows, dtype=torch.int32)
-    return ops.PermuteHandle(offsets_E=torch.zeros(num_experts, dtype=torch.int32), row_TK=row_TK)
+    return ops.PermuteHandle(offsets_E=(row_TK >= 0).sum(dtype=torch.int32).view(1), row_TK=row_TK)
 
 
 def random_case(
@@ -35,9 +38,9 @@ def test_it_is_the_weighted_sum_of_a_tokens_rows() -> None:
 
 
 def test_a_dropped_choice_adds_nothing_whatever_its_weight() -> None:
-    y = torch.tensor([[torch.nan], [10.0], [torch.nan], [torch.nan]])
+    y = torch.tensor([[10.0], [torch.nan], [torch.nan], [torch.nan]])
     weight = torch.tensor([[torch.nan, 2.0], [torch.inf, torch.nan]])
-    assert ops.moe_unpermute(y, weight, handle_of([[-1, 1], [-1, -1]])).tolist() == [[20.0], [0.0]]
+    assert ops.moe_unpermute(y, weight, handle_of([[-1, 0], [-1, -1]])).tolist() == [[20.0], [0.0]]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 131])
@@ -142,3 +145,62 @@ def test_it_compiles_whole(rng: torch.Generator) -> None:
 def test_wrong_arguments_are_named(y: Tensor, weight: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^moe_unpermute: {message}$"):
         ops.moe_unpermute(y, weight, handle_of([[0, 1], [2, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_used", "got"),
+    [
+        ([[-1, 1], [2, 3]], 4, "4 rows, got 3 choices of 3 rows up to 3"),
+        ([[-1, 1], [2, 3]], 3, "3 rows, got 3 choices of 3 rows up to 3"),
+        ([[0, 1], [2, 2]], 4, "4 rows, got 4 choices of 3 rows up to 2"),
+        ([[0, 1], [2, 4]], 4, "4 rows, got 4 choices of 4 rows up to 4"),
+        ([[-1, -1], [-1, -1]], -1, "-1 rows, got 0 choices of 0 rows up to -1"),
+    ],
+)
+def test_a_handle_with_a_hole_or_a_row_twice_is_refused(
+    rows: list[list[int]], num_used: int, got: str
+) -> None:
+    handle = ops.PermuteHandle(
+        offsets_E=torch.tensor([0, num_used], dtype=torch.int32), row_TK=handle_of(rows).row_TK
+    )
+    wanted = r"row must name each row below offsets\[-1\] once"
+    with pytest.raises(ValueError, match=rf"^moe_unpermute: {wanted}, {got}$"):
+        ops.moe_unpermute(torch.zeros(4, 2), torch.zeros(2, 2), handle)
+
+
+ROW_TK, OFFSETS_E = torch.arange(4, dtype=torch.int32).view(2, 2), torch.tensor([1, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("row", "offsets", "error", "message"),
+    [
+        (ROW_TK.long(), OFFSETS_E, TypeError, "row must be int32, got int64"),
+        (ROW_TK.float(), OFFSETS_E, TypeError, "row must be int32, got float32"),
+        (ROW_TK[0], OFFSETS_E, ValueError, r"row must have 2 dimensions, got shape \(2,\)"),
+        (ROW_TK, None, TypeError, "offsets must be a tensor, got NoneType"),
+        (ROW_TK, OFFSETS_E.long(), TypeError, "offsets must be int32, got int64"),
+        (ROW_TK, OFFSETS_E[None], ValueError, r"offsets must have 1 dimensions, got shape \(1, 2\)"),
+        (ROW_TK, OFFSETS_E[:0], ValueError, "num_experts must be >= 1, got 0"),
+        (ROW_TK, OFFSETS_E.to("meta"), ValueError, "offsets must be on cpu like y, got meta"),
+    ],
+)
+def test_a_wrong_handle_is_named(row: Any, offsets: Any, error: type[Exception], message: str) -> None:
+    handle = ops.PermuteHandle(offsets_E=offsets, row_TK=row)
+    with pytest.raises(error, match=f"^moe_unpermute: {message}$"):
+        ops.moe_unpermute(torch.zeros(4, 2), torch.zeros(2, 2), handle)
+
+
+@pytest.mark.parametrize("handle", [None, (OFFSETS_E, ROW_TK)], ids=["none", "tuple"])
+def test_what_is_no_handle_is_named(handle: Any) -> None:
+    message = f"^moe_unpermute: handle must be a PermuteHandle, got {type(handle).__name__}$"
+    with pytest.raises(TypeError, match=message):
+        ops.moe_unpermute(torch.zeros(4, 2), torch.zeros(2, 2), handle)
+
+
+def test_a_choice_dropped_by_its_weight_gives_its_row_no_gradient(rng: torch.Generator) -> None:
+    y, weight, handle = random_case(rng, 5, dtype=torch.float32)
+    weight[2, 1] = 0.0
+    out = ops.moe_unpermute(y.requires_grad_(), weight, handle)
+    (grad,) = torch.autograd.grad(out.sum(), y)
+    assert grad[handle.row_TK[2, 1]].tolist() == [0.0] * 5
+    assert_same(grad[handle.row_TK.flatten().long()], weight.view(-1, 1).expand(20, 5))

@@ -17,6 +17,7 @@ from dscoder.runtime import native
 LIBRARY: Any = torch.library.Library("dscoder", "DEF")  # type: ignore[no-untyped-call]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32_MAX = 2**31 - 1
 ARCHS = ("auto", "sm80", "sm90", "reference")
 
 
@@ -123,6 +124,18 @@ def check_at_least(op: str, argument: str, value: int, minimum: int) -> None:
         raise TypeError(f"{op}: {argument} must be int, got {type(value).__name__}")
     if not value >= minimum:
         raise ValueError(f"{op}: {argument} must be >= {minimum}, got {value}")
+
+
+def check_at_most(op: str, argument: str, value: int, maximum: int) -> None:
+    """ValueError unless value <= maximum."""
+    if not value <= maximum:
+        raise ValueError(f"{op}: {argument} must be <= {maximum}, got {value}")
+
+
+def check_number(op: str, argument: str, value: float) -> None:
+    """TypeError unless `value` is a float or an int (True is neither)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}: {argument} must be float, got {type(value).__name__}")
 
 
 def check_arch(op: str, arch: str, x: Tensor, refusal: Callable[[], str | None]) -> None:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from dscoder.ops.library import (
     FLOATS,
+    INT32_MAX,
     accumulate_dtype,
     aligned,
     check_at_least,
+    check_at_most,
     check_devices,
     check_shape,
     check_tensor,
@@ -24,7 +26,11 @@ from dscoder.runtime import native
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PermuteHandle:
-    """Where the rows of a permutation lie; `moe_unpermute` and `grouped_gemm` read it on the device."""
+    """Where the rows of a permutation lie; `moe_unpermute` and `grouped_gemm` read it on the device.
+
+    Each row below offsets_E[-1] is one choice's. Who drops a choice after the fact sets its weight to 0 and
+    leaves its row: a row of nobody among them would have no gradient.
+    """
 
     offsets_E: Tensor  # int32, row after the last one of each expert
     row_TK: Tensor  # int32, row of each token's k-th choice; -1: dropped
@@ -45,7 +51,7 @@ def moe_permute(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> tuple[Tens
     check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
     check_shape(op, "idx", idx_TK, (x_TD.shape[0], idx_TK.shape[1]))
     check_devices(op, x=x_TD, idx=idx_TK)
-    check_at_least(op, "num_experts", num_experts, 1)
+    _check_num_experts(op, num_experts)
     x_MD: Tensor
     x_MD, offsets_E, row_TK = torch.ops.dscoder.moe_permute.default(x_TD, idx_TK, num_experts)
     return x_MD, PermuteHandle(offsets_E=offsets_E, row_TK=row_TK)
@@ -55,9 +61,14 @@ def moe_permute_maps(idx_TK: Tensor, *, num_experts: int) -> PermuteHandle:
     """The handle that `moe_permute` returns for these choices, for callers that move the rows themselves."""
     op = "moe_permute_maps"
     check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
-    check_at_least(op, "num_experts", num_experts, 1)
+    _check_num_experts(op, num_experts)
     offsets_E, row_TK = torch.ops.dscoder.moe_permute_maps.default(idx_TK, num_experts)
     return PermuteHandle(offsets_E=offsets_E, row_TK=row_TK)
+
+
+def _check_num_experts(op: str, num_experts: int) -> None:
+    check_at_least(op, "num_experts", num_experts, 1)
+    check_at_most(op, "num_experts", num_experts, INT32_MAX)  # an expert is an int32
 
 
 # ---- references ----

@@ -9,6 +9,7 @@ from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
     aligned,
+    check_at_least,
     check_devices,
     check_shape,
     check_tensor,
@@ -24,13 +25,20 @@ def moe_unpermute(y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Ten
     """out[t] = sum over k of weight[t, k] * y[handle.row[t, k]].
 
     Summed in float32 in the order of k (deterministic) and rounded once to y's dtype. A dropped choice adds
-    nothing, whatever its weight; rows that no choice points at are not read. Differentiable in y and weight,
-    once.
+    nothing, whatever its weight; rows from handle.offsets_E[-1] on are not read. The handle is as
+    `moe_permute` returned it: to drop a choice later set its weight to 0, not its row to -1. A handle whose
+    choices do not have one row each is refused where its values are on the host.
+    Differentiable in y and weight, once.
     """
     op = "moe_unpermute"
+    if not isinstance(handle, PermuteHandle):
+        raise TypeError(f"{op}: handle must be a PermuteHandle, got {type(handle).__name__}")
     row_TK, offsets_E = handle.row_TK, handle.offsets_E
     check_tensor(op, "y", y_MD, num_dims=2, dtypes=FLOATS)
     check_tensor(op, "weight", weight_TK, num_dims=2, dtypes=(torch.float32, torch.float64))
+    check_tensor(op, "row", row_TK, num_dims=2, dtypes=(torch.int32,))
+    check_tensor(op, "offsets", offsets_E, num_dims=1, dtypes=(torch.int32,))
+    check_at_least(op, "num_experts", offsets_E.shape[0], 1)
     check_shape(op, "weight", weight_TK, tuple(row_TK.shape))
     check_shape(op, "y", y_MD, (row_TK.numel(), y_MD.shape[1]))
     check_devices(op, y=y_MD, weight=weight_TK, row=row_TK, offsets=offsets_E)
@@ -41,7 +49,20 @@ def moe_unpermute(y_MD: Tensor, weight_TK: Tensor, handle: PermuteHandle) -> Ten
 # ---- references ----
 
 
-def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, _offsets: Tensor) -> Tensor:
+def _check_rows(row_TK: Tensor, offsets_E: Tensor) -> None:
+    """ValueError unless the choices that were not dropped have the rows below offsets_E[-1], one each."""
+    num_used = int(offsets_E[-1])
+    kept = row_TK.flatten()[kept_slots(row_TK)].sort().values
+    if len(kept) != num_used or not torch.equal(kept, torch.arange(len(kept), dtype=kept.dtype)):
+        last = int(kept[-1]) if len(kept) else -1
+        raise ValueError(
+            f"moe_unpermute: row must name each row below offsets[-1] once, {num_used} rows,"
+            f" got {len(kept)} choices of {len(set(kept.tolist()))} rows up to {last}"
+        )
+
+
+def _forward(y_MD: Tensor, weight_TK: Tensor, row_TK: Tensor, offsets_E: Tensor) -> Tensor:
+    _check_rows(row_TK, offsets_E)
     return sum_rows(y_MD, row_TK, weight_TK)
 
 
