@@ -204,6 +204,35 @@ INTS: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("call", [INTS["permute"], INTS["permute_maps"]], ids=["permute", "permute_maps"])
+def test_an_expert_is_an_int32(call: tuple[Callable[[Any], object], str]) -> None:
+    function, argument = call
+    with pytest.raises(ValueError, match=rf"^{argument} must be <= 2147483647, got 2147483648$"):
+        function(2**31)
+
+
+NUMBERS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "gate_scale": (lambda x: ops.moe_gate(X, num_topk=1, scale=x), "moe_gate: scale"),
+    "gate_with_balance_scale": (
+        lambda x: ops.moe_gate_with_balance(X, num_topk=1, scale=x),
+        "moe_gate_with_balance: scale",
+    ),
+    "expert": (lambda x: ops.moe_balance_loss(X, IDX, expert=x), "moe_balance_loss: expert"),
+    "device": (lambda x: ops.moe_balance_loss(X, IDX, device=x), "moe_balance_loss: device"),
+    "communication": (
+        lambda x: ops.moe_balance_loss(X, IDX, communication=x),
+        "moe_balance_loss: communication",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", ["a", None, True], ids=str)
+@pytest.mark.parametrize(("call", "argument"), NUMBERS.values(), ids=NUMBERS)
+def test_every_float_argument_is_checked(call: Callable[[Any], object], argument: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument} must be float, got {type(value).__name__}$"):
+        call(value)
+
+
 @pytest.mark.parametrize(("call", "argument"), INTS.values(), ids=INTS)
 def test_every_int_argument_is_checked(call: Callable[[Any], object], argument: str) -> None:
     with pytest.raises(TypeError, match=rf"^{argument} must be int, got float$"):

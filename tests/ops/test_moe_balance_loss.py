@@ -85,6 +85,32 @@ def test_zero_tokens_cost_nothing() -> None:
     assert terms.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("num_sequences", [1, 3, 2**40])
+def test_no_tokens_are_any_number_of_sequences(num_sequences: int) -> None:
+    probs, idx = torch.zeros(0, 4).requires_grad_(), torch.zeros(0, 2, dtype=torch.int32)
+    loss = ops.moe_balance_loss(probs, idx, num_sequences=num_sequences, expert=1.0)
+    _, _, terms = ops.moe_gate_with_balance(probs, num_topk=2, num_sequences=num_sequences)
+    assert [loss.item(), *terms.tolist()] == [0.0] * 4
+    assert torch.autograd.grad(loss + terms.sum(), probs)[0].shape == (0, 4)
+
+
+def test_float64_is_exact_to_float64() -> None:
+    """Loads of 20 / 7 and 10 / 7 of mean probabilities that float32 does not hold."""
+    probs = torch.tensor([[0.1, 0.9]], dtype=torch.float64).expand(7, 2)
+    idx = torch.tensor([[0]] * 5 + [[1]] * 2, dtype=torch.int32)
+    terms = ops.moe_balance_terms(probs, idx, num_groups=2)
+    wanted = 10 / 7 * 0.1 + 4 / 7 * 0.9
+    assert (terms - wanted).abs().max() < 1e-15
+
+
+def test_more_choices_are_counted_than_float32_counts() -> None:
+    """2^24 + 1 is no float32: counted in it, two experts look alike."""
+    num_tokens = 2**24 + 1
+    probs = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(num_tokens, 2)
+    idx = torch.zeros(1, 1, dtype=torch.int32).expand(num_tokens, 1)
+    assert ops.moe_balance_terms(probs, idx)[0] == 2.0
+
+
 def test_nan_stays_in_its_sequence_and_reaches_the_loss() -> None:
     probs = torch.full((2, 4), 0.25)
     probs[1, 2] = torch.nan

@@ -18,6 +18,7 @@ from dscoder.ops.library import (
     accumulate_dtype,
     check_at_least,
     check_devices,
+    check_number,
     check_shape,
     check_tensor,
     define_gradient,
@@ -43,7 +44,9 @@ def moe_balance_loss(
     Returns:
         A float32 scalar (float64 for float64 probs), differentiable in probs_TE.
     """
-    _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    for name, weight in (("expert", expert), ("device", device), ("communication", communication)):
+        check_number("moe_balance_loss", name, weight)
+    num_sequences = _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
     loss: Tensor
     loss, _ = torch.ops.dscoder.moe_balance_loss.default(
         probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept, (expert, device, communication)
@@ -68,7 +71,7 @@ def moe_balance_terms(
     Returns:
         float32 [3] (float64 for float64 probs), differentiable in probs_TE.
     """
-    _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
+    num_sequences = _check(probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept)
     terms: Tensor
     terms, _ = torch.ops.dscoder.moe_balance_loss.default(
         probs_TE, idx_TK, num_sequences, num_groups, num_groups_kept, None
@@ -78,7 +81,7 @@ def moe_balance_terms(
 
 def _check(
     probs_TE: Tensor, idx_TK: Tensor, num_sequences: int, num_groups: int, num_groups_kept: int
-) -> None:
+) -> int:
     op = "moe_balance_loss"
     check_tensor(op, "probs", probs_TE, num_dims=2, dtypes=FLOATS)
     check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
@@ -86,17 +89,19 @@ def _check(
     check_devices(op, probs=probs_TE, idx=idx_TK)
     check_at_least(op, "num_topk", idx_TK.shape[1], 1)
     num_tokens, num_experts = probs_TE.shape
-    check_sequences(op, num_tokens, num_sequences)
     check_groups(op, num_experts, num_groups, num_groups_kept)
+    return check_sequences(op, num_tokens, num_sequences)
 
 
-def check_sequences(op: str, num_tokens: int, num_sequences: int) -> None:
-    """ValueError unless the tokens are so many sequences of one length."""
+def check_sequences(op: str, num_tokens: int, num_sequences: int) -> int:
+    """num_sequences, 1 where there are no tokens; ValueError unless they are so many of one length."""
     check_at_least(op, "num_sequences", num_sequences, 1)
     if num_tokens % num_sequences:
         raise ValueError(
             f"{op}: num_tokens must be a multiple of num_sequences, got {num_tokens} and {num_sequences}"
         )
+    # Any number divides no tokens, and a row of loads for each would be as many as the caller likes.
+    return num_sequences if num_tokens else 1
 
 
 def check_groups(op: str, num_experts: int, num_groups: int, num_groups_kept: int) -> None:
@@ -112,22 +117,24 @@ def check_groups(op: str, num_experts: int, num_groups: int, num_groups_kept: in
         raise ValueError(f"{op}: num_groups_kept must be <= num_groups {num_groups}, got {num_groups_kept}")
 
 
-def _loads(idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int) -> Tensor:
+def _loads(
+    idx: Tensor, num_topk: int, num_experts: int, num_groups: int, num_groups_kept: int, dtype: torch.dtype
+) -> Tensor:
     """idx [B, S * K] -> the factor of P_i in each term, [3, B, E]: f_i, f' of i's group, f'' of i's group."""
     num_sequences, num_choices = idx.shape
     length = max(num_choices // num_topk, 1)
     group_width = num_experts // num_groups
     # Column E (group G) takes the choices that count for nobody.
     idx = torch.where((idx < 0) | (idx >= num_experts), num_experts, idx).long()
-    count_BE = torch.zeros(num_sequences, num_experts + 1, device=idx.device)
-    count_BE.scatter_add_(1, idx, torch.ones_like(idx, dtype=count_BE.dtype))
-    f_expert = count_BE[:, :num_experts] * (num_experts / (num_topk * length))
+    # Counted in integers: float32 stops at 2^24.
+    count_BE = idx.new_zeros(num_sequences, num_experts + 1).scatter_add_(1, idx, torch.ones_like(idx))
+    f_expert = count_BE[:, :num_experts].to(dtype) * (num_experts / (num_topk * length))
     f_device = f_expert.view(num_sequences, num_groups, group_width).mean(dim=-1)
-    is_sent = torch.zeros(num_sequences * length, num_groups + 1, device=idx.device)
+    is_sent = idx.new_zeros(num_sequences * length, num_groups + 1, dtype=torch.bool)
     if num_choices:
-        is_sent.scatter_(1, (idx // group_width).clamp(max=num_groups).view(-1, num_topk), 1.0)
-    f_sent = is_sent.view(num_sequences, length, -1).sum(dim=1)[:, :num_groups]
-    f_sent = f_sent * (num_groups / (num_groups_kept * length))
+        is_sent.scatter_(1, (idx // group_width).clamp(max=num_groups).view(-1, num_topk), True)
+    num_sent = is_sent.view(num_sequences, length, -1).sum(dim=1)[:, :num_groups]
+    f_sent = num_sent.to(dtype) * (num_groups / (num_groups_kept * length))
     return torch.stack([f_expert, *(f.repeat_interleave(group_width, dim=1) for f in (f_device, f_sent))])
 
 
@@ -147,7 +154,7 @@ def balance_reference(
     length = num_tokens // num_sequences
     dtype = accumulate_dtype(probs_TE.dtype)
     idx = idx_TK.reshape(num_sequences, length * idx_TK.shape[1])
-    load_NBE = _loads(idx, idx_TK.shape[1], num_experts, num_groups, num_groups_kept).to(dtype)
+    load_NBE = _loads(idx, idx_TK.shape[1], num_experts, num_groups, num_groups_kept, dtype)
     # Every term is linear in the probabilities: load / (S * B) is its gradient in every token's row.
     load_NBE /= max(num_tokens, 1)
     if weights is not None:

@@ -13,6 +13,7 @@ from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
     check_at_least,
+    check_number,
     check_tensor,
     define_gradient,
     define_op,
@@ -48,7 +49,9 @@ def moe_gate(
         logits go to the smaller expert, equal groups to the smaller group; a NaN counts as the largest and
         makes its row's weights NaN. A row's experts are always distinct. Differentiable in the weights.
     """
-    _check_routing("moe_gate", logits_TE, num_topk, num_groups, num_groups_kept)
+    op = "moe_gate"
+    _check_routing(op, logits_TE, num_topk, num_groups, num_groups_kept)
+    check_number(op, "scale", scale)
     idx_TK: Tensor
     weight_TK: Tensor
     weight_TK, idx_TK = torch.ops.dscoder.moe_gate.default(
@@ -78,7 +81,8 @@ def moe_gate_with_balance(
     """
     op = "moe_gate_with_balance"
     _check_routing(op, logits_TE, num_topk, num_groups, num_groups_kept)
-    check_sequences(op, logits_TE.shape[0], num_sequences)
+    check_number(op, "scale", scale)
+    num_sequences = check_sequences(op, logits_TE.shape[0], num_sequences)
     idx_TK: Tensor
     weight_TK: Tensor
     terms_3: Tensor
