@@ -26,7 +26,8 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """A stored run is small enough to keep."""
+    """A stored run is small enough to keep, and its ceilings are those of the whole run."""
+    results.settle(output_json)
     results.drop_rounds(output_json)
 
 

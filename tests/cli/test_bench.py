@@ -10,6 +10,7 @@ import time
 import tomllib
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -216,15 +217,28 @@ def test_what_fails_or_matches_nothing_is_an_error(
     assert "only must match a benchmark, got 'medium'" in capfd.readouterr().err
 
 
-def test_the_table_has_a_row_a_record_and_names_failed_peers() -> None:
-    report = {
-        "machine_info": {"device": "NVIDIA H200", "torch": "2.13.0"},
-        "benchmarks": [{"extra_info": RECORD}, {"extra_info": {}}],
-    }
+def shown_table(machine: dict[str, Any], *records: dict[str, Any]) -> list[str]:
+    report = {"machine_info": machine, "benchmarks": [{"extra_info": kept} for kept in records]}
     console = Console(width=200, file=StringIO())
     console.print(bench.results_table(report))
-    title, _, row, *rest = console.file.getvalue().splitlines()
-    assert title.strip() == "NVIDIA H200, torch 2.13.0"
-    shown = " ".join(row.split())
-    assert shown == "moe_gate forward v2 one_hot T=128 E=160 K=6 12.5 7 torch 2.00x, vllm failed"
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_table_has_a_row_a_record_and_names_failed_peers() -> None:
+    kept = {**RECORD, "dtype": "float32", "has_kernel": True}
+    title, _, row, *rest = shown_table({"device": "NVIDIA H200", "torch": "2.13.0", "note": None}, kept, {})
+    assert title == "NVIDIA H200, torch 2.13.0"
+    assert row == "moe_gate forward v2 one_hot float32 T=128 E=160 K=6 kernel 12.5 7 torch 2.00x, vllm failed"
     assert rest == []
+
+
+def test_the_table_says_that_there_was_no_gpu_and_what_the_ceilings_are() -> None:
+    ceilings = {"dtype": "float32", "ceiling_GB/s": 20.5, "ceiling_TFLOP/s": 0.15, "has_kernel": False}
+    kept = {**RECORD, **ceilings, "bound": "cache"}
+    kept.pop("share")
+    machine = {"device": "AMD EPYC, 2 threads", "torch": "2.13.0", "note": "torch found no GPU"}
+    first, second, third, _, row = shown_table(machine, kept)
+    assert first == "AMD EPYC, 2 threads, torch 2.13.0; torch found no GPU"
+    assert second == "ceilings: copy 20.5 GB/s, float32 product 0.15 TFLOP/s"
+    assert third == "no kernel ran: the times of ops are those of their references in plain PyTorch"
+    assert "reference 12.5 in cache torch" in row

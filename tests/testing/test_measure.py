@@ -63,7 +63,10 @@ class MadeUpClock:
     def call_seconds(self, calls: Sequence[Call]) -> float | None:
         return 0.005
 
-    def ceilings(self) -> Ceilings:
+    def is_warm(self, num_bytes: int) -> bool:
+        return False
+
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
         return Ceilings(flops_per_second=8e9, bytes_per_second=16e9)
 
 
@@ -209,10 +212,10 @@ def test_results_without_gradients_take_none(x: Tensor) -> None:
 
 
 def test_a_copy_has_memory_of_its_own_in_handles_too(x: Tensor) -> None:
-    handle = PermuteHandle(offsets_E=torch.tensor([1]), row_TK=torch.tensor([[0]]))
+    handle = PermuteHandle(offsets_E=torch.tensor([1]), row_TK=torch.tensor([[0]]), token_M=torch.tensor([0]))
     problem = Problem(args=(x, handle, 3), kwargs={"scale": 2.0}, num_leaves=1, grads=(x,))
     copy = problem.copy()
-    assert len(problem.tensors()) == len(copy.tensors()) == 4
+    assert len(problem.tensors()) == len(copy.tensors()) == 5
     for mine, theirs in zip(copy.tensors(), problem.tensors(), strict=True):
         assert torch.equal(mine, theirs)
         assert mine.data_ptr() != theirs.data_ptr()

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,12 +75,51 @@ def test_wall_time_is_what_the_clock_on_the_wall_says(monkeypatch: pytest.Monkey
     assert (runner.method, runner.seconds()) == ("wall", 2.5)
 
 
-def test_ceilings_of_this_machine_are_measured_once() -> None:
+def test_ceilings_of_this_machine_are_measured_once_in_a_while() -> None:
     clock = WallClock()
-    found = clock.ceilings()
+    found = clock.ceilings(torch.float32)
     assert found.flops_per_second > 1e8
     assert found.bytes_per_second > 1e8
-    assert clock.ceilings() is found
+    assert clock.ceilings(torch.float32) is found
+    assert clock.ceilings(torch.int32) is found
+
+
+def test_the_best_ceilings_stay_each_dtype_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounds of a product and of a copy, in turns: the first measurement is disturbed, the last one too.
+    disturbed, calm, other = [4.0, 4.0] * 60, [4.0, 4.0, 1.0, 2.0] * 30, [8.0, 8.0] * 60
+    seconds: list[float] = []
+    clock = WallClock()
+    clock._peaks = timing.Peaks(size=2, num_bytes=8, default=torch.float32)
+    monkeypatch.setattr(clock, "runner", lambda _: Runner(method="wall", seconds=lambda: seconds.pop(0)))
+    monkeypatch.setattr(timing, "RENEW_SECONDS", 0.0)
+    found = []
+    for rounds, dtype in (
+        (disturbed, torch.float32),
+        (calm, torch.float32),
+        (disturbed, torch.float32),
+        (other, torch.bfloat16),
+    ):
+        seconds[:] = rounds
+        ceilings = clock.ceilings(dtype)
+        found.append((ceilings.flops_per_second, ceilings.bytes_per_second))
+    assert found == [(4.0, 4.0), (16.0, 8.0), (16.0, 8.0), (2.0, 2.0)]
+
+
+def test_a_cpu_is_named_and_its_last_cache_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for level, size in enumerate(("32K", "1024K", "32768K")):
+        (tmp_path / f"index{level}").mkdir()
+        (tmp_path / f"index{level}" / "size").write_text(f"{size}\n")
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU @ 3 GHz\n")
+    monkeypatch.setattr(timing, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(timing, "CPU_CACHES", tmp_path)
+    timing.cpu_name.cache_clear()
+    timing.cpu_cache_bytes.cache_clear()
+    try:
+        assert timing.device_name(torch.device("cpu")).startswith("Some CPU @ 3 GHz, ")
+        assert [WallClock().is_warm(2**25), WallClock().is_warm(2**25 + 1)] == [True, False]
+    finally:
+        timing.cpu_name.cache_clear()
+        timing.cpu_cache_bytes.cache_clear()
 
 
 START = 3.0  # milliseconds that starting a graph takes

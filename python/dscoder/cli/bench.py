@@ -191,12 +191,33 @@ def _peers(peers: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def heading(report: dict[str, Any]) -> str:
+    """What was measured on, which ceilings it has, and whether any kernel ran."""
+    machine = report["machine_info"]
+    records = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+    note = f"; {machine['note']}" if machine.get("note") else ""
+    lines = [f"{machine.get('device', 'unknown device')}, torch {machine.get('torch', 'unknown')}{note}"]
+    copies = {f"copy {kept['ceiling_GB/s']:g} GB/s" for kept in records if "ceiling_GB/s" in kept}
+    products = {
+        f"{kept['dtype']} product {kept['ceiling_TFLOP/s']:g} TFLOP/s"
+        for kept in records
+        if "ceiling_TFLOP/s" in kept
+    }
+    if copies:
+        lines.append(f"ceilings: {', '.join([*sorted(copies), *sorted(products)])}")
+    if records and not any(kept.get("has_kernel") for kept in records):
+        lines.append("no kernel ran: the times of ops are those of their references in plain PyTorch")
+    return "\n".join(lines)
+
+
+def _share(kept: dict[str, Any]) -> str:
+    return "in cache" if kept.get("bound") == "cache" else _cell(kept.get("share"))
+
+
 def results_table(report: dict[str, Any]) -> Table:
     """The records of a run, one a row."""
-    machine = report["machine_info"]
-    title = f"{machine.get('device', 'unknown device')}, torch {machine.get('torch', 'unknown')}"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("op", "step", "case", "shape"):
+    table = Table(title=heading(report), title_justify="left", box=None)
+    for column in ("op", "step", "case", "shape", "by"):
         table.add_column(column)
     for column in ("us", "call us", "TFLOP/s", "GB/s", "% of ceiling"):
         table.add_column(column, justify="right")
@@ -206,6 +227,8 @@ def results_table(report: dict[str, Any]) -> Table:
         if "us" not in kept:
             continue
         case = " ".join(kept[name] for name in ("model", "routing", "dtype") if name in kept)
-        figures = [_cell(kept.get(name)) for name in ("us", "call_us", "TFLOP/s", "GB/s", "share")]
-        table.add_row(kept["op"], kept["step"], case, kept["shape"], *figures, _peers(kept.get("peers", {})))
+        by = "" if "dtype" not in kept else "kernel" if kept.get("has_kernel") else "reference"
+        figures = [*(_cell(kept.get(name)) for name in ("us", "call_us", "TFLOP/s", "GB/s")), _share(kept)]
+        names = (kept["op"], kept["step"], case, kept["shape"], by)
+        table.add_row(*names, *figures, _peers(kept.get("peers", {})))
     return table

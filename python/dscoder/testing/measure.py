@@ -153,10 +153,11 @@ def measure(
         first.runners(peers, result, is_strict=True)
         benchmark.pedantic(lambda: None)  # type: ignore[no-untyped-call]
         return
-    num_copies = clock.num_copies(sum(x.nbytes for x in [*problem.tensors(), *_tensors(result)]))
+    num_bytes = sum(x.nbytes for x in [*problem.tensors(), *_tensors(result)])
+    num_copies = clock.num_copies(num_bytes)
     copies = [problem, *(problem.copy() for _ in range(num_copies - 1))]
     contest = _Contest(clock=clock, case=case, problems=copies)
-    ceilings = clock.ceilings()
+    ceilings = clock.ceilings(case.dtype)
     calls = [run.call for run in contest.runs(ours)]
     runner = clock.runner(calls)
     runners, failed = contest.runners(peers, result, is_strict=False)
@@ -175,5 +176,6 @@ def measure(
             peers=timings,
             ceilings=ceilings,
             call_seconds=clock.call_seconds(calls),
+            is_warm=clock.is_warm(num_bytes),
         )
     )

@@ -52,8 +52,12 @@ def record(
     peers: Mapping[str, Timing],
     ceilings: Ceilings,
     call_seconds: float | None = None,
+    is_warm: bool = False,
 ) -> dict[str, Any]:
-    """The `extra_info` of one benchmark; docs/benchmarks.md lists what it holds."""
+    """The `extra_info` of one benchmark; docs/benchmarks.md lists what it holds.
+
+    `is_warm` says that a cache held all that the call touched: memory then bounds nothing.
+    """
     kept: dict[str, Any] = {
         **case.names(),
         "device": device_name(device),
@@ -66,19 +70,44 @@ def record(
         kept["TFLOP/s"] = _rounded(case.flops / ours.seconds / 1e12)
     if case.num_bytes:
         kept["GB/s"] = _rounded(case.num_bytes / ours.seconds / 1e9)
-    at_best = {
-        "memory": case.num_bytes / ceilings.bytes_per_second,
-        "compute": case.flops / ceilings.flops_per_second,
-    }
-    bound = max(at_best, key=lambda name: at_best[name])
-    if at_best[bound]:
-        kept["share"] = round(100 * at_best[bound] / ours.seconds, 2)
-        kept["bound"] = bound
     kept["ceiling_TFLOP/s"] = _rounded(ceilings.flops_per_second / 1e12)
     kept["ceiling_GB/s"] = _rounded(ceilings.bytes_per_second / 1e9)
+    kept |= _standing(kept, is_warm=is_warm)
     kept["has_kernel"] = device.type == "cuda" and native.has_kernels() and case.op in native.kernel_ops()
     kept["peers"] = {name: _beside(timing, ours) for name, timing in peers.items()}
     return kept
+
+
+def _standing(kept: Mapping[str, Any], *, is_warm: bool) -> dict[str, Any]:
+    """`bound`, and `share` where the ceilings say something about the result."""
+    at_best = {
+        "memory": 100 * kept.get("GB/s", 0.0) / kept["ceiling_GB/s"],
+        "compute": 100 * kept.get("TFLOP/s", 0.0) / kept["ceiling_TFLOP/s"],
+    }
+    bound = max(at_best, key=lambda name: at_best[name])
+    share = round(at_best[bound], 2)
+    if not at_best[bound]:
+        return {}
+    if kept["method"] != "wall":
+        return {"share": share, "bound": bound}
+    if bound == "memory" and (is_warm or share > 100):
+        return {"bound": "cache"}
+    return {"bound": bound} if share > 100 else {"share": share, "bound": bound}
+
+
+def settle(report: dict[str, Any]) -> None:
+    """Hold every result of a run against the best ceilings that were seen from its begin to its end."""
+    found = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+    found = [kept for kept in found if "ceiling_GB/s" in kept]
+    copy = max((kept["ceiling_GB/s"] for kept in found), default=0.0)
+    product: dict[str, float] = {}
+    for kept in found:
+        product[kept["dtype"]] = max(product.get(kept["dtype"], 0.0), kept["ceiling_TFLOP/s"])
+    for kept in found:
+        kept |= {"ceiling_GB/s": copy, "ceiling_TFLOP/s": product[kept["dtype"]]}
+        is_warm = kept.pop("bound", None) == "cache"
+        kept.pop("share", None)
+        kept |= _standing(kept, is_warm=is_warm)
 
 
 def _beside(peer: Timing, ours: Timing) -> dict[str, Any]:
@@ -102,6 +131,17 @@ def measured_device() -> torch.device:
     if torch.cuda.is_available() and native.arch_for(torch.cuda.get_device_capability()) is not None:
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def unmeasured_gpu(device: torch.device) -> str | None:
+    """Why a run is not on a GPU; None where it is."""
+    if device.type == "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return "torch found no GPU"
+    archs = ", ".join(f"sm_{arch}" for arch in native.cuda_archs())
+    has = f"has kernels for {archs} alone" if archs else "has no kernels"
+    return f"{torch.cuda.get_device_name()} is there and was not measured: this build {has}"
 
 
 def _output(command: list[str]) -> str | None:
@@ -131,6 +171,7 @@ def machine(device: torch.device, checkout: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _output([*git, "rev-parse", "HEAD"]) if is_ours else None,
         "is_dirty": None if changes is None else bool(changes),
+        "note": unmeasured_gpu(device),
     }
 
 

@@ -14,7 +14,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ MAX_ROUNDS = 50
 MIN_ROUNDS = 3
 NUM_BLANK_ROUNDS = 21  # replays of a graph without calls
 MIN_SECONDS = 1e-8  # of a call: less is the noise of two times' difference
+RENEW_SECONDS = 20.0  # after which the ceilings are looked at again
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 MAX_EAGER_CALLS = 50
 EAGER_SECONDS = 0.02  # that queued calls take in all, about
 
@@ -70,15 +74,33 @@ class Clock(Protocol):
     def call_seconds(self, calls: Sequence[Call]) -> float | None:
         """Wall time of one eager call, launches included; None where the runner's time is that already."""
 
-    def ceilings(self) -> Ceilings:
-        """Measured once a run."""
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        """The best so far; the product in this dtype, if it is one of floats."""
+
+    def is_warm(self, num_bytes: int) -> bool:
+        """Whether a call that touches so much finds it in a cache."""
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU; of a CPU its kind and the number of threads."""
+    """The name of a GPU; of a CPU its name and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The brand, where Linux tells; else the kind."""
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    brands = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return brands[0] if brands and brands[0] else platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_cache_bytes() -> int:
+    """The last cache of a CPU before memory; 0 where Linux does not tell."""
+    sizes = [path.read_text(encoding="utf-8").strip() for path in CPU_CACHES.glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=0)
 
 
 def copies_for(num_bytes: int, *, cache_bytes: int, free_bytes: int) -> int:
@@ -96,8 +118,8 @@ def rounds_for(round_seconds: float, budget: float) -> int:
     return max(MIN_ROUNDS, min(MAX_ROUNDS, affordable)) | 1
 
 
-def interleaved_medians(runners: Mapping[str, Runner], budget: float) -> dict[str, float]:
-    """Median seconds of each, measured in turns: a noisy machine is noisy for all of them alike.
+def interleaved_rounds(runners: Mapping[str, Runner], budget: float) -> dict[str, list[float]]:
+    """Seconds of each, measured in turns: a noisy machine is noisy for all of them alike.
 
     How long the first round took says how many fit into `budget` seconds; it counts only where it alone
     exceeds the budget, and where waking up caches and clocks does not matter.
@@ -111,19 +133,52 @@ def interleaved_medians(runners: Mapping[str, Runner], budget: float) -> dict[st
     while len(next(iter(seconds.values()))) < num_rounds:
         for name, runner in runners.items():
             seconds[name].append(runner.seconds())
-    return {name: statistics.median(rounds) for name, rounds in seconds.items()}
+    return seconds
 
 
-def _measured_ceilings(clock: Clock, size: int, num_bytes: int, dtype: torch.dtype) -> Ceilings:
-    a, b = torch.randn(2, size, size, device=clock.device, dtype=dtype)
-    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=clock.device)
-    target = torch.empty_like(source)
-    product, copy = clock.prepare(lambda: (lambda: a @ b, lambda: target.copy_(source)))
-    runners = {"product": clock.runner([product]), "copy": clock.runner([copy])}
-    seconds = interleaved_medians(runners, 0.5)
-    return Ceilings(
-        flops_per_second=2 * size**3 / seconds["product"], bytes_per_second=2 * num_bytes / seconds["copy"]
-    )
+def interleaved_medians(runners: Mapping[str, Runner], budget: float) -> dict[str, float]:
+    """The medians of `interleaved_rounds`."""
+    rounds = interleaved_rounds(runners, budget)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+@dataclass(kw_only=True, slots=True)
+class Peaks:
+    """The best that a machine was seen to do, by dtype; looked at again now and then.
+
+    One disturbed moment would else make every share of a run too large.
+    """
+
+    size: int  # of the square matrices
+    num_bytes: int  # of the copy
+    default: torch.dtype  # of the product, for what is no float
+    _found: dict[torch.dtype, tuple[Ceilings, float]] = field(default_factory=dict)
+
+    def of(self, clock: Clock, dtype: torch.dtype) -> Ceilings:
+        """The best so far."""
+        dtype = dtype if dtype.is_floating_point else self.default
+        best, when = self._found.get(dtype, (Ceilings(flops_per_second=0.0, bytes_per_second=0.0), 0.0))
+        if dtype in self._found and time.monotonic() - when < RENEW_SECONDS:
+            return best
+        seen = self._measured(clock, dtype)
+        best = Ceilings(
+            flops_per_second=max(best.flops_per_second, seen.flops_per_second),
+            bytes_per_second=max(best.bytes_per_second, seen.bytes_per_second),
+        )
+        self._found[dtype] = best, time.monotonic()
+        return best
+
+    def _measured(self, clock: Clock, dtype: torch.dtype) -> Ceilings:
+        a, b = torch.randn(2, self.size, self.size, device=clock.device, dtype=dtype)
+        source = torch.randint(0, 256, (self.num_bytes,), dtype=torch.uint8, device=clock.device)
+        target = torch.empty_like(source)
+        product, copy = clock.prepare(lambda: (lambda: a @ b, lambda: target.copy_(source)))
+        runners = {"product": clock.runner([product]), "copy": clock.runner([copy])}
+        seconds = {name: min(rounds) for name, rounds in interleaved_rounds(runners, 0.5).items()}
+        return Ceilings(
+            flops_per_second=2 * self.size**3 / seconds["product"],
+            bytes_per_second=2 * self.num_bytes / seconds["copy"],
+        )
 
 
 class WallClock:
@@ -132,6 +187,7 @@ class WallClock:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.budget = 0.5
+        self._peaks = Peaks(size=1024, num_bytes=2**27, default=torch.float32)
 
     def num_copies(self, num_bytes: int) -> int:
         """One: a caller on a CPU has its inputs in the cache too."""
@@ -160,13 +216,13 @@ class WallClock:
         """None: the wall time is what a caller sees."""
         return None
 
-    @functools.cached_property
-    def _ceilings(self) -> Ceilings:
-        return _measured_ceilings(self, 1024, 2**27, torch.float32)
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        """A product of 1024 x 1024 matrices and a copy of 128 MiB."""
+        return self._peaks.of(self, dtype)
 
-    def ceilings(self) -> Ceilings:
-        """A float32 product and a copy of 128 MiB."""
-        return self._ceilings
+    def is_warm(self, num_bytes: int) -> bool:
+        """What fits the last cache stays there from call to call."""
+        return num_bytes <= cpu_cache_bytes()
 
 
 class GpuClock:
@@ -179,6 +235,7 @@ class GpuClock:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
         self._flag = torch.zeros(1, device=device)
+        self._peaks = Peaks(size=8192, num_bytes=2**30, default=torch.bfloat16)
         self._blank_times: dict[int, float] = {}
         self._separate()  # loads the kernel, which capturing forbids
         torch.cuda.synchronize(device)
@@ -227,13 +284,13 @@ class GpuClock:
             num_calls = max(1, min(MAX_EAGER_CALLS, int(EAGER_SECONDS / seconds(1))))
             return statistics.median(seconds(num_calls) for _ in range(5))
 
-    @functools.cached_property
-    def _ceilings(self) -> Ceilings:
-        return _measured_ceilings(self, 8192, 2**30, torch.bfloat16)
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        """A product of 8192 x 8192 matrices by cuBLAS and a copy of 1 GiB."""
+        return self._peaks.of(self, dtype)
 
-    def ceilings(self) -> Ceilings:
-        """A bfloat16 product of cuBLAS and a copy of 1 GiB."""
-        return self._ceilings
+    def is_warm(self, num_bytes: int) -> bool:
+        """Never: the caches are flushed."""
+        return False
 
     def _seconds(self, work: Call) -> float:
         events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
