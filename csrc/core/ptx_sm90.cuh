@@ -17,6 +17,13 @@ __device__ __forceinline__ void store_whole(void* at, const Word& word) {
 #endif
 }
 
+// The compiler moves no access to memory across. CUTLASS's waits on barriers do not say so themselves.
+__device__ __forceinline__ void keep_order() {
+#ifndef DSC_HOST_EXECUTOR
+    asm volatile("" ::: "memory");
+#endif
+}
+
 // What this thread wrote to shared memory comes before what wgmma and the copy engine do there, once threads
 // have met.
 __device__ __forceinline__ void order_before_async_reads() {

@@ -6,11 +6,11 @@
 // memory, between the copy engine's writing and the tensor cores' reading:
 //   - the wait on `full` comes before, so the copy's bytes are there and nothing overwrites the zeros;
 //   - each thread orders its zeros before later reads by the tensor cores (fence.proxy.async), then all
-//   threads
-//     of the warpgroup meet, and only then is the product issued;
+//     threads of the warpgroup meet, and only then is the product issued;
 //   - the stage is released after the product, so the next copy comes after the zeros too.
 // A line is one row, whatever the swizzle does within it. Each warpgroup blanks its own half of `a` and all
-// of `b`; where the other one has begun to read `b`, it reads a zero before and after.
+// of `b`; where the other one has begun to read `b`, it reads a zero before and after. The build contract
+// looks for this order in the machine code.
 #pragma once
 
 #include "core/ptx_sm90.cuh"
@@ -78,6 +78,7 @@ struct WeightGradientSm90 {
         const int warpgroup = threadIdx.x / kWarpgroup - 1;
         char* const a = ring + stage * S::kBytesA + warpgroup * (S::kBytesA / kNumConsumers);
         char* const b = ring + S::kStages * S::kBytesA + stage * S::kBytesB;
+        keep_order();
         blank_lines<S::kWarpgroupM / kTileK>(a, num_lines);
         blank_lines<S::kN / kTileK>(b, num_lines);
         order_before_async_reads();

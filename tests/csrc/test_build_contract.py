@@ -21,7 +21,16 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from dscoder.testing.contract import ARCHS, KERNELS, ROW_KERNELS, SPILLS, Kernel, broken, broken_overlap
+from dscoder.testing.contract import (
+    ARCHS,
+    KERNELS,
+    ROW_KERNELS,
+    SPILLS,
+    Kernel,
+    broken,
+    broken_blanking,
+    broken_overlap,
+)
 from dscoder.testing.machine_code import Usage, losses, parse_sass, parse_usage, readable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +167,8 @@ def test_a_kernel_keeps_its_contract(
     assert broken(kernel, usage, sass[name, arch], may_spill=SPILLS.get(name, 0)) == []
     if kernel.is_overlapped and arch == "sm_90a":
         assert broken_overlap(sass[name, arch]) == []
+    if kernel.blanks:
+        assert broken_blanking(sass[name, arch]) == []
 
 
 @needs_nvcc
@@ -263,6 +274,30 @@ def test_each_broken_clause_is_named(usage: Usage, opcodes: dict[str, int], want
 )
 def test_a_kernel_that_does_not_wait_for_the_one_ahead_is_caught(opcodes: str, wanted: list[str]) -> None:
     assert broken_overlap(opcodes.split()) == wanted
+
+
+WAIT, FENCE = "SYNCS.PHASECHK.TRANS64.TRYWAIT", "FENCE.VIEW.ASYNC.S"
+STORE, MEET, BEGIN, MULTIPLY = "STS.128", "BAR.SYNC.DEFER_BLOCKING", "WARPGROUP.ARRIVE", "HGMMA.64x256x16.F32"
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "is_right"),
+    [
+        (
+            (FENCE, "STS", MEET, WAIT, STORE, STORE, "MEMBAR.ALL.CTA", FENCE, MEET, BEGIN, MULTIPLY, WAIT),
+            True,
+        ),
+        ((WAIT, STORE, MEET, BEGIN, MULTIPLY, FENCE), False),
+        ((STORE, WAIT, STORE, FENCE, MEET, BEGIN, MULTIPLY), False),
+        ((WAIT, STORE, FENCE, STORE, MEET, BEGIN, MULTIPLY), False),
+        ((WAIT, STORE, MEET, FENCE, BEGIN, MULTIPLY), False),
+        ((WAIT, STORE, FENCE, BEGIN, MEET, MULTIPLY), False),
+        ((WAIT, STORE, FENCE, MEET, BEGIN, MULTIPLY, STORE, MULTIPLY), False),
+        ((WAIT, FENCE, MEET, BEGIN, MULTIPLY), False),
+    ],
+)
+def test_lines_blanked_out_of_order_are_caught(opcodes: tuple[str, ...], is_right: bool) -> None:
+    assert (broken_blanking(opcodes) == []) == is_right
 
 
 def test_names_are_readable() -> None:

@@ -5,6 +5,7 @@ tests/csrc/test_build_contract.py compiles the kernels and holds them to it. A n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from dscoder.testing.machine_code import Usage, count
 
@@ -22,6 +23,7 @@ class Kernel:
     )  # SASS opcode (or its beginning): at least how often
     archs: tuple[str, ...] = ARCHS
     is_overlapped: bool = True  # by launch_overlapped: on sm_90a it waits before it touches global memory
+    blanks: bool = False  # lines of a stage, between the copy engine's writing and wgmma's reading
 
 
 # A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
@@ -112,7 +114,11 @@ def _grouped_gemm_sm90(
         name = f"grouped_product_kernel<{shape}, {job.format(shape, dtype)}>"
         product = f"HGMMA.64x{columns}x16.F32{suffix}"
         kernels[name] = Kernel(
-            registers=168, shared=5120, archs=("sm_90a",), wants={product: 4, **roles, **wants}
+            registers=168,
+            shared=5120,
+            archs=("sm_90a",),
+            wants={product: 4, **roles, **wants},
+            blanks=job.startswith("WeightGradient"),
         )
     return kernels
 
@@ -240,6 +246,16 @@ NEVER = ("LDL", "STL")
 # griddepcontrol.wait and .launch_dependents, and what must not stand above the wait (core/overlap.h).
 WAIT, LET_START = "ACQBULK", "PREEXIT"
 AFTER_WAIT = ("LDG", "STG", "LD.", "ST.", "ATOM", "RED.", "CCTL", "UBLK", "UTMA", "UBULK", "EXIT", "RET")
+# What a warpgroup does to a stage that it blanks (csrc/gemm/grouped_gemm_wgrad_sm90.cuh), in this order.
+STORE, MULTIPLY = "STS.128", "HGMMA"
+BLANKING = (
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT",
+    STORE,
+    "FENCE.VIEW.ASYNC",
+    "BAR.SYNC",
+    "WARPGROUP.ARRIVE",
+    MULTIPLY,
+)
 
 
 # ---- the clauses ----
@@ -252,6 +268,20 @@ def broken_overlap(opcodes: Sequence[str]) -> list[str]:
         return missing
     above = [opcode for opcode in opcodes[: opcodes.index(WAIT)] if opcode.startswith(AFTER_WAIT)]
     return [f"{opcode} above the wait" for opcode in above]
+
+
+def broken_blanking(opcodes: Sequence[str]) -> list[str]:
+    """What breaks the order of blanking in the machine code of a kernel that does it in one place."""
+    steps = [step for opcode in opcodes for step in BLANKING if opcode.startswith(step)]
+    missing = [f"no {step}" for step in BLANKING if step not in steps]
+    if missing:
+        return missing
+    end = steps.index(MULTIPLY)
+    begin = max((i for i in range(end) if steps[i] == BLANKING[0]), default=0)
+    found = tuple(step for step, _ in groupby(steps[begin : end + 1]))
+    broken_order = [] if found == BLANKING else [f"blanks in the order {' '.join(found)}"]
+    elsewhere = (steps[:begin] + steps[end:]).count(STORE)
+    return broken_order + ([f"{elsewhere} x {STORE} elsewhere"] if elsewhere else [])
 
 
 def broken(kernel: Kernel, usage: Usage, opcodes: Sequence[str], *, may_spill: int = 0) -> list[str]:
