@@ -12,7 +12,7 @@ constexpr int kElementBytes = 2;
 
 // Strides are in bytes, so that an address is one multiply-add of 32 by 32 bits onto 64; what a thread's
 // number gives is computed anew in each load, since the accumulators leave no registers to keep it in. A copy
-// of what does not exist may have any address.
+// of what does not exist reads no address, but the caller gives one near the operand's.
 template <typename T>
 __device__ __forceinline__ const T* advanced(const T* source, int num_rows, int row_bytes) {
     const auto offset = static_cast<uintptr_t>(int64_t{num_rows} * row_bytes);
@@ -113,7 +113,7 @@ struct NumberedDepthRows {
             const int number = __shfl_sync(kAllLanes, coming, own_row);
             const bool is_valid = number >= 0 and number < num_source_rows;
             copy_async(operand + Map::place(row + i * Map::kRowStep, chunk),
-                       advanced(source, number, row_bytes), is_valid);
+                       advanced(source, is_valid ? number : 0, row_bytes), is_valid);
         }
         if (part == kNumParts - 1) fetch(k_block + 1);
     }
