@@ -1,7 +1,8 @@
 // Tensor maps: what the copy engine of sm_90 (TMA) knows of a tensor in global memory. A kernel takes one as
-// a `const __grid_constant__` parameter. Wrong values often give wrong data and no error, so every rule of
-// the driver is checked here, by a function that any machine can run; the driver's encoder is looked up when
-// it is first needed, so that the extension neither links the driver nor fails to import where there is none.
+// a `const __grid_constant__` parameter. Wrong values often give wrong data and no error, so the rules that
+// cuda.h states for these maps are checked here, by a function that any machine can run, all but one (below).
+// The driver's encoder is looked up when it is first needed, so that the extension neither links the driver
+// nor fails to import where there is none.
 #pragma once
 
 #include <array>
@@ -20,8 +21,13 @@ namespace dsc {
 constexpr int kMaxMapRank = 5;
 constexpr int kSwizzleBytes = 128;
 
-// A tensor of 16-bit elements, dimensions from the innermost, which is contiguous. Strides need not ascend.
-// The box is what one copy brings, its innermost dimension a line of the 128-byte swizzle.
+// A tensor of 16-bit elements, dimensions from the innermost, which is contiguous. The box is what one copy
+// brings, its innermost dimension a line of the 128-byte swizzle.
+//
+// Strides may come in any order here, though cuda.h writes them as products that grow: each the one before
+// times a size and its padding. That the driver takes others, and the copy engine follows them, is documented
+// nowhere; other libraries (FlashAttention-3, to our knowledge) rest on it. So does the map of gate and up in
+// gemm/grouped_maps_sm90.h, and the first GPU test of the sm_90a products asks for just that.
 struct TensorMapSpec {
     const char* op;
     const char* name;
