@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +41,8 @@ class Check:
 def make_plan(root: Path, ops: Sequence[str]) -> Plan:
     """The files about `ops`, test_<op>.py and test_<op>_*.py; without any, all there are.
 
-    Ops with targets come first, in the order of targets.json: what is cut is cut from the end. ValueError for
-    an op that has no GPU tests.
+    Ops with targets come first, in the order of targets.json: what is cut is cut from the end. Last come
+    files beyond an op's own, whose kernels may hang. ValueError for an op that has no GPU tests.
     """
     tests = {path.stem.removeprefix("test_"): path for path in sorted((root / GPU_TESTS).glob("test_*.py"))}
     known = {
@@ -53,11 +53,18 @@ def make_plan(root: Path, ops: Sequence[str]) -> Plan:
         raise ValueError(f"OPS must name ops with GPU tests ({', '.join(tests)}), got {', '.join(strangers)}")
     chosen = [name for name in tests if not ops or any(name == op or name.startswith(f"{op}_") for op in ops)]
     targets = list(dict.fromkeys(target.op for target in read_targets()))
-    chosen.sort(key=lambda name: targets.index(name) if name in targets else len(targets))
+    chosen.sort(
+        key=lambda name: (is_beyond(name, tests), targets.index(name) if name in targets else len(targets))
+    )
     return Plan(
         tests={name: str(tests[name].relative_to(root)) for name in chosen},
         benchmarks={name: str(known[name].relative_to(root)) for name in chosen if name in known},
     )
+
+
+def is_beyond(name: str, names: Iterable[str]) -> bool:
+    """Whether `name` is <op>_<more> of an op among `names`."""
+    return any(name.startswith(f"{op}_") for op in names)
 
 
 def pytest_run(
@@ -84,7 +91,10 @@ def num_parallel(cores_each: int) -> int:
 
 
 def run_tests(check: Check) -> str:
-    """Every GPU test, a process a file: a fault takes its own file's tests down, not the others'."""
+    """Every GPU test, a process a file: a fault takes its own file's tests down, not the others'.
+
+    Files beyond an op's own run when all the others are done: a kernel that hangs would slow them down.
+    """
 
     def run(op: str) -> str:
         ended, seen = pytest_run(
@@ -98,8 +108,11 @@ def run_tests(check: Check) -> str:
         check.record.add_step(f"tests {op}", outcome, ended.seconds, note)
         return outcome
 
+    names = list(check.plan.tests)
+    beyond = [name for name in names if is_beyond(name, names)]
     with ThreadPoolExecutor(num_parallel(4)) as pool:
-        return worst(list(pool.map(run, check.plan.tests)))
+        outcomes = list(pool.map(run, [name for name in names if name not in beyond]))
+        return worst([*outcomes, *pool.map(run, beyond)])
 
 
 def tests_outcome(ended: Ended, seen: Seen) -> tuple[str, str]:

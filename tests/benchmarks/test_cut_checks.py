@@ -43,6 +43,19 @@ def test_ops_with_targets_come_first_in_their_order(make_machine: Callable[..., 
     assert list(plan.tests) == list(plan.benchmarks) == wanted
 
 
+def test_what_goes_beyond_an_ops_own_file_runs_last_and_alone(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    head = "import time, pytest\nfrom pathlib import Path\n"
+    head += "pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]\n"
+    head += "seen = Path('seen')\n"
+    machine.write("tests/gpu/test_moe_gate.py", head + "def test_it(): time.sleep(1); seen.touch()\n")
+    machine.write("tests/gpu/test_moe_gate_more.py", head + "def test_it(): assert seen.exists()\n")
+    plan = make_plan(machine.root, [])
+    assert list(plan.tests) == ["moe_gate", "alpha", "moe_gate_more"]
+    done = machine.run("moe_gate")
+    assert done.returncode == 0, done.stdout
+
+
 def test_an_op_without_benchmarks_can_pass(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     machine.write("tests/gpu/test_beta.py", GOOD_TEST)

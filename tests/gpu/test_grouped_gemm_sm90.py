@@ -2,21 +2,27 @@
 
 A tile's name may end in the step ("128x256/1" to "/4"), so that the first test to fail says which part of the
 kernel is wrong. docs/grouped_gemm_sm90.md says what each step adds, and what to do when all of them hold.
+
+A wrong count of bytes shows as a kernel that waits forever, so every check runs in another process, which is
+ended at a limit.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from dscoder import ops
 from dscoder.runtime import native
 from dscoder.testing import gpu
-from dscoder.testing.cases import generator, randn
+from dscoder.testing.aside import Aside
+from dscoder.testing.cases import generator, randn, routing
 from dscoder.testing.compare import assert_close, assert_product, assert_same
 
-pytestmark = pytest.mark.skipif("sm90" not in gpu.archs(), reason="needs a GPU of compute capability 9.0")
+pytestmark = pytest.mark.skipif(not gpu.has_hopper(), reason="needs a GPU of compute capability 9.0")
 
 DTYPES = [torch.bfloat16, torch.float16]
 STEPS = [1, 2, 3, 4]  # of the ladder
@@ -39,11 +45,50 @@ WIDTHS = [
     (520, 1000),
 ]  # N, K: tiles and blocks of the depth in part, and whole
 GUARD_ROWS, ROWS_OF_NONE = 3, 9
+LIMIT_S = 10.0  # of a check, which takes some milliseconds
+MOST_HANGS = 2  # of one test's cases; what hung that often is not tried on
+
+Apart = Callable[..., None]
+
+
+def wake_gpu() -> None:
+    """Raises in a process that has lost its GPU to a fault."""
+    torch.ones(1, device=gpu.DEVICE).sum().item()
+
+
+@pytest.fixture(scope="module")
+def aside() -> Iterator[Aside]:
+    found = Aside(wake_gpu, limit_s=LIMIT_S)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def hangs() -> Counter[str]:
+    """How often each test's cases hung."""
+    return Counter()
 
 
 @pytest.fixture
-def gpu_rng(request: pytest.FixtureRequest) -> torch.Generator:
-    return generator(request.node.nodeid, gpu.DEVICE)
+def apart(request: pytest.FixtureRequest, aside: Aside, hangs: Counter[str]) -> Apart:
+    """`apart(check, *args)` runs check(name, *args), the test's own name, in the other process.
+
+    compute-sanitizer looks into the process that it starts alone, so that runs the check itself.
+    """
+    test: str = request.node.originalname
+
+    def run(check: Apart, *args: object) -> None:
+        if request.config.getoption("--check-tool", default=None):
+            return check(request.node.nodeid, *args)
+        if hangs[test] >= MOST_HANGS:
+            pytest.fail(f"not run: {test} hung {hangs[test]} times")
+        try:
+            aside.run(check, request.node.nodeid, *args)
+        except TimeoutError:
+            hangs[test] += 1
+            raise
+
+    return run
 
 
 def ends_of(counts: Sequence[int]) -> Tensor:
@@ -85,13 +130,14 @@ def products(x: Tensor, w_EKN: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def check_product(
-    rng: torch.Generator,
+    name: str,
     tile: str,
     counts: Sequence[int],
     widths: tuple[int, int],
     dtype: torch.dtype,
     turned: bool,
 ) -> None:
+    rng = generator(name, gpu.DEVICE)
     num_columns, depth = widths
     x = rows_of(rng, counts, depth, dtype)
     shape = (depth, num_columns) if turned else (num_columns, depth)
@@ -106,32 +152,31 @@ def check_product(
 @pytest.mark.sanitize("memcheck", "synccheck")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("step", STEPS)
-def test_a_product_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
-    check_product(gpu_rng, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, turned=False)
+def test_a_product_step_by_step(step: int, tile: str, apart: Apart) -> None:
+    apart(check_product, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, False)
 
 
 @pytest.mark.sanitize("memcheck", "synccheck")
 @pytest.mark.parametrize("tile", LARGE_TILES)
 @pytest.mark.parametrize("step", STEPS)
-def test_a_product_with_turned_weights_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
-    check_product(gpu_rng, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, turned=True)
+def test_a_product_with_turned_weights_step_by_step(step: int, tile: str, apart: Apart) -> None:
+    apart(check_product, f"{tile}/{step}", COUNTS["few"], (336, 152), torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("tile", ["auto", *TILES])
-def test_products(
-    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
-) -> None:
-    check_product(gpu_rng, tile, COUNTS[kind], widths, dtype, turned=False)
+def test_products(tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, apart: Apart) -> None:
+    apart(check_product, tile, COUNTS[kind], widths, dtype, False)
     if tile in ("auto", *LARGE_TILES):
-        check_product(gpu_rng, tile, COUNTS[kind], widths, dtype, turned=True)
+        apart(check_product, tile, COUNTS[kind], widths, dtype, True)
 
 
 def check_swiglu(
-    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+    name: str, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
 ) -> None:
+    rng = generator(name, gpu.DEVICE)
     width, depth = widths
     x = rows_of(rng, counts, depth, dtype)
     w = weights(rng, len(counts), 2 * width, depth, depth=depth, dtype=dtype)
@@ -150,23 +195,22 @@ def check_swiglu(
 @pytest.mark.sanitize("memcheck", "synccheck")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("step", STEPS)
-def test_swiglu_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
-    check_swiglu(gpu_rng, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
+def test_swiglu_step_by_step(step: int, tile: str, apart: Apart) -> None:
+    apart(check_swiglu, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("tile", ["auto", *TILES])
-def test_swiglu(
-    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
-) -> None:
-    check_swiglu(gpu_rng, tile, COUNTS[kind], widths, dtype)
+def test_swiglu(tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, apart: Apart) -> None:
+    apart(check_swiglu, tile, COUNTS[kind], widths, dtype)
 
 
 def check_swiglu_backward(
-    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+    name: str, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
 ) -> None:
+    rng = generator(name, gpu.DEVICE)
     width, depth = widths
     grad = rows_of(rng, counts, depth, dtype)
     w = weights(rng, len(counts), depth, width, depth=depth, dtype=dtype)
@@ -184,8 +228,8 @@ def check_swiglu_backward(
 @pytest.mark.sanitize("memcheck", "synccheck")
 @pytest.mark.parametrize("tile", LARGE_TILES)
 @pytest.mark.parametrize("step", STEPS)
-def test_swiglu_backward_step_by_step(step: int, tile: str, gpu_rng: torch.Generator) -> None:
-    check_swiglu_backward(gpu_rng, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
+def test_swiglu_backward_step_by_step(step: int, tile: str, apart: Apart) -> None:
+    apart(check_swiglu_backward, f"{tile}/{step}", COUNTS["few"], (168, 152), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,14 +237,15 @@ def test_swiglu_backward_step_by_step(step: int, tile: str, gpu_rng: torch.Gener
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("tile", ["auto", *LARGE_TILES])
 def test_swiglu_backward(
-    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
+    tile: str, kind: str, widths: tuple[int, int], dtype: torch.dtype, apart: Apart
 ) -> None:
-    check_swiglu_backward(gpu_rng, tile, COUNTS[kind], widths, dtype)
+    apart(check_swiglu_backward, tile, COUNTS[kind], widths, dtype)
 
 
 def check_weight_gradient(
-    rng: torch.Generator, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
+    name: str, tile: str, counts: Sequence[int], widths: tuple[int, int], dtype: torch.dtype
 ) -> None:
+    rng = generator(name, gpu.DEVICE)
     num_columns, depth = widths
     grad, x = (rows_of(rng, counts, width, dtype) for width in (num_columns, depth))
     pieces = [torch.split(rows[: sum(counts)].double(), list(counts)) for rows in (grad, x)]
@@ -218,36 +263,112 @@ def check_weight_gradient(
 
 @pytest.mark.sanitize("memcheck", "synccheck")
 @pytest.mark.parametrize("step", STEPS)
-def test_a_weight_gradient_step_by_step(step: int, gpu_rng: torch.Generator) -> None:
-    check_weight_gradient(gpu_rng, f"128x256/{step}", COUNTS["few"], (336, 152), torch.bfloat16)
+def test_a_weight_gradient_step_by_step(step: int, apart: Apart) -> None:
+    apart(check_weight_gradient, f"128x256/{step}", COUNTS["few"], (336, 152), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", COUNTS)
-def test_weight_gradients(
-    kind: str, widths: tuple[int, int], dtype: torch.dtype, gpu_rng: torch.Generator
-) -> None:
-    check_weight_gradient(gpu_rng, "auto", COUNTS[kind], widths, dtype)
+def test_weight_gradients(kind: str, widths: tuple[int, int], dtype: torch.dtype, apart: Apart) -> None:
+    apart(check_weight_gradient, "auto", COUNTS[kind], widths, dtype)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_the_same_bits_every_time(tile: str, gpu_rng: torch.Generator) -> None:
+def check_same_bits(name: str, tile: str, step: str) -> None:
     """Twenty runs one behind the other: a race shows as a difference, in some of them."""
-    counts = COUNTS["many"]
-    x = rows_of(gpu_rng, counts, 1408, torch.bfloat16)
-    w = weights(gpu_rng, len(counts), 2048, 1408, depth=1408, dtype=torch.bfloat16)
-    results = [Guarded(len(x), 2048, torch.bfloat16) for _ in range(20)]
-    for y in results:
-        native._C.grouped_gemm_forward(x, w, y.rows, ends_of(counts), None, False, "sm90", tile)
-    for y in results:
-        assert_same(y.rows, results[0].rows)
+    rng = generator(name, gpu.DEVICE)
+    counts, width, depth = COUNTS["many"], 2048, 1408
+    x, grad = (rows_of(rng, counts, size, torch.bfloat16) for size in (depth, width))
+    num_experts = len(counts)
+    if step == "weight_gradient":
+        outputs = [Guarded(num_experts * width, depth, torch.bfloat16) for _ in range(20)]
+        for out in outputs:
+            grad_w = out.rows.view(num_experts, width, depth)
+            args = (grad, x, grad_w, ends_of(counts), None, False, "sm90", tile)
+            native._C.grouped_gemm_weight_gradient(*args)
+    elif step == "swiglu":
+        w = weights(rng, num_experts, 2 * width, depth, depth=depth, dtype=torch.bfloat16)
+        outputs = [Guarded(len(x), width, torch.bfloat16) for _ in range(20)]
+        for out in outputs:
+            native._C.grouped_swiglu_forward(x, w, out.rows, None, ends_of(counts), None, "sm90", tile)
+    elif step == "swiglu_backward":
+        w = weights(rng, num_experts, depth, width, depth=depth, dtype=torch.bfloat16)
+        gate_up = rows_of(rng, counts, 2 * width, torch.bfloat16)
+        outputs = [Guarded(len(x), 2 * width, torch.bfloat16) for _ in range(20)]
+        for out in outputs:
+            native._C.grouped_swiglu_backward(x, w, gate_up, out.rows, ends_of(counts), "sm90", tile)
+    else:
+        w = weights(rng, num_experts, width, depth, depth=depth, dtype=torch.bfloat16)
+        outputs = [Guarded(len(x), width, torch.bfloat16) for _ in range(20)]
+        for out in outputs:
+            native._C.grouped_gemm_forward(x, w, out.rows, ends_of(counts), None, False, "sm90", tile)
+    for out in outputs:
+        assert_same(out.rows, outputs[0].rows)
 
 
-def test_named_rows_are_refused(gpu_rng: torch.Generator) -> None:
-    x = rows_of(gpu_rng, [4], 64, torch.bfloat16)
-    w = weights(gpu_rng, 1, 64, 64, depth=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("step", "tile"),
+    [
+        *(("forward", tile) for tile in TILES),
+        *(("swiglu", tile) for tile in TILES),
+        *(("swiglu_backward", tile) for tile in LARGE_TILES),
+        ("weight_gradient", "auto"),
+    ],
+)
+def test_the_same_bits_every_time(step: str, tile: str, apart: Apart) -> None:
+    apart(check_same_bits, tile, step)
+
+
+def check_refusal_of_named_rows(name: str) -> None:
+    x = rows_of(generator(name, gpu.DEVICE), [4], 64, torch.bfloat16)
+    w = x.new_ones(1, 64, 64)
     idx = torch.arange(4, dtype=torch.int32, device=gpu.DEVICE)
     y = x.new_empty(4, 64)
     with pytest.raises(ValueError, match=r"^grouped_gemm: arch sm90 reads rows where they lie, got row_idx"):
         native._C.grouped_gemm_forward(x, w, y, ends_of([4]), idx, False, "sm90", "auto")
+
+
+def test_named_rows_are_refused(apart: Apart) -> None:
+    apart(check_refusal_of_named_rows)
+
+
+def product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return ops.grouped_gemm(x, w, offsets, arch="sm90" if x.is_cuda else "auto")
+
+
+def check_op(name: str, num_rows: int) -> None:
+    rng = generator(name)
+    x, w = randn(rng, num_rows, 136), randn(rng, 4, 72, 136) / 136**0.5
+    end = int(0.9 * num_rows)
+    offsets = torch.tensor([end // 7, end // 7, end // 2, end], dtype=torch.int32)
+    inputs = (x.bfloat16(), w.bfloat16(), offsets)
+    step = gpu.forward_and_backward(product)
+    gpu.assert_is_reference(step, *inputs)
+    gpu.assert_replay_follows(step, inputs, (*inputs[:2], torch.full_like(offsets, end)))
+    gpu.assert_never_waits(step, *inputs)
+    gpu.assert_runs_on_the_callers_stream(step, *inputs)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 77, 700])
+def test_the_op_and_its_gradients(num_rows: int, apart: Apart) -> None:
+    apart(check_op, num_rows)
+
+
+def layer(x: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
+    handle = ops.moe_permute_maps(idx, num_experts=len(down))
+    return ops.moe_experts(x, gate_up, down, handle, arch="sm90" if x.is_cuda else "auto")
+
+
+def check_layer(name: str, num_tokens: int) -> None:
+    rng = generator(name)
+    idx = routing(rng, num_tokens=num_tokens, num_experts=5, num_topk=2, kind="skewed")
+    gate_up, down = randn(rng, 5, 144, 136) / 136**0.5, randn(rng, 5, 136, 72) / 72**0.5
+    inputs = (randn(rng, num_tokens, 136).bfloat16(), gate_up.bfloat16(), down.bfloat16(), idx)
+    step = gpu.forward_and_backward(layer)
+    gpu.assert_is_reference(step, *inputs)
+    gpu.assert_never_waits(step, *inputs)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 90, 701])
+def test_the_expert_layer_and_its_gradients(num_tokens: int, apart: Apart) -> None:
+    apart(check_layer, num_tokens)
