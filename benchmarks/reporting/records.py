@@ -1,6 +1,7 @@
 """The stored runs below benchmarks/results/<device>: those of `make bench` and those of `make gpu-check`."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.check.record import FORMAT, KIND
+
 RESULTS = Path("benchmarks/results")
 ACCEPTED = "accepted.json"
 CPU = "cpu"  # the folder of results without a GPU
+MACHINE = ("device", "torch", "cuda", "driver", "python", "commit", "is_dirty")
+FIGURES = ("us", "call_us", "TFLOP/s", "GB/s", "share", "ceiling_TFLOP/s", "ceiling_GB/s")
 KEY = ("op", "step", "model", "routing", "shape", "dtype")  # what tells one result from another
 
 Key = tuple[str, ...]
@@ -59,28 +64,86 @@ def key_of(result: Result) -> Key:
     return tuple(str(result.get(name, "")) for name in KEY)
 
 
-def read_run(path: Path) -> Run:
-    """One file; ValueError naming it if it is no stored run."""
+def read_json(path: Path) -> Any:
+    """What a file holds; ValueError naming it where that cannot be had."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read, got {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} must hold JSON, got {error}") from error
-    if isinstance(stored, dict) and stored.get("kind") == "gpu-check":
-        return _check_run(path, stored)
-    if isinstance(stored, dict) and "machine_info" in stored:
-        return _benchmark_run(path, stored)
-    raise ValueError(f"{path} must be a run of pytest-benchmark or of gpu-check, got neither")
+
+
+def read_run(path: Path) -> Run:
+    """One file; ValueError naming it if it is no stored run."""
+    stored = read_json(path)
+    is_check = isinstance(stored, dict) and stored.get("kind") == KIND
+    if not is_check and not (isinstance(stored, dict) and "machine_info" in stored):
+        raise ValueError(f"{path} must be a run of pytest-benchmark or of gpu-check, got neither")
+    kind = KIND if is_check else "pytest-benchmark"
+    try:
+        run = _check_run(path, stored) if is_check else _benchmark_run(path, stored)
+        _check_kinds(run)
+    except KeyError as error:
+        raise ValueError(f"{path} must be a run of {kind}, got one without {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a run of {kind}, got one that is not whole: {error}") from error
+    return run
+
+
+def _check_kinds(run: Run) -> None:
+    """ValueError, TypeError or AttributeError for what tables and plots could not show."""
+    for name, value in (("started", run.started), ("commit", run.machine.get("commit") or "")):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {value!r}")
+    str(run.machine["device"])
+    for result in run.results:
+        for name in ("op", "step", "shape"):
+            if not isinstance(result[name], str):
+                raise ValueError(f"{name} must be text, got {result[name]!r}")
+        for name in FIGURES:
+            if name in result:
+                _check_positive(name, result[name])
+        for name, peer in result.get("peers", {}).items():
+            if "error" not in peer:
+                _check_positive(f"{name}'s ratio", peer["ratio"])
+    for counts in run.tests.values():
+        for kind, number in counts.items():
+            if not isinstance(number, int):
+                raise ValueError(f"the number of {kind} tests must be an integer, got {number!r}")
+    for tools in run.sanitizers.values():
+        for tool in tools.values():
+            str(tool["outcome"])
+
+
+def _check_positive(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number greater than 0, got {value!r}")
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """Every run of one device, the oldest first; of each file that is none, what is wrong with it."""
+    runs, problems = [], []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == ACCEPTED:
+            continue
+        try:
+            runs.append(read_run(path))
+        except ValueError as error:
+            problems.append(str(error))
+    return sorted(runs, key=lambda run: run.started), problems
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every run of one device, the oldest first."""
-    paths = [path for path in folder.glob("*.json") if path.name != ACCEPTED]
-    return sorted((read_run(path) for path in paths), key=lambda run: run.started)
+    """The runs of `read_folder`."""
+    return read_folder(folder)[0]
 
 
 def devices(root: Path) -> list[Path]:
-    """The folders of devices with runs in them."""
-    return sorted(folder for folder in root.glob("*") if folder.is_dir() and read_runs(folder))
+    """The folders of devices with files of runs in them."""
+    folders = [folder for folder in root.glob("*") if folder.is_dir()]
+    return sorted(one for one in folders if any(path.name != ACCEPTED for path in one.glob("*.json")))
 
 
 def newest_results(runs: Iterable[Run]) -> dict[Key, tuple[Result, Run]]:
@@ -98,20 +161,18 @@ def is_result(record: Result) -> bool:
 
 
 def _check_run(path: Path, stored: Mapping[str, Any]) -> Run:
-    names = ("device", "torch", "cuda", "driver", "python", "commit", "is_dirty")
-    try:
-        return Run(
-            path=path,
-            started=stored["started"],
-            machine={name: stored.get(name) for name in names},
-            results=[record for record in stored["benchmarks"] if is_result(record)],
-            is_check=True,
-            is_complete=stored["is_complete"],
-            tests=stored["tests"],
-            sanitizers=stored["sanitizers"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} must be a record of gpu-check, got one without {error}") from error
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, got {stored.get('format')!r}")
+    return Run(
+        path=path,
+        started=stored["started"],
+        machine={name: stored.get(name) for name in MACHINE},
+        results=[record for record in stored["benchmarks"] if is_result(record)],
+        is_check=True,
+        is_complete=stored["is_complete"],
+        tests=stored["tests"],
+        sanitizers=stored["sanitizers"],
+    )
 
 
 def _benchmark_run(path: Path, stored: Mapping[str, Any]) -> Run:

@@ -103,7 +103,10 @@ def _targets(results: Sequence[Result], device: str) -> str:
 
 
 def _slower(results: Sequence[Result], folder: Path) -> str:
-    found = slower(results, read_accepted(folder))
+    try:
+        found = slower(results, read_accepted(folder))
+    except ValueError as error:
+        return f"NOT COMPARED with accepted times: {error}"
     times = {key_of(result): result["us"] for result in results}
     rows = [
         (" ".join(part for part in key if part), f"{times[key]:.1f} us", f"{found[key]:.2f}x")

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.records import ACCEPTED, KEY, Key, Result, Run, key_of
+from benchmarks.reporting.records import ACCEPTED, KEY, Key, Result, Run, key_of, read_json
 
 TOLERANCE = 1.05  # a result that takes longer than this times its accepted time is flagged
 TARGETS = Path(__file__).with_name("targets.json")
@@ -101,11 +101,23 @@ def standings(targets: Iterable[Target], results: Iterable[Result], device: str)
 
 def read_accepted(folder: Path) -> dict[Key, float]:
     """The accepted microseconds of a device; {} where nothing has been accepted yet."""
-    path = folder / ACCEPTED
+    return {key: float(entry["us"]) for key, entry in _entries(folder / ACCEPTED).items()}
+
+
+def _entries(path: Path) -> dict[Key, Mapping[str, Any]]:
     if not path.exists():
         return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return {key_of(entry): float(entry["us"]) for entry in stored["accepted"]}
+    stored = read_json(path)
+    try:
+        found = {key_of(entry): entry for entry in stored["accepted"]}
+        wrong = [entry["us"] for entry in found.values() if not float(entry["us"]) > 0]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must hold accepted times, got what is none: {type(error).__name__} {error}"
+        ) from error
+    if wrong:
+        raise ValueError(f"{path} must hold times greater than 0, got {wrong[0]}")
+    return found
 
 
 def accept(folder: Path, run: Run) -> int:
@@ -115,10 +127,7 @@ def accept(folder: Path, run: Run) -> int:
     if not run.results:
         raise ValueError(f"--accept: {run.path} has no results")
     path = folder / ACCEPTED
-    kept: dict[Key, Mapping[str, Any]] = {}
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))["accepted"]
-        kept = {key_of(entry): entry for entry in stored}
+    kept = _entries(path)
     for result in run.results:
         names = {name: result[name] for name in KEY if name in result}
         kept[key_of(result)] = {**names, "us": result["us"], "day": run.day, "commit": run.commit}

@@ -52,10 +52,10 @@ def make_result() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Callable[..., Path]:
-    """Writes one record below tmp_path/results and gives its path."""
+    """Writes one record below tmp_path/benchmarks/results and gives its path."""
 
     def store_check(started: str, *results: dict[str, Any], **changes: Any) -> Path:
-        folder = tmp_path / "results" / "nvidia_h200"
+        folder = tmp_path / "benchmarks" / "results" / "nvidia_h200"
         folder.mkdir(parents=True, exist_ok=True)
         record = {
             "kind": "gpu-check",

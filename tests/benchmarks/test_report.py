@@ -85,12 +85,10 @@ def test_a_failure_is_said_too(make_result: Make, store: Store) -> None:
 
 def test_the_plots_are_those_of_the_gpu_that_was_measured_last(make_result: Make, store: Store) -> None:
     older, newer = read_run(store(NOON, make_result())), read_run(store(ONE))
-    root = older.path.parents[2]
+    root = older.path.parents[3]
     assert plots_of_newest(root, []) == ""
     assert plots_of_newest(root, [newer]) == ""  # it has no results
-    other = replace(
-        older, path=root / "results" / "nvidia_a100" / "x.json", machine={"device": "NVIDIA A100"}
-    )
+    other = replace(older, path=root / RESULTS / "nvidia_a100" / "x.json", machine={"device": "NVIDIA A100"})
     assert "results/nvidia_a100/ratios.png" in plots_of_newest(root, [older, other, newer])
     assert "nvidia_h200" not in plots_of_newest(root, [older, other, newer])
     assert "results/nvidia_h200/roofline.png" in plots_of_newest(root, [other, older])
@@ -155,33 +153,82 @@ def test_the_command_writes_all_and_accepts_and_flags(
     tree: Path, make_result: Make, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = store(NOON, make_result()).parent
-    arguments = ["--results", "results"]
-    assert main([*arguments, "--accept", "--check"], root=tree) == 0
+    assert main(["--accept", "--check"], root=tree) == 0
     written = {path.name for path in folder.iterdir()} - {"2026-11-20T12-00-00.json"}
     assert written == {"accepted.json", "report.md", "roofline.png", "ratios.png"}
     assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
     readme = (tree / "README.md").read_text(encoding="utf-8")
     assert "151 passed" in readme
     shown = re.findall(r"!\[\w+ of NVIDIA H200\]\(([^)]+)\)", readme)
-    assert shown == ["results/nvidia_h200/roofline.png", "results/nvidia_h200/ratios.png"]
+    assert shown == [
+        "benchmarks/results/nvidia_h200/roofline.png",
+        "benchmarks/results/nvidia_h200/ratios.png",
+    ]
     for name in [*shown, *re.findall(r"\[its report\]\(([^)]+)\)", readme)]:
         assert (tree / name).is_file()
     store(ONE, make_result(us=7.5))
-    assert main(arguments, root=tree) == 0
-    assert main([*arguments, "--check"], root=tree) == 1
+    assert main([], root=tree) == 0
+    assert main(["--check"], root=tree) == 1
     assert "1.07 times the accepted time: moe_gate forward v2 uniform" in capsys.readouterr().out
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert rows(page, "Over 5 % slower than accepted")[1][1] == "1.07"
 
 
 def test_a_folder_without_runs_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--results", "results", "nowhere"], root=tree) == 2
+    assert main(["nowhere"], root=tree) == 2
     assert re.search(r"report: .*nowhere holds no runs", capsys.readouterr().err)
+
+
+def test_runs_stored_elsewhere_leave_the_readme_alone(
+    tree: Path, make_result: Make, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = store(NOON, make_result()).parent
+    elsewhere = folder.parent.rename(tree / "elsewhere")
+    before = (tree / "README.md").read_text(encoding="utf-8")
+    assert main(["--results", str(elsewhere)], root=tree) == 0
+    assert (elsewhere / folder.name / "report.md").is_file()
+    assert (tree / "README.md").read_text(encoding="utf-8") == before
+    assert main(["--results", str(tree / "absent")], root=tree) == 2
+    assert capsys.readouterr().err == f"report: --results must be a folder, got {tree / 'absent'}\n"
+
+
+def spoiled(record: dict[str, Any], **changes: Any) -> str:
+    return json.dumps({**record, "benchmarks": [{**record["benchmarks"][0], **changes}]})
+
+
+def test_bad_files_are_named_in_a_line_each_and_the_others_are_used(
+    tree: Path, make_result: Make, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = store(NOON, make_result())
+    record = json.loads(path.read_text(encoding="utf-8"))
+    bad = {
+        "a": "{",
+        "b": json.dumps({"machine_info": [], "benchmarks": 3}),
+        "c": spoiled(record, us="12 us"),
+        "d": spoiled(record, **{"GB/s": 0.0}),
+        "e": json.dumps({**record, "format": 2}),
+        "f": spoiled(record, peers=["torch"]),
+        "g": json.dumps({**record, "tests": [1]}),
+        "h": spoiled(record, us=float("nan")),
+        "accepted": '{"accepted": [{"op": "moe_gate"}]}',
+    }
+    for name, text in bad.items():
+        (path.parent / f"{name}.json").write_text(text, encoding="utf-8")
+    (path.parent / "z.json").mkdir()
+    assert main([], root=tree) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    for name in [*bad, "z"]:
+        assert [line for line in lines if f"{name}.json must " in line], name
+    assert len(lines) == len(bad) + 1
+    assert "1 results of 1 runs" in captured.out
+    assert main(["--accept"], root=tree) == 2  # rather than overwrite what cannot be read
+    assert (path.parent / "accepted.json").read_text(encoding="utf-8") == bad["accepted"]
 
 
 def test_the_summary_names_what_is_slower_and_stays_short(make_result: Make, store: Store) -> None:
     path = store(NOON, make_result())
-    assert main(["--results", "results", "--accept"], root=_with_readme(path)) == 0
+    assert main(["--accept"], root=_with_readme(path)) == 0
     failures = [{"test": f"tests/gpu/test_moe_gate.py::test_{i}", "reason": "x" * 300} for i in range(200)]
     steps = [{"name": f"step {i}", "outcome": "failed", "seconds": 1.0, "note": "y" * 900} for i in range(40)]
     benchmarks = [make_result(us=9.0)]
@@ -196,7 +243,7 @@ def test_the_summary_names_what_is_slower_and_stays_short(make_result: Make, sto
 
 
 def _with_readme(path: Path) -> Path:
-    root = path.parents[2]
+    root = path.parents[3]
     (root / "README.md").write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
     return root
 
