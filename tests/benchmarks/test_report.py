@@ -138,10 +138,40 @@ def test_every_result_has_one_mark_under_the_roof(make_result: Make) -> None:
     assert figure.axes[1].lines[0].get_xdata()[0] == pytest.approx(500e3 / 860)
 
 
-def test_every_ratio_has_a_bar_and_errors_have_none(make_result: Make) -> None:
+def test_the_quickest_peer_of_a_result_has_a_bar_at_its_label(make_result: Make) -> None:
     peers = {"torch": {"us": 1.0, "ratio": 3.0}, "triton": {"us": 1.0, "ratio": 0.5}}
-    figure = ratios([make_result(), make_result(step="backward", peers=peers)], "NVIDIA H200")
-    assert sorted(bar.get_x() + bar.get_width() for bar in figure.axes[0].patches) == [0.5, 2.0, 3.0]
+    alone = {"vllm": {"error": "ImportError: no vllm"}}
+    results = [make_result(), make_result(step="backward", peers=peers), make_result("rope", peers=alone)]
+    (axes,) = ratios(results, "NVIDIA H200").axes
+    bars = {round(bar.get_y() + bar.get_height() / 2, 6): bar for bar in axes.patches}
+    assert {row: bar.get_x() + bar.get_width() for row, bar in bars.items()} == {0.0: 0.5, 1.0: 2.0}
+    assert list(axes.get_yticks()) == [0, 1]
+    assert [text.get_text().split()[1] for text in axes.get_yticklabels()] == ["backward", "forward"]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"torch", "triton"}
+
+
+def test_many_peers_make_no_tall_picture(make_result: Make) -> None:
+    peers = {f"peer {i}": {"us": 1.0, "ratio": 1.0 + i} for i in range(10)}
+    results = [make_result(shape=f"T={i}", peers=peers) for i in range(100)]
+    assert ratios(results, "NVIDIA H200").get_figheight() < 12
+
+
+def test_ratios_close_together_can_be_read(make_result: Make) -> None:
+    figure = ratios([make_result()], "NVIDIA H200")
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_xlim()
+    shown = [text for text in figure.axes[0].get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert {"1", "1.5", "2"} <= {text.get_text() for text in shown}
+
+
+def test_lines_of_ceilings_are_named(make_result: Make) -> None:
+    products = [
+        make_result("grouped_gemm", dtype=dtype, **{"TFLOP/s": 10.0}) for dtype in ("bfloat16", "float32")
+    ]
+    copies, roof = roofline([make_result(), *products], "NVIDIA H200").axes
+    assert [text.get_text() for text in copies.get_legend().get_texts()] == ["ceiling: a copy"]
+    names = [text.get_text() for text in roof.get_legend().get_texts()]
+    assert names == ["grouped_gemm", "ceilings bfloat16", "ceilings float32"]
 
 
 def test_no_results_make_empty_plots() -> None:

@@ -237,7 +237,7 @@ def test_the_table_says_that_there_was_no_gpu_and_what_the_ceilings_are() -> Non
     kept = {**RECORD, **ceilings, "bound": "cache"}
     kept.pop("share")
     machine = {"device": "AMD EPYC, 2 threads", "torch": "2.13.0", "note": "torch found no GPU"}
-    first, second, third, _, row = shown_table(machine, kept)
+    first, second, third, _, row = shown_table(machine, kept, {**ceilings, "dtype": "int32"})
     assert first == "AMD EPYC, 2 threads, torch 2.13.0; torch found no GPU"
     assert second == "ceilings: copy 20.5 GB/s, float32 product 0.15 TFLOP/s"
     assert third == "no kernel ran: the times of ops are those of their references in plain PyTorch"

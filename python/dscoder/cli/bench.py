@@ -201,7 +201,7 @@ def heading(report: dict[str, Any]) -> str:
     products = {
         f"{kept['dtype']} product {kept['ceiling_TFLOP/s']:g} TFLOP/s"
         for kept in records
-        if "ceiling_TFLOP/s" in kept
+        if "ceiling_TFLOP/s" in kept and "float" in kept["dtype"]
     }
     if copies:
         lines.append(f"ceilings: {', '.join([*sorted(copies), *sorted(products)])}")
