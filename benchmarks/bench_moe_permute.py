@@ -18,18 +18,24 @@ def rows(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> Tensor:
     return ops.moe_permute(x_TD, idx_TK, num_experts=num_experts)[0]
 
 
+def maps(idx_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The tokens of the rows are made too, and not compared: peers do not make them."""
+    handle = ops.moe_permute_maps(idx_TK, num_experts=num_experts)
+    return handle.offsets_E, handle.row_TK
+
+
 def num_bytes(step: str, num_tokens: int, layer: ExpertLayer) -> float:
-    """Forward reads the indices and T rows and writes the row map, the offsets and T * K rows; backward
+    """Forward reads the indices and T rows and writes both row maps, the offsets and T * K rows; backward
     reads the map and T * K rows and writes T.
     """
     rows = ITEM * num_tokens * (layer.num_topk + 1) * layer.width
     indices = 4 * num_tokens * layer.num_topk
-    return {"forward": rows + 2 * indices + 4 * layer.num_experts, "backward": rows + indices}[step]
+    return {"forward": rows + 3 * indices + 4 * layer.num_experts, "backward": rows + indices}[step]
 
 
 @pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("maps", many=True))
 def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
-    """Counts, END offsets and the row of every choice."""
+    """END offsets, the row of every choice and the token of every row."""
     layer = LAYERS[model]
     rng = cases.generator(f"{model} {routing}", DEVICE)
     idx = cases.routing(
@@ -42,11 +48,11 @@ def test_maps(measure: Callable[..., None], model: str, num_tokens: int, routing
         routing=routing,
         shape=layer.shape(num_tokens, width=False),
         dtype=torch.int32,
-        # Reads an index and writes a row for every choice, and the offsets.
-        num_bytes=4 * (2 * idx.numel() + layer.num_experts),
+        # Reads an index and writes a row and its token for every choice, and the offsets.
+        num_bytes=4 * (3 * idx.numel() + layer.num_experts),
     )
     problem = Problem(args=(idx,), kwargs={"num_experts": layer.num_experts})
-    measure(case, problem, ops.moe_permute_maps, peers_of("moe_permute", step, num_tokens))
+    measure(case, problem, maps, peers_of("moe_permute", step, num_tokens))
 
 
 @pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), routed_cases("forward", "backward"))

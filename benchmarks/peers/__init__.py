@@ -2,7 +2,7 @@
 
 Every peer takes the arguments of our op (`dscoder.ops`) and gives its result, with these exceptions:
     moe_gate      experts with equal probabilities may come in another order
-    moe_permute   the rows alone, in our order; "maps" is moe_permute_maps
+    moe_permute   the rows alone, in our order; "maps" is moe_permute_maps without the tokens of rows
     mla_*         the attention alone, no log-sum-exp
 A peer whose step is "backward" is differentiable: run it on inputs that require gradients.
 

@@ -23,38 +23,42 @@ struct Maps {
 };
 
 Maps read_maps(Call& call, const char* op, py::handle idx, py::handle offsets, py::handle row,
-               py::handle counts) {
+               py::handle token, py::handle counts) {
     const auto idx_TK = call.read<2>("idx", idx, kInt32);
     const auto [num_tokens, num_topk] = idx_TK.shape;
     const auto offsets_E = read_offsets(call, op, offsets);
     const int64_t num_experts = offsets_E.shape[0];
     const auto row_TK = call.read<2>("row", row, kInt32, {num_tokens, num_topk});
     const int64_t num_choices = num_tokens * num_topk;
+    const auto token_M = call.read<1>("token", token, kInt32, {num_choices});
     const auto counts_E =
         call.read<2>("counts", counts, kInt32, {moe_permute_num_counts(num_choices), num_experts});
     return {.params = {.idx = idx_TK.as<const int32_t>(),
                        .offsets = offsets_E.as<int32_t>(),
                        .row = row_TK.as<int32_t>(),
+                       .token = token_M.as<int32_t>(),
                        .counts = counts_E.as<int32_t>(),
                        .num_choices = num_choices,
-                       .num_experts = static_cast<int>(num_experts)},
+                       .num_experts = static_cast<int>(num_experts),
+                       .num_topk = static_cast<int>(num_topk)},
             .num_tokens = num_tokens,
             .num_topk = static_cast<int>(num_topk)};
 }
 
-void moe_permute_maps_forward(py::handle idx, py::handle offsets, py::handle row, py::handle counts) {
+void moe_permute_maps_forward(py::handle idx, py::handle offsets, py::handle row, py::handle token,
+                              py::handle counts) {
     constexpr const char* kOp = "moe_permute_maps";
     Call call(kOp);
-    const Maps maps = read_maps(call, kOp, idx, offsets, row, counts);
+    const Maps maps = read_maps(call, kOp, idx, offsets, row, token, counts);
     call.launch([&](cudaStream_t stream) { launch_moe_permute_maps(maps.params, stream); });
 }
 
 void moe_permute_forward(py::handle x, py::handle idx, py::handle rows, py::handle offsets, py::handle row,
-                         py::handle counts) {
+                         py::handle token, py::handle counts) {
     constexpr const char* kOp = "moe_permute";
     Call call(kOp);
     const FloatType type = call.float_type_of("x", x);
-    const Maps maps = read_maps(call, kOp, idx, offsets, row, counts);
+    const Maps maps = read_maps(call, kOp, idx, offsets, row, token, counts);
     const auto x_TD = call.read<2>("x", x, dtype_of(type), {maps.num_tokens, kAnySize});
     const int64_t width = x_TD.shape[1];
     const auto rows_MD = call.read<2>("rows", rows, dtype_of(type), {maps.params.num_choices, width});
@@ -136,9 +140,9 @@ void moe_unpermute_backward(py::handle grad, py::handle y, py::handle weight, py
 void register_moe_permute(py::module_& module) {
     module.def("moe_permute_num_counts", moe_permute_num_counts, py::arg("num_choices"));
     module.def("moe_permute_maps_forward", bind::moe_permute_maps_forward, py::arg("idx"), py::arg("offsets"),
-               py::arg("row"), py::arg("counts"));
+               py::arg("row"), py::arg("token"), py::arg("counts"));
     module.def("moe_permute_forward", bind::moe_permute_forward, py::arg("x"), py::arg("idx"),
-               py::arg("rows"), py::arg("offsets"), py::arg("row"), py::arg("counts"));
+               py::arg("rows"), py::arg("offsets"), py::arg("row"), py::arg("token"), py::arg("counts"));
     module.def("moe_permute_backward", bind::moe_permute_backward, py::arg("grad"), py::arg("row"),
                py::arg("grad_x"));
     module.def("moe_unpermute_forward", bind::moe_unpermute_forward, py::arg("y"), py::arg("weight"),

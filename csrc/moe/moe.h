@@ -110,9 +110,10 @@ struct MoePermuteMapsParams {
     const int32_t* idx;  // [T, K], any value
     int32_t* offsets;    // [E], the row after the last one of each expert
     int32_t* row;        // [T, K]
+    int32_t* token;      // [M], the token of each row; 0, a token in range, where the row is nobody's
     int32_t* counts;     // [moe_permute_num_counts(T * K), E], scratch: needs no initial value
     int64_t num_choices;
-    int num_experts;
+    int num_experts, num_topk;
 };
 
 // Rows of the scratch of MoePermuteMapsParams: one a chunk of choices, none where one block does it all.

@@ -119,12 +119,14 @@ __device__ __forceinline__ void place_segment(const MoePermuteMapsParams& p, int
         if (is_kept and (same & lanes_below) == 0) next_row[expert] += __popc(same);
         __syncwarp();
         if (choice < end) p.row[choice] = row;
+        if (is_kept) p.token[row] = static_cast<int32_t>(choice) / p.num_topk;
     }
 }
 
 __global__ void __launch_bounds__(kMapThreads)
     moe_permute_place_kernel(const MoePermuteMapsParams p, int64_t chunk) {
     DSC_SHARED(int[kMapWarps][kMoeMaxExperts], next_row);  // before that: choices of the warp
+    DSC_SHARED(int, num_used);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int own = threadIdx.x;  // the thread's expert
     DSC_UNROLL
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(kMapThreads)
     if (gridDim.x > 1 and own < p.num_experts) count = add_up_chunks(p.counts, p.num_experts, own);
     const int offset = inclusive_sum(count.total);
     if (blockIdx.x == 0 and own < p.num_experts) p.offsets[own] = offset;
+    if (own == kMapThreads - 1) num_used = offset;
     int row = offset - count.total + count.before;
     DSC_UNROLL
     for (int w = 0; w < kMapWarps; ++w) {
@@ -156,6 +159,9 @@ __global__ void __launch_bounds__(kMapThreads)
     }
     let_next_kernel_start();
     __syncthreads();
+    const int64_t first_unused = num_used + int64_t{blockIdx.x} * kMapThreads + own;
+    const int64_t num_threads = int64_t{gridDim.x} * kMapThreads;
+    for (int64_t unused = first_unused; unused < p.num_choices; unused += num_threads) p.token[unused] = 0;
     place_segment(p, begin, end, next_row[warp]);
 }
 

@@ -56,17 +56,18 @@ def idx_of(case: Case) -> Tensor:
     return idx
 
 
-def permute(host_ops: ModuleType, case: Case, x_TD: Tensor, idx_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def permute(host_ops: ModuleType, case: Case, x_TD: Tensor, idx_TK: Tensor) -> tuple[Tensor, ...]:
     num_rows = idx_TK.numel()
     rows_MD, rows_memory = guarded(num_rows, case.width, dtype=case.dtype)
     offsets_E, offsets_memory = guarded(case.num_experts, dtype=torch.int32)
     row_TK, row_memory = guarded(*idx_TK.shape, dtype=torch.int32)
+    token_M, token_memory = guarded(idx_TK.numel(), dtype=torch.int32)
     counts, counts_memory = guarded(
         host_ops.moe_permute_num_counts(num_rows), case.num_experts, dtype=torch.int32
     )
-    host_ops.moe_permute_forward(x_TD, idx_TK, rows_MD, offsets_E, row_TK, counts)
-    assert_guards_whole(rows_memory, offsets_memory, row_memory, counts_memory)
-    return rows_MD, offsets_E, row_TK
+    host_ops.moe_permute_forward(x_TD, idx_TK, rows_MD, offsets_E, row_TK, token_M, counts)
+    assert_guards_whole(rows_memory, offsets_memory, row_memory, token_memory, counts_memory)
+    return rows_MD, offsets_E, row_TK, token_M
 
 
 def sum_of_rows(host_ops: ModuleType, grad_MD: Tensor, row_TK: Tensor) -> Tensor:
@@ -88,11 +89,12 @@ def tensors_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def check(host_ops: ModuleType, host_kernels: ModuleType, case: Case) -> None:
     host_kernels.set_order(case.order)
     x_TD, idx_TK, grad_MD = tensors_of(case)
-    rows_MD, offsets_E, row_TK = permute(host_ops, case, x_TD, idx_TK)
+    rows_MD, offsets_E, row_TK, token_M = permute(host_ops, case, x_TD, idx_TK)
     leaf_TD = x_TD.clone().requires_grad_()
     wanted_MD, handle = ops.moe_permute(leaf_TD, idx_TK, num_experts=case.num_experts)
     compare.assert_same(offsets_E, handle.offsets_E)
     compare.assert_same(row_TK, handle.row_TK)
+    compare.assert_same(token_M, handle.token_M)
     compare.assert_same(rows_MD, wanted_MD.detach())
 
     grad_MD = poison_rows_from(grad_MD, int(offsets_E[-1]))
@@ -141,13 +143,14 @@ def test_nothing_to_move(host_ops: ModuleType, host_kernels: ModuleType, case: C
 # ---- chunks ----
 
 
-def maps(host_ops: ModuleType, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def maps(host_ops: ModuleType, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     offsets_E, offsets_memory = guarded(num_experts, dtype=torch.int32)
     row_TK, row_memory = guarded(*idx_TK.shape, dtype=torch.int32)
+    token_M, token_memory = guarded(idx_TK.numel(), dtype=torch.int32)
     counts, _ = guarded(host_ops.moe_permute_num_counts(idx_TK.numel()), num_experts, dtype=torch.int32)
-    host_ops.moe_permute_maps_forward(idx_TK, offsets_E, row_TK, counts)
-    assert_guards_whole(offsets_memory, row_memory)
-    return offsets_E, row_TK
+    host_ops.moe_permute_maps_forward(idx_TK, offsets_E, row_TK, token_M, counts)
+    assert_guards_whole(offsets_memory, row_memory, token_memory)
+    return offsets_E, row_TK, token_M
 
 
 @pytest.mark.parametrize("num_choices", [MIN_CHUNK * MAX_CHUNKS + 5, 3 * MIN_CHUNK * 17 + 1])
@@ -157,9 +160,9 @@ def test_maps_of_many_chunks(host_ops: ModuleType, host_kernels: ModuleType, num
     host_kernels.set_order(num_choices)
     case = Case(num_tokens=num_choices, num_topk=1, num_experts=37)
     handle = ops.moe_permute_maps(idx_of(case), num_experts=37)
-    offsets_E, row_TK = maps(host_ops, idx_of(case), 37)
-    compare.assert_same(offsets_E, handle.offsets_E)
-    compare.assert_same(row_TK, handle.row_TK)
+    wanted = (handle.offsets_E, handle.row_TK, handle.token_M)
+    for got, want in zip(maps(host_ops, idx_of(case), 37), wanted, strict=True):
+        compare.assert_same(got, want)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,8 @@ KERNEL_OPS = ("moe_permute", "moe_permute_maps", "moe_permute_backward")
 def forward_and_backward(x_TD: Tensor, idx_TK: Tensor, grad_MD: Tensor) -> tuple[Tensor, ...]:
     leaf_TD = x_TD.detach().requires_grad_()
     rows_MD, handle = ops.moe_permute(leaf_TD, idx_TK, num_experts=64)
-    return rows_MD.detach(), handle.offsets_E, handle.row_TK, *torch.autograd.grad(rows_MD, leaf_TD, grad_MD)
+    maps = (handle.offsets_E, handle.row_TK, handle.token_M)
+    return rows_MD.detach(), *maps, *torch.autograd.grad(rows_MD, leaf_TD, grad_MD)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -259,6 +263,7 @@ def test_the_op_and_its_gradient_run_on_the_kernels(
     handle = ops.moe_permute_maps(tensors[1], num_experts=64)
     compare.assert_same(handle.offsets_E, wanted_handle.offsets_E)
     compare.assert_same(handle.row_TK, wanted_handle.row_TK)
+    compare.assert_same(handle.token_M, wanted_handle.token_M)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +310,7 @@ def int32(*shape: int) -> Tensor:
         ({"rows": torch.zeros(9, 8)}, ValueError, r"rows must have shape \[8, 8\], got \[9, 8\]"),
         ({"rows": torch.zeros(8, 8).half()}, TypeError, "rows must be float32, got float16"),
         ({"idx": int32(4, 2).long()}, TypeError, "idx must be int32, got int64"),
+        ({"token": int32(7)}, ValueError, r"token must have shape \[8\], got \[7\]"),
         ({"row": int32(4, 3)}, ValueError, r"row must have shape \[4, 2\], got \[4, 3\]"),
         (
             {"offsets": int32(0), "counts": int32(0, 0)},
@@ -318,7 +324,7 @@ def int32(*shape: int) -> Tensor:
         ),
         ({"counts": int32(1, 3)}, ValueError, r"counts must have shape \[0, 3\], got \[1, 3\]"),
         (
-            {"idx": int32(4, 17), "row": int32(4, 17), "rows": torch.zeros(68, 8)},
+            {"idx": int32(4, 17), "row": int32(4, 17), "token": int32(68), "rows": torch.zeros(68, 8)},
             ValueError,
             "idx must have at most 16 columns, got 17",
         ),
@@ -329,7 +335,8 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     arguments = {
         **{"x": torch.zeros(4, 8), "idx": int32(4, 2), "rows": torch.full((8, 8), torch.nan)},
-        **{"offsets": int32(3), "row": int32(4, 2), "counts": int32(0, 3), **fields},
+        **{"offsets": int32(3), "row": int32(4, 2), "token": int32(8), "counts": int32(0, 3)},
+        **fields,
     }
     with pytest.raises(error, match=f"^moe_permute: {message}"):
         host_ops.moe_permute_forward(**arguments)

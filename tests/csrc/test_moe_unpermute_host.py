@@ -4,7 +4,7 @@ Rows of nobody are NaN, as are weights of dropped choices; outputs start out poi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -174,7 +174,7 @@ def test_a_row_outside_the_tensor_is_neither_read_nor_written(host_ops: ModuleTy
     wild = Tensors(
         y_MD=t.y_MD,
         weight_TK=t.weight_TK,
-        handle=ops.PermuteHandle(offsets_E=torch.full((2,), -WILD, dtype=torch.int32), row_TK=wild_TK),
+        handle=replace(t.handle, offsets_E=torch.full((2,), -WILD, dtype=torch.int32), row_TK=wild_TK),
         grad_TD=t.grad_TD,
     )
     weight_TK = t.weight_TK.masked_fill(wild_TK == WILD, 0.0)
@@ -213,8 +213,8 @@ def test_the_op_and_its_gradients_run_on_the_kernels(
 
 def test_strides_change_nothing(use_kernels: Callable[..., None]) -> None:
     t = tensors_of(Case(num_tokens=37))
-    handle = ops.PermuteHandle(
-        offsets_E=with_strides(t.handle.offsets_E), row_TK=with_strides(t.handle.row_TK)
+    handle = replace(
+        t.handle, offsets_E=with_strides(t.handle.offsets_E), row_TK=with_strides(t.handle.row_TK)
     )
     use_kernels(*KERNEL_OPS)
     wanted = forward_and_backward(t.y_MD, t.weight_TK, t.handle, t.grad_TD)

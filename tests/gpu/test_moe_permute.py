@@ -20,7 +20,7 @@ WILD = [-(2**31), -1, 2**31 - 1]
 def permute(num_experts: int) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     def run(x_TD: Tensor, idx_TK: Tensor) -> tuple[Tensor, ...]:
         rows_MD, handle = ops.moe_permute(x_TD, idx_TK, num_experts=num_experts)
-        return rows_MD, handle.offsets_E, handle.row_TK
+        return rows_MD, handle.offsets_E, handle.row_TK, handle.token_M
 
     return run
 
@@ -69,9 +69,9 @@ def test_as_many_tokens_as_a_models_step_has(model: str, rng: torch.Generator) -
     idx = routing(rng, num_tokens=8192, num_experts=num_experts, num_topk=num_topk)
     x = randn(rng, 8192, width, dtype=torch.bfloat16).to(gpu.DEVICE)
     gpu.poison_free_memory()
-    rows, offsets, row, grad_x = step(num_experts)(x, idx.to(gpu.DEVICE))
+    rows, offsets, row, token, grad_x = step(num_experts)(x, idx.to(gpu.DEVICE))
     wanted = ops.moe_permute_maps(idx, num_experts=num_experts)
-    gpu.assert_agrees((offsets, row), (wanted.offsets_E, wanted.row_TK))
+    gpu.assert_agrees((offsets, row, token), (wanted.offsets_E, wanted.row_TK, wanted.token_M))
     assert_same(rows[row.long()], x[:, None].expand(-1, num_topk, -1))
     grad_rows = (torch.arange(rows.numel(), device=rows.device) % 17 - 8).div(8).view_as(rows)
     assert_close(grad_x, grad_rows[row.long()].sum(dim=1))
@@ -84,9 +84,9 @@ def test_as_many_tokens_as_a_models_step_has(model: str, rng: torch.Generator) -
 def test_the_maps_are_the_references(
     num_tokens: int, num_experts: int, num_topk: int, rng: torch.Generator
 ) -> None:
-    def maps(idx_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def maps(idx_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         handle = ops.moe_permute_maps(idx_TK, num_experts=num_experts)
-        return handle.offsets_E, handle.row_TK
+        return handle.offsets_E, handle.row_TK, handle.token_M
 
     gpu.assert_is_reference(maps, any_idx(rng, num_tokens, num_experts, num_topk))
 
@@ -119,7 +119,7 @@ def test_it_passes_opcheck(rng: torch.Generator) -> None:
     idx = any_idx(rng, 37, 64, 6).to(gpu.DEVICE)
     assert_op_registered(torch.ops.dscoder.moe_permute.default, (x, idx, 64))
     assert_op_registered(torch.ops.dscoder.moe_permute_maps.default, (idx, 64))
-    rows, _, row = torch.ops.dscoder.moe_permute.default(x.detach(), idx, 64)
+    rows, _, row, _ = torch.ops.dscoder.moe_permute.default(x.detach(), idx, 64)
     assert_op_registered(torch.ops.dscoder.moe_permute_backward.default, (rows, row))
 
 
@@ -192,4 +192,4 @@ def test_an_output_on_another_device_is_refused() -> None:
     counts = idx.new_empty(0, 3)
     message = r"^moe_permute_maps: row must be on a CUDA device, got cpu$"
     with pytest.raises(ValueError, match=message):
-        native._C.moe_permute_maps_forward(idx, idx.new_empty(3), idx.cpu(), counts)
+        native._C.moe_permute_maps_forward(idx, idx.new_empty(3), idx.cpu(), idx.new_empty(2), counts)

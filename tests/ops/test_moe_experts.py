@@ -133,7 +133,11 @@ def test_nan_stays_with_its_token_and_its_experts(rng: torch.Generator) -> None:
 
 def test_strides_change_nothing(rng: torch.Generator) -> None:
     handle, x, (gate_up, down) = maps(choices(rng, "uniform")), randn(rng, 9, WIDTH), weights(rng)
-    spread = PermuteHandle(offsets_E=with_strides(handle.offsets_E), row_TK=with_strides(handle.row_TK))
+    spread = PermuteHandle(
+        offsets_E=with_strides(handle.offsets_E),
+        row_TK=with_strides(handle.row_TK),
+        token_M=with_strides(handle.token_M),
+    )
     step = gpu.forward_and_backward(lambda *tensors: ops.moe_experts(*tensors, spread))
     wanted = gpu.forward_and_backward(lambda *tensors: ops.moe_experts(*tensors, handle))(x, gate_up, down)
     gpu.assert_agrees(step(with_strides(x), with_strides(gate_up), with_strides(down)), wanted)
@@ -235,6 +239,7 @@ X = torch.zeros(3, WIDTH)
 GATE_UP = torch.zeros(NUM_EXPERTS, 2 * EXPERT_WIDTH, WIDTH)
 DOWN = torch.zeros(NUM_EXPERTS, WIDTH, EXPERT_WIDTH)
 OFFSETS, ROW = torch.zeros(NUM_EXPERTS, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
+TOKEN = torch.zeros(6, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -251,14 +256,18 @@ OFFSETS, ROW = torch.zeros(NUM_EXPERTS, dtype=torch.int32), torch.zeros(3, 2, dt
         ({"offsets": OFFSETS.long()}, TypeError, "offsets must be int32, got int64"),
         ({"offsets": OFFSETS[:4]}, ValueError, r"offsets must have shape \(5,\), got \(4,\)"),
         ({"row": ROW.long()}, TypeError, "row must be int32, got int64"),
+        ({"token": TOKEN.long()}, TypeError, "token must be int32, got int64"),
+        ({"token": TOKEN[:5]}, ValueError, r"token must have shape \(6,\), got \(5,\)"),
+        ({"token": TOKEN.to("meta")}, ValueError, "token must be on cpu like x, got meta"),
         ({"row": ROW[:2]}, ValueError, r"row must have shape \(3, 2\), got \(2, 2\)"),
         ({"down": DOWN.to("meta")}, ValueError, "down must be on cpu like x, got meta"),
         ({"row": ROW.to("meta")}, ValueError, "row must be on cpu like x, got meta"),
     ],
 )
 def test_wrong_arguments_are_named(changed: dict[str, Tensor], error: type[Exception], message: str) -> None:
-    named = {"x": X, "gate_up": GATE_UP, "down": DOWN, "offsets": OFFSETS, "row": ROW, **changed}
-    handle = PermuteHandle(offsets_E=named["offsets"], row_TK=named["row"])
+    named = {"x": X, "gate_up": GATE_UP, "down": DOWN, "offsets": OFFSETS, "row": ROW, "token": TOKEN}
+    named |= changed
+    handle = PermuteHandle(offsets_E=named["offsets"], row_TK=named["row"], token_M=named["token"])
     with pytest.raises(error, match=f"^moe_experts: {message}$"):
         ops.moe_experts(named["x"], named["gate_up"], named["down"], handle)
 

@@ -18,7 +18,8 @@ def test_rows_lie_in_expert_order_and_keep_token_order() -> None:
     assert rows.tolist() == [[10.0], [11.0], [10.0], [11.0], [12.0], [12.0]]
     assert handle.offsets_E.tolist() == [2, 2, 5, 6, 6]
     assert handle.row_TK.tolist() == [[2, 0], [1, 3], [4, 5]]
-    assert handle.offsets_E.dtype == handle.row_TK.dtype == torch.int32
+    assert handle.token_M.tolist() == [0, 1, 0, 1, 2, 2]
+    assert handle.offsets_E.dtype == handle.row_TK.dtype == handle.token_M.dtype == torch.int32
 
 
 def test_a_dropped_choice_gets_no_row_and_the_rest_is_zero() -> None:
@@ -27,6 +28,7 @@ def test_a_dropped_choice_gets_no_row_and_the_rest_is_zero() -> None:
     assert rows.tolist() == [[11.0], [10.0], [11.0], [0.0], [0.0], [0.0]]
     assert handle.offsets_E.tolist() == [1, 3]
     assert handle.row_TK.tolist() == [[1, -1], [0, 2], [-1, -1]]
+    assert handle.token_M.tolist() == [1, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("wild", [-(2**31), -7, 3, 2**31 - 1])
@@ -65,6 +67,7 @@ def test_the_maps_alone_are_those_of_the_rows(rng: torch.Generator) -> None:
     handle = ops.moe_permute_maps(idx, num_experts=8)
     assert_same(handle.offsets_E, wanted.offsets_E)
     assert_same(handle.row_TK, wanted.row_TK)
+    assert_same(handle.token_M, wanted.token_M)
 
 
 def test_a_second_derivative_is_refused(rng: torch.Generator) -> None:
@@ -105,16 +108,16 @@ def test_it_is_a_proper_op(num_tokens: int, rng: torch.Generator) -> None:
     idx = routing(rng, num_tokens=num_tokens, num_experts=8, num_topk=3)
     assert_op_registered(torch.ops.dscoder.moe_permute.default, (x, idx, 8))
     assert_op_registered(torch.ops.dscoder.moe_permute_maps.default, (idx, 8))
-    rows, _, row = torch.ops.dscoder.moe_permute.default(x.detach(), idx, 8)
+    rows, _, row, _ = torch.ops.dscoder.moe_permute.default(x.detach(), idx, 8)
     assert_op_registered(torch.ops.dscoder.moe_permute_backward.default, (rows, row))
 
 
 def test_it_compiles_whole(rng: torch.Generator) -> None:
     x, idx = randn(rng, 7, 5), routing(rng, num_tokens=7, num_experts=8, num_topk=3)
 
-    def permute(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def permute(x: Tensor) -> tuple[Tensor, ...]:
         rows, handle = ops.moe_permute(x + 1, idx, num_experts=8)
-        return rows, handle.offsets_E, handle.row_TK
+        return rows, handle.offsets_E, handle.row_TK, handle.token_M
 
     compiled = torch.compile(permute, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(compiled(x), permute(x), strict=True):

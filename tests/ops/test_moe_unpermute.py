@@ -9,11 +9,14 @@ from dscoder.testing.cases import randn, routing
 from dscoder.testing.compare import assert_close, assert_gradients, assert_op_registered, assert_same
 from dscoder.testing.poison import poison_rows_from, with_strides
 
+UNREAD = torch.zeros(0, dtype=torch.int32)  # the tokens of the rows are not what is summed by
+
 
 def handle_of(rows: list[list[int]]) -> ops.PermuteHandle:
     """A handle of one expert."""
     row_TK = torch.tensor(rows, dtype=torch.int32)
-    return ops.PermuteHandle(offsets_E=(row_TK >= 0).sum(dtype=torch.int32).view(1), row_TK=row_TK)
+    num_used = (row_TK >= 0).sum(dtype=torch.int32)
+    return ops.PermuteHandle(offsets_E=num_used.view(1), row_TK=row_TK, token_M=UNREAD)
 
 
 def random_case(
@@ -161,7 +164,9 @@ def test_a_handle_with_a_hole_or_a_row_twice_is_refused(
     rows: list[list[int]], num_used: int, got: str
 ) -> None:
     handle = ops.PermuteHandle(
-        offsets_E=torch.tensor([0, num_used], dtype=torch.int32), row_TK=handle_of(rows).row_TK
+        offsets_E=torch.tensor([0, num_used], dtype=torch.int32),
+        row_TK=handle_of(rows).row_TK,
+        token_M=UNREAD,
     )
     wanted = r"row must name each row below offsets\[-1\] once"
     with pytest.raises(ValueError, match=rf"^moe_unpermute: {wanted}, {got}$"):
@@ -185,7 +190,7 @@ ROW_TK, OFFSETS_E = torch.arange(4, dtype=torch.int32).view(2, 2), torch.tensor(
     ],
 )
 def test_a_wrong_handle_is_named(row: Any, offsets: Any, error: type[Exception], message: str) -> None:
-    handle = ops.PermuteHandle(offsets_E=offsets, row_TK=row)
+    handle = ops.PermuteHandle(offsets_E=offsets, row_TK=row, token_M=UNREAD)
     with pytest.raises(error, match=f"^moe_unpermute: {message}$"):
         ops.moe_unpermute(torch.zeros(4, 2), torch.zeros(2, 2), handle)
 

@@ -12,15 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dscoder.ops.grouped_gemm import (
-    kernel_refusal,
-    loaded_rows,
-    product_by_expert,
-    product_in_pieces,
-    rows_of,
-    runs_reference,
-    stored_weights,
-)
+from dscoder.ops.grouped_gemm import product_by_expert, product_in_pieces, stored_weights
+from dscoder.ops.grouped_gemm_plan import kernel_refusal, loaded_rows, rows_of, runs_reference
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
@@ -79,20 +72,21 @@ def moe_experts(
     check_shape(OP, "gate_up", gate_up_EFD, (num_experts, 2 * expert_width, width))
     check_shape(OP, "offsets", offsets_E, (num_experts,))
     check_devices(OP, x=x_TD, gate_up=gate_up_EFD, down=down_EDF, offsets=offsets_E)
-    check_arch(OP, arch, x_TD, lambda: kernel_refusal(x_TD.dtype, num_experts, D=width, F=expert_width))
+    check_arch(OP, arch, x_TD, lambda: kernel_refusal(x_TD, num_experts, D=width, F=expert_width))
     weights = (gate_up_EFD, down_EDF)
     if not isinstance(handle, PermuteHandle):
         return _experts(x_TD, *weights, offsets_E, None, None, arch)
-    row_TK = handle.row_TK
+    row_TK, token_M = handle.row_TK, handle.token_M
     check_tensor(OP, "row", row_TK, num_dims=2, dtypes=(torch.int32,))
     check_shape(OP, "row", row_TK, (x_TD.shape[0], row_TK.shape[1]))
-    check_devices(OP, x=x_TD, row=row_TK)
-    token_M = _token_of_row(row_TK)
+    check_tensor(OP, "token", token_M, num_dims=1, dtypes=(torch.int32,))
+    check_shape(OP, "token", token_M, (row_TK.numel(),))
+    check_devices(OP, x=x_TD, row=row_TK, token=token_M)
     if gathers is None:
         on_cpu = x_TD.device.type == "cpu"
         gathers = not (on_cpu or runs_reference(arch, x_TD, num_experts, D=width, F=expert_width))
     if gathers:
-        return _experts(x_TD, *weights, offsets_E, row_TK, token_M, arch)
+        return _experts(x_TD, *weights, offsets_E, row_TK, token_M.contiguous(), arch)
     x_MD = torch.ops.dscoder.moe_experts_rows.default(x_TD, row_TK, token_M)
     return _experts(x_MD, *weights, offsets_E, None, None, arch)
 
@@ -114,15 +108,6 @@ def _experts(
         x, gate_up_EFD, down_EDF, offsets_E, row_TK, token_M, needs_gradient, arch
     )
     return y_MD
-
-
-def _token_of_row(row_TK: Tensor) -> Tensor:
-    """int32: the token that each row is for; a token in range where it is for none."""
-    num_tokens, num_topk = row_TK.shape
-    token = row_TK.new_zeros(num_tokens * num_topk + 1)
-    # -1, what was dropped, is the place behind the last row.
-    token[row_TK.long()] = torch.arange(num_tokens, dtype=torch.int32, device=row_TK.device)[:, None]
-    return token[:-1]
 
 
 # ---- references ----

@@ -34,6 +34,7 @@ class PermuteHandle:
 
     offsets_E: Tensor  # int32, row after the last one of each expert
     row_TK: Tensor  # int32, row of each token's k-th choice; -1: dropped
+    token_M: Tensor  # int32, token of each row; 0 from offsets_E[-1] on
 
 
 def moe_permute(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> tuple[Tensor, PermuteHandle]:
@@ -53,8 +54,8 @@ def moe_permute(x_TD: Tensor, idx_TK: Tensor, *, num_experts: int) -> tuple[Tens
     check_devices(op, x=x_TD, idx=idx_TK)
     _check_num_experts(op, num_experts)
     x_MD: Tensor
-    x_MD, offsets_E, row_TK = torch.ops.dscoder.moe_permute.default(x_TD, idx_TK, num_experts)
-    return x_MD, PermuteHandle(offsets_E=offsets_E, row_TK=row_TK)
+    x_MD, offsets_E, row_TK, token_M = torch.ops.dscoder.moe_permute.default(x_TD, idx_TK, num_experts)
+    return x_MD, PermuteHandle(offsets_E=offsets_E, row_TK=row_TK, token_M=token_M)
 
 
 def moe_permute_maps(idx_TK: Tensor, *, num_experts: int) -> PermuteHandle:
@@ -62,8 +63,8 @@ def moe_permute_maps(idx_TK: Tensor, *, num_experts: int) -> PermuteHandle:
     op = "moe_permute_maps"
     check_tensor(op, "idx", idx_TK, num_dims=2, dtypes=(torch.int32,))
     _check_num_experts(op, num_experts)
-    offsets_E, row_TK = torch.ops.dscoder.moe_permute_maps.default(idx_TK, num_experts)
-    return PermuteHandle(offsets_E=offsets_E, row_TK=row_TK)
+    offsets_E, row_TK, token_M = torch.ops.dscoder.moe_permute_maps.default(idx_TK, num_experts)
+    return PermuteHandle(offsets_E=offsets_E, row_TK=row_TK, token_M=token_M)
 
 
 def _check_num_experts(op: str, num_experts: int) -> None:
@@ -74,27 +75,24 @@ def _check_num_experts(op: str, num_experts: int) -> None:
 # ---- references ----
 
 
-def _sort(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The flat choice that each row belongs to (unused rows: the dropped ones), offsets_E and row_TK."""
+def _maps(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     is_dropped_TK = (idx_TK < 0) | (idx_TK >= num_experts)
     # Dropped choices sort behind the last expert.
     expert_M, slot_M = idx_TK.masked_fill(is_dropped_TK, num_experts).flatten().sort(stable=True)
     experts = torch.arange(num_experts, dtype=torch.int32, device=idx_TK.device)
     offsets_E = torch.searchsorted(expert_M, experts, right=True, out_int32=True)
-    row_M = torch.empty_like(slot_M, dtype=torch.int32)
-    row_M[slot_M] = torch.arange(idx_TK.numel(), dtype=torch.int32, device=idx_TK.device)
-    return slot_M, offsets_E, row_M.view(idx_TK.shape).masked_fill_(is_dropped_TK, -1)
+    rows = torch.arange(idx_TK.numel(), dtype=torch.int32, device=idx_TK.device)
+    row_M = torch.empty_like(rows)
+    row_M[slot_M] = rows
+    token_M = (slot_M // max(idx_TK.shape[1], 1)).to(torch.int32).masked_fill_(rows >= offsets_E[-1], 0)
+    return offsets_E, row_M.view(idx_TK.shape).masked_fill_(is_dropped_TK, -1), token_M
 
 
-def _maps(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    return _sort(idx_TK, num_experts)[1:]
-
-
-def _forward(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    slot_M, offsets_E, row_TK = _sort(idx_TK, num_experts)
-    x_MD = x_TD.index_select(0, slot_M // max(idx_TK.shape[1], 1))
+def _forward(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offsets_E, row_TK, token_M = _maps(idx_TK, num_experts)
+    x_MD = x_TD.index_select(0, token_M)
     x_MD[int(offsets_E[-1]) :] = 0
-    return x_MD, offsets_E, row_TK
+    return x_MD, offsets_E, row_TK, token_M
 
 
 def kept_slots(row_TK: Tensor) -> Tensor:
@@ -129,11 +127,11 @@ def gather_rows(y_MD: Tensor, row_TK: Tensor) -> Tensor:
     return rows[row_TK.long()]  # -1 is the row of zeros
 
 
-def _forward_wide(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    slot_M, offsets_E, row_TK = _sort(idx_TK, num_experts)
-    x_MD = x_TD.index_select(0, slot_M // max(idx_TK.shape[1], 1))
+def _forward_wide(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offsets_E, row_TK, token_M = _maps(idx_TK, num_experts)
+    x_MD = x_TD.index_select(0, token_M)
     is_unused_M = torch.arange(len(x_MD), device=x_MD.device) >= offsets_E[-1]
-    return x_MD.masked_fill_(is_unused_M[:, None], 0), offsets_E, row_TK
+    return x_MD.masked_fill_(is_unused_M[:, None], 0), offsets_E, row_TK, token_M
 
 
 def _counts(idx_TK: Tensor, num_experts: int) -> Tensor:
@@ -141,62 +139,64 @@ def _counts(idx_TK: Tensor, num_experts: int) -> Tensor:
     return idx_TK.new_empty(native._C.moe_permute_num_counts(idx_TK.numel()), num_experts)
 
 
-def _maps_kernel(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _maps_kernel(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     idx_TK = idx_TK.contiguous()
-    offsets_E, row_TK = _maps_fake(idx_TK, num_experts)
-    native._C.moe_permute_maps_forward(idx_TK, offsets_E, row_TK, _counts(idx_TK, num_experts))
-    return offsets_E, row_TK
+    maps = _maps_fake(idx_TK, num_experts)
+    native._C.moe_permute_maps_forward(idx_TK, *maps, _counts(idx_TK, num_experts))
+    return maps
 
 
-def _forward_kernel(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_kernel(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x_TD.dtype == torch.float64:
         return _forward_wide(x_TD, idx_TK, num_experts)
     idx_TK = idx_TK.contiguous()
-    x_MD, offsets_E, row_TK = _fake(x_TD, idx_TK, num_experts)
+    x_MD, offsets_E, row_TK, token_M = _fake(x_TD, idx_TK, num_experts)
     counts = _counts(idx_TK, num_experts)
-    native._C.moe_permute_forward(aligned(x_TD), idx_TK, x_MD, offsets_E, row_TK, counts)
-    return x_MD, offsets_E, row_TK
+    native._C.moe_permute_forward(aligned(x_TD), idx_TK, x_MD, offsets_E, row_TK, token_M, counts)
+    return x_MD, offsets_E, row_TK, token_M
 
 
 def _backward_kernel(grad_MD: Tensor, row_TK: Tensor) -> Tensor:
     if grad_MD.dtype == torch.float64:
         return gather_rows(grad_MD, row_TK).sum(dim=1)
     grad_TD = _backward_fake(grad_MD, row_TK)
-    native._C.moe_permute_backward(aligned(grad_MD), row_TK, grad_TD)
+    native._C.moe_permute_backward(aligned(grad_MD), row_TK.contiguous(), grad_TD)
     return grad_TD
 
 
-def _maps_fake(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    return idx_TK.new_empty(num_experts), idx_TK.new_empty(idx_TK.shape)
+def _maps_fake(idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = idx_TK.shape[0] * idx_TK.shape[1]
+    return idx_TK.new_empty(num_experts), idx_TK.new_empty(idx_TK.shape), idx_TK.new_empty(num_rows)
 
 
-def _fake(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    x_MD = x_TD.new_empty(idx_TK.shape[0] * idx_TK.shape[1], x_TD.shape[1])
-    return x_MD, *_maps_fake(idx_TK, num_experts)
+def _fake(x_TD: Tensor, idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offsets_E, row_TK, token_M = _maps_fake(idx_TK, num_experts)
+    return x_TD.new_empty(token_M.shape[0], x_TD.shape[1]), offsets_E, row_TK, token_M
 
 
 def _backward_fake(grad_MD: Tensor, row_TK: Tensor) -> Tensor:
     return grad_MD.new_empty(row_TK.shape[0], grad_MD.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx: Any, grad_MD: Tensor, _offsets: None, _row: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_MD: Tensor, *_maps: None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("moe_permute")
     (row_TK,) = ctx.saved_tensors
     return torch.ops.dscoder.moe_permute_backward.default(grad_MD, row_TK), None, None
 
 
 define_op(
-    "moe_permute(Tensor x, Tensor idx, int num_experts) -> (Tensor x, Tensor offsets, Tensor row)",
+    "moe_permute(Tensor x, Tensor idx, int num_experts)"
+    " -> (Tensor x, Tensor offsets, Tensor row, Tensor token)",
     reference=_forward,
     kernel=_forward_kernel,
     fake=_fake,
 )
 define_op(
-    "moe_permute_maps(Tensor idx, int num_experts) -> (Tensor offsets, Tensor row)",
+    "moe_permute_maps(Tensor idx, int num_experts) -> (Tensor offsets, Tensor row, Tensor token)",
     reference=_maps,
     kernel=_maps_kernel,
     fake=_maps_fake,

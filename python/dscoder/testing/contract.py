@@ -33,7 +33,7 @@ ROW_OF_32 = {"REDUX.MAX": 2, "SHFL.BFLY": 5, "VOTE": 1}
 ROWS = {2: (32, 56), 4: (32, 64), 6: (48, 64), 8: (64, 96), 16: (96, 168)}
 ROW_KERNELS = {
     "moe_permute_count_kernel": Kernel(registers=32, shared=2048, wants={"ATOMS.POPC": 1}),
-    "moe_permute_place_kernel": Kernel(registers=32, shared=32832, wants={"MATCH.ANY": 1, "LDG.E": 16}),
+    "moe_permute_place_kernel": Kernel(registers=32, shared=32836, wants={"MATCH.ANY": 1, "LDG.E": 16}),
     **{
         f"moe_permute_kernel<{k}>": Kernel(registers=48, wants={"LDG.E.128": 2, "STG.E.EF.128": 2 * k})
         for k in ROWS
