@@ -12,7 +12,7 @@ from dscoder.config import MoeConfig, preset
 from dscoder.models.moe import Moe
 from dscoder.models.placement import place
 from dscoder.ops import PermuteHandle
-from dscoder.ops.grouped_gemm import KERNEL_EXPERTS, KERNEL_MULTIPLE
+from dscoder.ops.grouped_gemm_plan import KERNEL_EXPERTS, KERNEL_MULTIPLE
 from dscoder.testing.cases import generator, randn, routing
 from dscoder.testing.compare import assert_close, assert_same
 from dscoder.testing.gpu import Function, assert_agrees, forward_and_backward

@@ -1,6 +1,7 @@
 """The kernel library: one op a file, each with its public function, reference, fake and gradient."""
 
-from dscoder.ops.grouped_gemm import grouped_gemm, grouped_gemm_plan, grouped_gemm_weight_gradient
+from dscoder.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from dscoder.ops.grouped_gemm_plan import grouped_gemm_plan
 from dscoder.ops.mla_decode import mla_decode
 from dscoder.ops.mla_prefill import mla_prefill
 from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dscoder.ops.grouped_gemm_plan import kernel_refusal, loaded_rows, rows_of, runs_reference
 from dscoder.ops.library import (
-    ARCHS,
     FLOATS,
     accumulate_dtype,
     aligned,
@@ -18,14 +18,9 @@ from dscoder.ops.library import (
     check_tensor,
     define_gradient,
     define_op,
-    gpu_of,
     refuse_second_derivative,
 )
 from dscoder.runtime import native
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-KERNEL_MULTIPLE = 8  # elements in the 16 bytes that the kernels copy at once
-KERNEL_EXPERTS = 512
 
 
 def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = "auto") -> Tensor:
@@ -36,8 +31,8 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = 
     [E, K, N] weights is read as it lies.
 
     `arch` says what runs on a GPU (a CPU runs the reference). "auto": kernels, as `grouped_gemm_plan` tells,
-    for bfloat16 and float16 with K and N multiples of 8 and at most 512 experts, else the reference. "sm80",
-    "sm90": these kernels, ValueError where they cannot. "reference": that.
+    for bfloat16 and float16 with K and N multiples of 8 and at most 512 experts on compute capability 8.x and
+    9.0, else the reference. "sm80", "sm90": these kernels, ValueError where they cannot. "reference": that.
 
     Returns:
         y_MN in x's dtype, sums in float32. Differentiable in x and w, once; an expert without rows gets a
@@ -51,7 +46,7 @@ def grouped_gemm(x_MK: Tensor, w_ENK: Tensor, offsets_E: Tensor, *, arch: str = 
     check_shape(op, "offsets", offsets_E, (w_ENK.shape[0],))
     check_devices(op, x=x_MK, w=w_ENK, offsets=offsets_E)
     num_experts, num_columns, depth = w_ENK.shape
-    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK.dtype, num_experts, N=num_columns, K=depth))
+    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK, num_experts, N=num_columns, K=depth))
     y_MN: Tensor = torch.ops.dscoder.grouped_gemm.default(x_MK, w_ENK, offsets_E, arch)
     return y_MN
 
@@ -82,7 +77,7 @@ def grouped_gemm_weight_gradient(
     check_shape(op, "x", x_MK, (grad_MN.shape[0], x_MK.shape[1]))
     check_devices(op, grad=grad_MN, x=x_MK, offsets=offsets_E)
     num_experts, num_columns, depth = offsets_E.shape[0], grad_MN.shape[1], x_MK.shape[1]
-    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK.dtype, num_experts, N=num_columns, K=depth))
+    check_arch(op, arch, x_MK, lambda: kernel_refusal(x_MK, num_experts, N=num_columns, K=depth))
     dtypes = tuple({x_MK.dtype: None, accumulate_dtype(x_MK.dtype): None})
     if out is None:
         if accumulate:
@@ -90,90 +85,18 @@ def grouped_gemm_weight_gradient(
         out = x_MK.new_empty((num_experts, num_columns, depth), dtype=dtype)
         check_tensor(op, "dtype", out, num_dims=3, dtypes=dtypes)
     else:
+        check_tensor(op, "out", out, num_dims=3, dtypes=dtypes)
         check_tensor(op, "out", out, num_dims=3, dtypes=dtypes if dtype is None else (dtype,))
         check_shape(op, "out", out, (num_experts, num_columns, depth))
         check_devices(op, grad=grad_MN, out=out)
         if not out.is_contiguous():
             raise ValueError(f"{op}: out must be contiguous, got strides {out.stride()}")
+        if out.requires_grad:
+            raise ValueError(f"{op}: out must not require a gradient, got requires_grad={out.requires_grad}")
     torch.ops.dscoder.grouped_gemm_weight_gradient_into.default(
         out, grad_MN.detach(), x_MK.detach(), offsets_E, None, accumulate, arch
     )
     return out
-
-
-# ---- which kernel ----
-
-
-def grouped_gemm_plan(
-    step: str,
-    *,
-    num_rows: int,
-    num_experts: int,
-    num_columns: int,
-    depth: int,
-    dtype: torch.dtype = torch.bfloat16,
-    gpu: tuple[int, int, int] | None = None,
-    arch: str = "auto",
-) -> dict[str, str | int]:
-    """What a call of these sizes runs on a GPU; how the rows fall to the experts changes nothing.
-
-    `step` is "forward", "input_gradient" or "weight_gradient" (of [E, num_columns, depth]) of `grouped_gemm`,
-    "swiglu" or "swiglu_backward" of `moe_experts`; the result has `num_columns`. `gpu` is (major, minor,
-    number of SMs), default the current GPU; none need be there when it is given. `arch` as in `grouped_gemm`.
-
-    Returns:
-        "arch" ("sm80", "sm90" or "reference") and, for kernels, "tile", "stages", "cluster", "threads",
-        "registers", "shared_bytes", "blocks_per_sm" and "blocks"; for the reference "wanted": what the
-        kernels want and do not get, or "arch" where it was asked for.
-    """
-    op = "grouped_gemm_plan"
-    if arch not in ARCHS:
-        raise ValueError(f"{op}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    refusal = kernel_refusal(dtype, num_experts, N=num_columns, K=depth)
-    if refusal is not None and arch in ("sm80", "sm90"):
-        raise ValueError(f"{op}: arch {arch} wants {refusal}")
-    if refusal is not None or arch == "reference":
-        return {"arch": "reference", "wanted": refusal or "arch"}
-    gpu = gpu_of(None) if gpu is None else gpu
-    sizes = (num_rows, num_experts, num_columns, depth)
-    return native._C.grouped_gemm_plan(step, *sizes, gpu[:2], gpu[2], arch)
-
-
-def kernel_refusal(dtype: torch.dtype, num_experts: int, **widths: int) -> str | None:
-    """What the kernels want and do not get, or None where they can run."""
-    if dtype not in KERNEL_DTYPES:
-        wanted = " or ".join(str(kind).removeprefix("torch.") for kind in KERNEL_DTYPES)
-        return f"x of {wanted}, got {str(dtype).removeprefix('torch.')}"
-    if not 1 <= num_experts <= KERNEL_EXPERTS:
-        return f"1 to {KERNEL_EXPERTS} experts, got {num_experts}"
-    for name, width in widths.items():
-        if width < 1 or width % KERNEL_MULTIPLE:
-            return f"{name} to be a positive multiple of {KERNEL_MULTIPLE}, got {width}"
-    return None
-
-
-def runs_reference(arch: str, x: Tensor, num_experts: int, **widths: int) -> bool:
-    """Whether a call on a GPU runs the reference: it was asked for, or the kernels cannot."""
-    is_refused = kernel_refusal(x.dtype, num_experts, **widths) is not None
-    return arch == "reference" or (arch == "auto" and is_refused)
-
-
-def rows_of(x: Tensor, token_M: Tensor | None) -> Tensor:
-    """The rows of x that the map names, or x where there is no map."""
-    return x if token_M is None else x.index_select(0, token_M)
-
-
-def loaded_rows(
-    step: str, x: Tensor, token_M: Tensor | None, widths_ENK: tuple[int, int, int], arch: str
-) -> tuple[Tensor, Tensor | None]:
-    """x and the map as kernels take them: those of sm_90 read rows where they lie, so they get a copy."""
-    if token_M is None:
-        return aligned(x), None
-    gpu = gpu_of(x.device)
-    plan = native._C.grouped_gemm_plan(step, len(token_M), *widths_ENK, gpu[:2], gpu[2], arch)
-    if "sm90" in (arch, plan["arch"]):
-        return aligned(rows_of(x, token_M)), None
-    return aligned(x), token_M
 
 
 # ---- references ----
