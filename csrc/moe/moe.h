@@ -152,7 +152,7 @@ struct MoeUnpermuteBackwardParams {
     const float* weight;     // [T, K]
     const int32_t* row;      // [T, K]
     const int32_t* offsets;  // [E]
-    void* grad_y;            // [M, D], every element is written
+    void* grad_y;            // [M, D], written where a row is a choice's or is behind the last one
     float* grad_weight;      // [T, K]
     int64_t num_tokens, width;
     int num_topk, num_experts;
