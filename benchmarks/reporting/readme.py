@@ -13,7 +13,7 @@ from benchmarks.reporting.targets import best_peer
 
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 ARCHS = "sm_80, sm_90a"  # the default of DSCODER_CUDA_ARCHS
-NOT_OPS = ("__init__", "library")
+DEFINES = "\ndefine_op("  # what a file of python/dscoder/ops calls that holds an op
 
 
 def generated(root: Path, kernel_ops: Collection[str], runs: Sequence[Run]) -> str:
@@ -36,16 +36,19 @@ def plots_of_newest(root: Path, runs: Sequence[Run]) -> str:
 def ops_table(root: Path, kernel_ops: Collection[str], runs: Iterable[Run]) -> str:
     """One row an op of python/dscoder/ops; `runs` are those on GPUs, the oldest first."""
     runs = list(runs)
-    files = sorted((root / "python" / "dscoder" / "ops").glob("*.py"))
     rows = []
-    for file in files:
+    for file in op_files(root):
         op = file.stem
-        if op in NOT_OPS:
-            continue
         kernel = ARCHS if op in kernel_ops else "not yet"
         ran = last_run(op, runs) if op in kernel_ops else ""
         rows.append((f"[`{op}`](docs/{op}.md)", summary_of(file), "reference", kernel, ran))
     return markdown(["op", "computes", "CPU", "CUDA kernel", "last run on a GPU"], rows)
+
+
+def op_files(root: Path) -> list[Path]:
+    """The files of python/dscoder/ops that define an op."""
+    files = sorted((root / "python" / "dscoder" / "ops").glob("*.py"))
+    return [file for file in files if DEFINES in file.read_text(encoding="utf-8")]
 
 
 def summary_of(file: Path) -> str:

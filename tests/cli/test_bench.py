@@ -195,7 +195,7 @@ def test_a_run_that_stored_nothing_leaves_the_old_file(
     out.write_text("not whole {")
     fresh.touch()
     bench.keep(fresh, out)
-    assert capsys.readouterr().out == "nothing was measured, nothing is stored\n"
+    assert capsys.readouterr().out == "nothing is stored: the run ended before it wrote a result\n"
     assert out.read_text() == "not whole {"
     fresh.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
     bench.keep(fresh, out)

@@ -119,7 +119,7 @@ def run_stoppable(command: Sequence[str]) -> tuple[int, int | None]:
 def keep(fresh: Path, out: Path) -> None:
     """Move what a run stored to `out` and show it; nothing where it ended before it stored anything."""
     if not fresh.is_file() or not fresh.stat().st_size:
-        print("nothing was measured, nothing is stored")
+        print("nothing is stored: the run ended before it wrote a result")
         return
     report = json.loads(fresh.read_text(encoding="utf-8"))
     replaced = " (replaced the run that was there)" if out.exists() else ""
