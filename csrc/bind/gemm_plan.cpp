@@ -3,6 +3,7 @@
 
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "bind/gemm_choice.h"
@@ -14,6 +15,18 @@ namespace bind {
 namespace {
 
 constexpr const char* kOp = "grouped_gemm_plan";
+
+// The archs that this build has kernels for; one without kernels answers for all of them.
+#ifdef DSC_CUDA_ARCHS
+constexpr std::string_view kArchs = DSC_CUDA_ARCHS;
+#else
+constexpr std::string_view kArchs = "80 90a";
+#endif
+
+constexpr bool has_sm90(std::string_view archs) {
+    return archs.find("90a") != std::string_view::npos;
+}
+static_assert(has_sm90("80 90a") and has_sm90("90a") and not has_sm90("80 89"));
 
 GemmStep step_of(const std::string& step) {
     if (step == "forward") return GemmStep::kForward;
@@ -35,7 +48,8 @@ py::dict grouped_gemm_plan(const std::string& step, int64_t num_rows, int num_ex
                           .num_experts = num_experts,
                           .num_columns = num_columns,
                           .depth = depth};
-    const GemmDevice device = gemm_device(capability.first, capability.second, num_sms);
+    GemmDevice device = gemm_device(capability.first, capability.second, num_sms);
+    device.is_sm90 = device.is_sm90 and has_sm90(kArchs);
     const GemmPlan plan = plan_gemm(sizes, device, {.arch = gemm_arch(kOp, arch)});
     py::dict seen;
     seen["arch"] = plan.arch == GemmArch::kSm90 ? "sm90" : "sm80";

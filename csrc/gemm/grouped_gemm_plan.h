@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 
@@ -45,11 +47,12 @@ struct GemmSizes {
 struct GemmDevice {
     int num_sms;
     int shared_per_sm, shared_per_block;  // bytes
-    int multiply_adds, l2_bytes;          // of one SM in one cycle: by mma.sync; read by all SMs at once
+    int threads_per_sm;
+    int multiply_adds, l2_bytes;  // of one SM in one cycle: by mma.sync; read by all SMs at once
     bool is_sm90;
 };
 
-constexpr int kRegistersPerSm = 65536, kThreadsPerSm = 2048;
+constexpr int kRegistersPerSm = 65536;
 constexpr int kSharedPerBlock = 1024;  // that the system takes
 
 inline GemmDevice gemm_device(int major, int minor, int num_sms) {
@@ -61,6 +64,7 @@ inline GemmDevice gemm_device(int major, int minor, int num_sms) {
     return {.num_sms = num_sms,
             .shared_per_sm = shared_per_sm,
             .shared_per_block = shared_per_sm - kSharedPerBlock,
+            .threads_per_sm = is_small ? 1536 : 2048,
             .multiply_adds = major == 9 ? 1280
                              : is_small ? 512
                                         : 1024,
@@ -116,7 +120,7 @@ constexpr int blocks_per_sm(const Sm80Tile& tile, const GemmDevice& device) {
     if (shared_bytes > device.shared_per_block) return 0;
     const int registers = (tile.registers + 7) / 8 * 8 * tile.num_threads();
     return std::min({device.shared_per_sm / (shared_bytes + kSharedPerBlock), kRegistersPerSm / registers,
-                     kThreadsPerSm / tile.num_threads()});
+                     device.threads_per_sm / tile.num_threads()});
 }
 
 // ---- what a tile costs ----
@@ -161,10 +165,11 @@ constexpr double expected_depth_blocks(const GemmSizes& sizes) {
     return num_rows / kGemmDepthBlock + 0.5;
 }
 
+constexpr double kEndOfTile = 3000;  // cycles to fill the ring and to store the sums
+
 // Cycles until the last SM is done. Blocks that share an SM hide each other's ends of tiles.
 constexpr double sm80_cycles(const GemmSizes& sizes, const Sm80Tile& tile, const GemmDevice& device) {
     constexpr double kSharedBytes = 128;  // of an SM in one cycle
-    constexpr double kEndOfTile = 3000;   // to fill the ring and to store the sums
     const int num_resident = blocks_per_sm(tile, device);
     const double multiply =
         static_cast<double>(tile.rows) * tile.columns * kGemmDepthBlock / device.multiply_adds;
@@ -248,6 +253,8 @@ constexpr int kSm90FewestStages = 3;    // to keep loads ahead of the products
 constexpr int kSm90SkewBlocks = 2;
 static_assert(kSm90SkewBlocks < kSm90FewestStages);
 
+constexpr double kSm90Tflops = 650, kSm90L2Supply = 5.5;  // TFLOP/s to be fed; TB/s that an H200's L2 gives
+
 // A tile of wgmma: rows of x by lines of w. Swapped, for decoding: the lines are wgmma's rows, which come in
 // 64s, and a tile need not have more rows of x than an expert has.
 struct Sm90Tile {
@@ -265,21 +272,28 @@ struct Sm90Tile {
         const int whole = swaps ? columns : rows, shared = rows + columns - whole;
         return (whole + shared / (multicasts ? kSm90Cluster : 1)) * kGemmDepthBlock * 2;
     }
-    // L2 to shared memory, in TB/s, at so many TFLOP/s. An H200 gives 5.5 to 6.
+    // L2 to shared memory, in TB/s, at so many TFLOP/s.
     constexpr double l2_demand(double tflops, bool multicasts) const {
         return tflops * l2_bytes(multicasts) / (2.0 * rows * columns * kGemmDepthBlock);
     }
+    // A copy for both blocks makes each wait for the other: only where L2 cannot feed them one by one.
+    constexpr bool must_multicast() const { return l2_demand(kSm90Tflops, false) > kSm90L2Supply; }
 };
 
 constexpr std::array<Sm90Tile, 4> kSm90Tiles{{
     {.name = "32x128", .rows = 32, .columns = 128, .num_stages = 10, .swaps = true, .most_rows = 24},
     {.name = "64x128", .rows = 64, .columns = 128, .num_stages = 8, .swaps = true, .most_rows = 48},
     {.name = "64x256", .rows = 64, .columns = 256, .num_stages = 5, .swaps = false, .most_rows = 400},
-    {.name = "128x256", .rows = 128, .columns = 256, .num_stages = 4, .swaps = false, .most_rows = 1 << 30},
+    {.name = "128x256",
+     .rows = 128,
+     .columns = 256,
+     .num_stages = 4,
+     .swaps = false,
+     .most_rows = std::numeric_limits<int>::max()},
 }};
 
-// What the large tiles rest on: L2 can feed 650 TFLOP/s only where a cluster shares an operand.
-static_assert(kSm90Tiles[3].l2_demand(650, true) < 5.5 and kSm90Tiles[3].l2_demand(650, false) > 6);
+// What the large tiles rest on: L2 can feed them only where a cluster shares an operand.
+static_assert(kSm90Tiles[3].must_multicast() and kSm90Tiles[3].l2_demand(kSm90Tflops, true) < kSm90L2Supply);
 
 // Decoding has no gradients; a weight gradient has its rows as depth.
 constexpr int first_sm90_tile(GemmStep step) {
@@ -318,7 +332,7 @@ inline GemmPlan sm90_plan(const GemmSizes& sizes, const GemmDevice& device, int 
             .shared_bytes = tile.ring_bytes(),
             .blocks_per_sm = 1,
             .num_blocks = static_cast<int>(num_clusters) * kSm90Cluster,
-            .multicasts = step >= 3,
+            .multicasts = step >= 3 and tile.must_multicast(),
             .skew_blocks = step >= 4 ? kSm90SkewBlocks : 0};
 }
 
@@ -329,6 +343,35 @@ constexpr bool has_sm90(const GemmSizes& sizes, const GemmDevice& device) {
            sizes.num_experts > 0 and sizes.num_columns > 0 and sizes.depth > 0;
 }
 
+constexpr double sm90_clusters_used(const GemmSizes& sizes, const Sm90Tile& tile, const GemmDevice& device) {
+    return expected_tiles(sizes, tile.rows, tile.columns) / kSm90Cluster / (device.num_sms / kSm90Cluster);
+}
+
+// Cycles until the last cluster is done. Clusters without a tile leave their share of L2 to the others.
+inline double sm90_cycles(const GemmSizes& sizes, const Sm90Tile& tile, const GemmDevice& device) {
+    constexpr double kMultiplyAdds = 2048, kMostL2Bytes = 64;  // of one SM in one cycle
+    const double num_waves = sm90_clusters_used(sizes, tile, device);
+    const double l2_bytes = std::min(kMostL2Bytes, device.l2_bytes / std::min(num_waves, 1.0));
+    const double multiply = static_cast<double>(tile.rows) * tile.columns * kGemmDepthBlock / kMultiplyAdds;
+    const double cycles =
+        expected_depth_blocks(sizes) * std::max(multiply, tile.l2_bytes(tile.must_multicast()) / l2_bytes);
+    return std::ceil(num_waves) * (cycles + kEndOfTile);
+}
+
+// The tile for the rows that an expert has on average; where it has no work for some of the clusters, the
+// cheapest that is not larger.
+inline int sm90_tile(const GemmSizes& sizes, const GemmDevice& device) {
+    const int64_t average = parts_of(sizes.num_rows, sizes.num_experts);
+    int found = first_sm90_tile(sizes.step);
+    while (average > kSm90Tiles[found].most_rows) ++found;
+    if (sm90_clusters_used(sizes, kSm90Tiles[found], device) >= 1) return found;
+    for (int idx = found - 1; idx >= first_sm90_tile(sizes.step); --idx) {
+        const double cycles = sm90_cycles(sizes, kSm90Tiles[idx], device);
+        if (cycles < sm90_cycles(sizes, kSm90Tiles[found], device)) found = idx;
+    }
+    return found;
+}
+
 inline GemmPlan plan_sm90(const GemmSizes& sizes, const GemmDevice& device, std::string_view wanted) {
     int step = 4;
     std::string_view name = wanted;
@@ -337,11 +380,9 @@ inline GemmPlan plan_sm90(const GemmSizes& sizes, const GemmDevice& device, std:
         name.remove_suffix(2);
     }
     DSC_CHECK(step >= 1 and step <= 4, "grouped_gemm: a tile's step must be 1 to 4, got ", wanted);
-    const auto average = static_cast<int>(parts_of(sizes.num_rows, sizes.num_experts));
+    if (name == "auto") return sm90_plan(sizes, device, sm90_tile(sizes, device), step);
     for (int idx = first_sm90_tile(sizes.step); idx < static_cast<int>(kSm90Tiles.size()); ++idx) {
-        const bool is_chosen =
-            name == "auto" ? average <= kSm90Tiles[idx].most_rows : name == kSm90Tiles[idx].name;
-        if (is_chosen) return sm90_plan(sizes, device, idx, step);
+        if (name == kSm90Tiles[idx].name) return sm90_plan(sizes, device, idx, step);
     }
     DSC_CHECK(false, "grouped_gemm: there is no tile of ", wanted, " for this step on sm90");
     return {};

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from dscoder.runtime.native import _C
 
+pytestmark = pytest.mark.skipif(
+    bool(_C.cuda_archs) and "90a" not in _C.cuda_archs, reason="this build has kernels, but none for sm_90a"
+)
 CAPABILITY, NUM_SMS = (9, 0), 132
 STATIC_BYTES, BYTES_PER_BLOCK = 5120, 227 * 1024
 STEPS = ["forward", "input_gradient", "swiglu", "swiglu_backward", "weight_gradient"]
@@ -68,6 +71,32 @@ def test_the_tile_follows_the_rows_of_an_expert(
     step: str, rows_per_expert: int, tile: str, shape: tuple[int, int, int]
 ) -> None:
     assert plan(step, rows_per_expert * shape[0], shape)["tile"] == tile
+
+
+@pytest.mark.parametrize(
+    ("step", "num_rows", "shape", "tile"),
+    [
+        (
+            "forward",
+            768,
+            (1, 2816, 2048),
+            "128x256",
+        ),  # 39 pairs of tiles for 66 clusters; 72 would be smaller
+        ("forward", 768, (1, 1408, 2048), "64x256"),  # 20, or 37
+        ("forward", 384, (1, 1408, 2048), "64x128"),
+        ("input_gradient", 768, (1, 1408, 2048), "64x256"),
+        ("swiglu", 40, (1, 1408, 2048), "32x128"),
+        ("forward", 4096, (1, 2816, 2048), "128x256"),
+    ],
+)
+def test_few_tiles_are_cut_smaller_while_clusters_are_left(
+    step: str, num_rows: int, shape: tuple[int, int, int], tile: str
+) -> None:
+    assert plan(step, num_rows, shape)["tile"] == tile
+
+
+def test_any_number_of_rows_has_a_tile() -> None:
+    assert plan("forward", 2**31 - 1, (1, 64, 64))["tile"] == "128x256"
 
 
 @pytest.mark.parametrize(
