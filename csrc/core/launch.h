@@ -9,6 +9,7 @@
 
 #ifndef DSC_HOST_EXECUTOR
 #include "core/check.h"
+#include "core/launch_cache.h"
 #endif
 
 namespace dsc {
@@ -44,14 +45,37 @@ inline void check_launch(cudaError_t status, const char* step) {
     throw LaunchError(concat(step, ": ", cudaGetErrorString(status)));
 }
 
+inline int current_device() {
+    int device = 0;
+    check_launch(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+template <cudaDeviceAttr kAttribute>
+int device_attribute(int device) {
+    static DeviceValues known;
+    return known.get(device, [&] {
+        int value = 0;
+        check_launch(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+        return value;
+    });
+}
+
+// On the current device.
+inline void allow_shared_bytes(const void* kernel, size_t num_bytes) {
+    static SharedLimits limits;
+    limits.raise(kernel, current_device(), num_bytes, [&] {
+        check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(num_bytes)),
+                     "cudaFuncSetAttribute");
+    });
+}
+
 template <typename... Params, typename... Args>
 void launch_configured(void (*kernel)(Params...), cudaLaunchConfig_t config, Args&&... args) {
     constexpr size_t kSharedWithoutOptIn = 48 * 1024;
     if (config.dynamicSmemBytes > kSharedWithoutOptIn) {
-        check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(config.dynamicSmemBytes)),
-                     "cudaFuncSetAttribute");
+        allow_shared_bytes(reinterpret_cast<const void*>(kernel), config.dynamicSmemBytes);
     }
     check_launch(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...), "cudaLaunchKernelEx");
 }
@@ -67,11 +91,7 @@ inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, size_t shared_byt
 
 // Whether kernels may start early on the current device: machine code with the wait in it runs there.
 inline bool can_overlap_launches() {
-    int device = 0, major = 0;
-    check_launch(cudaGetDevice(&device), "cudaGetDevice");
-    check_launch(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-                 "cudaDeviceGetAttribute");
-    return major >= 9;
+    return device_attribute<cudaDevAttrComputeCapabilityMajor>(current_device()) >= 9;
 }
 
 template <typename... Params, typename... Args>

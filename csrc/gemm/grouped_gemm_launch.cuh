@@ -13,15 +13,10 @@ inline GemmDevice current_gemm_device() {
 #ifdef DSC_HOST_EXECUTOR
     return gemm_device(8, 0, 3);
 #else
-    int device = 0, major = 0, minor = 0, num_sms = 0;
-    check_launch(cudaGetDevice(&device), "cudaGetDevice");
-    const auto read = [&](int& value, cudaDeviceAttr attribute) {
-        check_launch(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    };
-    read(major, cudaDevAttrComputeCapabilityMajor);
-    read(minor, cudaDevAttrComputeCapabilityMinor);
-    read(num_sms, cudaDevAttrMultiProcessorCount);
-    GemmDevice found = gemm_device(major, minor, num_sms);
+    const int device = current_device();
+    GemmDevice found = gemm_device(device_attribute<cudaDevAttrComputeCapabilityMajor>(device),
+                                   device_attribute<cudaDevAttrComputeCapabilityMinor>(device),
+                                   device_attribute<cudaDevAttrMultiProcessorCount>(device));
     found.is_sm90 = found.is_sm90 and has_gemm_sm90();
     return found;
 #endif
