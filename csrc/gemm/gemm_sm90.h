@@ -6,14 +6,15 @@
 
 namespace dsc {
 
+template <typename Params>
+void launch_without_sm90(const Params&) {
+    throw std::runtime_error("grouped_gemm: this build has no kernels of arch sm90");
+}
+
 #ifdef DSC_HOST_EXECUTOR
 
 inline bool has_gemm_sm90() {
     return false;
-}
-template <typename Params>
-void launch_without_sm90(const Params&) {
-    throw std::runtime_error("grouped_gemm: this build has no kernels of arch sm90");
 }
 inline void launch_grouped_gemm_sm90(const GroupedGemmParams& p, const GemmPlan&, cudaStream_t) {
     launch_without_sm90(p);

@@ -5,18 +5,7 @@
 #include "core/tensor_map.h"
 #include "gemm/gemm_sm90.h"
 
-#ifdef DSC_NO_DEVICE_CODE
-
-namespace dsc {
-
-template <typename Params>
-void launch_without_sm90(const Params&) {
-    throw std::runtime_error("grouped_gemm: this build has no kernels of arch sm90");
-}
-
-}  // namespace dsc
-
-#else
+#ifndef DSC_NO_DEVICE_CODE
 
 #include "gemm/grouped_gemm_sm90.cuh"
 #include "gemm/grouped_maps_sm90.h"
