@@ -45,9 +45,11 @@ CASES = [
 ]
 
 
-def layer(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
+def layer(
+    x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor, *, arch: str = "auto"
+) -> Tensor:
     handle = ops.moe_permute_maps(idx, num_experts=len(down))
-    return ops.moe_unpermute(ops.moe_experts(x, gate_up, down, handle), weight, handle)
+    return ops.moe_unpermute(ops.moe_experts(x, gate_up, down, handle, arch=arch), weight, handle)
 
 
 def torch_layer(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
@@ -80,8 +82,8 @@ def their_layer(implementation: str, model: str) -> Callable[..., Tensor]:
     return run
 
 
-@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), CASES)
-def test_layer(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
+def problem_of(model: str, num_tokens: int, routing: str, step: str) -> tuple[Case, Problem]:
+    """A layer's case and the arguments of `layer`."""
     width, expert_width, num_experts, num_topk = SHAPES[model]
     rng = cases.generator(f"{model} {num_tokens} {routing}", DEVICE)
     idx = cases.routing(rng, num_tokens=num_tokens, num_experts=num_experts, num_topk=num_topk, kind=routing)
@@ -101,7 +103,12 @@ def test_layer(measure: Callable[..., None], model: str, num_tokens: int, routin
         flops=num_passes * 2.0 * num_tokens * num_topk * width * 3 * expert_width,
         num_bytes=num_passes * ITEM * num_used * 3 * expert_width * width,
     )
-    problem = Problem(args=(x, weight, gate_up, down, idx), num_leaves=4, grads=(grad,))
+    return case, Problem(args=(x, weight, gate_up, down, idx), num_leaves=4, grads=(grad,))
+
+
+@pytest.mark.parametrize(("model", "num_tokens", "routing", "step"), CASES)
+def test_layer(measure: Callable[..., None], model: str, num_tokens: int, routing: str, step: str) -> None:
+    case, problem = problem_of(model, num_tokens, routing, step)
     names = IMPLEMENTATIONS if DeepseekV2Experts is not None else ()
     peers: dict[str, Contender] = {f"transformers {name}": their_layer(name, model) for name in names}
     measure(case, problem, layer, {"torch": torch_layer, **peers})

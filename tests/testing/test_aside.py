@@ -66,6 +66,7 @@ def test_one_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
     before = process_of(aside, tmp_path / "a")
     with pytest.raises(TimeoutError, match=r"^hang: did not end within 0\.5 s$"):
         aside.run(hang)
+    assert aside.num_hung == 1
     assert not Path(f"/proc/{before}").exists()
     assert process_of(aside, tmp_path / "a") != before
     aside.close()

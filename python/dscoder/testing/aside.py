@@ -26,6 +26,7 @@ class Aside:
     def __init__(self, prepare: Check, *, limit_s: float) -> None:
         self._prepare = prepare
         self._limit_s = limit_s
+        self.num_hung = 0  # checks that did not end within the limit
         self._process: BaseProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
 
@@ -83,6 +84,7 @@ class Aside:
             self.close()
             raise ChildProcessError(f"{check.__name__}: its process ended with {code}") from None
         self.close()
+        self.num_hung += 1
         raise TimeoutError(f"{check.__name__}: did not end within {limit_s:g} s")
 
 
