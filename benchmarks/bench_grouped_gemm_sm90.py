@@ -1,7 +1,7 @@
 """The sm_90a kernels of the grouped products beside those of sm_80, on a Hopper GPU, whichever "auto" takes.
 
-Each case's kernels first run in another process, which is ended if they hang: such a case, and what follows, is
-not measured, and takes no other result with it.
+Each case's kernels first run in another process, which is ended if they hang: such a case, and what follows,
+is not measured, and takes no other result with it.
 """
 
 import functools
