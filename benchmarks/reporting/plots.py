@@ -12,6 +12,7 @@ from benchmarks.reporting.records import Result
 from benchmarks.reporting.tables import label
 from benchmarks.reporting.targets import best_peer
 
+STYLES = ("-", "--", ":", "-.")
 MAX_DECADES = 1.5  # of ratios; over more of them ticks would touch
 MAX_BARS = 40  # results with the largest shapes first; the tables have them all
 
@@ -58,13 +59,15 @@ def _intensity(axes: Axes, results: Sequence[Result]) -> None:
         axes.plot(intensity, [result["TFLOP/s"] for result in mine], "o", label=op)
     roofs = [result for result in results if "ceiling_GB/s" in result and "ceiling_TFLOP/s" in result]
     axes.set(title="roofline", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    for dtype, style in zip(sorted({str(roof.get("dtype", "")) for roof in roofs}), "-:", strict=False):
+    for place, dtype in enumerate(sorted({str(roof.get("dtype", "")) for roof in roofs})):
         alike = [roof for roof in roofs if str(roof.get("dtype", "")) == dtype]
         bandwidth = float(np.median([result["ceiling_GB/s"] for result in alike])) / 1e3
         peak = float(np.median([result["ceiling_TFLOP/s"] for result in alike]))
         ridge = peak / bandwidth
         x = np.geomspace(ridge / 1e3, ridge * 30, 200)
-        axes.plot(x, np.minimum(peak, bandwidth * x), style, color="black", label=f"ceilings {dtype}".strip())
+        roof = np.minimum(peak, bandwidth * x)
+        style = STYLES[place % len(STYLES)]
+        axes.plot(x, roof, style, color="black", label=f"ceilings {dtype}".strip())
     axes.set(xscale="log", yscale="log")
     axes.legend(fontsize=8)
 

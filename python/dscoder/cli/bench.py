@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> None:
     files = chosen(benchmarks_of(home), options.ops)
     require_installed(NEEDED)
     out = Path(options.out) if options.out else _default_out(home)
-    print(f"runs {', '.join(path.name for path in files)} of {home / 'benchmarks'}", flush=True)
     with scratch_beside(out) as folder:
         fresh = folder / "run.json"
+        print(f"runs {', '.join(path.name for path in files)} of {home / 'benchmarks'}", flush=True)
         status, stop = run_stoppable(pytest_command(home, files, fresh, only=options.only))
         if status == NO_TESTS:
             raise ValueError(f"only must match a benchmark, got {options.only!r}")
