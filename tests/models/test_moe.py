@@ -217,3 +217,26 @@ def test_tokens_are_dropped_in_training_only():
         assert not torch.allclose(dropping.train()(tokens_BS), plain.train()(tokens_BS), atol=1e-3)
         protected = Transformer(replace(dropping.config, moe=replace(moe, never_dropped_share=1.0))).train()
         assert torch.equal(protected(tokens_BS), plain(tokens_BS))
+
+
+def test_autocast_does_not_round_what_the_gate_decides_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, seen = build(CONFIG), []
+    route = Moe._route
+
+    def look(moe, logits_TE, placement):
+        seen.append(logits_TE)
+        return route(moe, logits_TE, placement)
+
+    monkeypatch.setattr(Moe, "_route", look)
+    x_TD = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
+    moe(x_TD, place_tokens(1, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moe(x_TD, place_tokens(1, 6))
+    alone, under_autocast = seen
+    assert under_autocast.dtype == torch.float32
+    assert under_autocast.equal(alone)
+
+
+def test_a_layer_without_memory_has_a_shape() -> None:
+    moe = Moe(8, CONFIG, device=torch.device("meta"))
+    assert moe(torch.empty(6, 8, device="meta"), place_tokens(1, 6))[0].shape == (6, 8)

@@ -92,9 +92,11 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
         """x_TD -> [T, D], and the unweighted balance terms [3] while they are trained on."""
         config = self.config
-        # The gate decides in float32 (or wider) whatever the weights' type: near-ties choose experts.
+        # The gate decides in float32 (or wider) whatever the weights' type, and under autocast, which would
+        # cast the product back: near-ties choose experts.
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
+        with torch.autocast("cpu" if x_TD.is_meta else x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
         idx_TK, weight_TK, terms_3 = self._route(logits_TE, placement)
         if placement.never_dropped_T is not None and config.capacity_factor is not None:
             idx_TK = drop_over_capacity(
