@@ -1,11 +1,12 @@
 // The jobs of the sm_90a kernel in the host executor: tiles, boxes, blanked rows and epilogues are the
 // kernel's own; the copy engine, the swizzle and wgmma are played. Each product is compared with float64.
 // Prints a line for each: its name, the distance 1 - 2<x, y> / (<x, x> + <y, y>), and whether the rows round
-// the output are untouched.
+// the output are untouched. With "tiles" it prints the tiles of some jobs instead.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "core/launch.h"
@@ -330,6 +331,50 @@ void check_weight_gradient(const char* name, int num_columns, int depth, bool ac
     report(name, got, wanted, std::is_same_v<Out, float> ? 1e-10 : 1e-5);
 }
 
+// ---- the tiles alone ----
+
+// A line for each block's part of each pair: job, pair, rank, group, row, column, k blocks, what is shared.
+template <typename Job>
+__global__ void list_tiles(const char* name, const Job job) {
+    DSC_SHARED(GroupTable, table);
+    wait_for_previous_kernel();
+    job.fill(table);
+    if (threadIdx.x > 0) return;
+    for (int idx = 0; idx < job.num_tile_pairs(table); ++idx) {
+        for (int rank = 0; rank < kCluster; ++rank) {
+            const ProductTile tile = job.tile_at(table, idx, rank);
+            std::printf("%s %d %d %d %d %d %d %d\n", name, idx, rank, tile.group, tile.row, tile.column,
+                        tile.num_k_blocks, static_cast<int>(tile.shares_rows));
+        }
+    }
+}
+
+template <typename Params>
+Params sizes_alone(int num_columns, int depth) {
+    Params p{};
+    p.offsets = kRows.ends.data();
+    p.num_rows = p.num_source_rows = kRows.num_rows;
+    p.num_experts = kRows.num_experts();
+    p.num_columns = num_columns;
+    p.depth = depth;
+    return p;
+}
+
+template <typename Job>
+void list(const char* name, const Job& job) {
+    launch_overlapped(list_tiles<Job>, dim3(1), dim3(kNumThreadsSm90), 0, nullptr, name, job);
+}
+
+void list_all() {
+    using Large = WarpgroupTile<T, 128, 256, 4, Major::kK, Major::kK>;
+    using Fewest = WarpgroupTile<T, 128, 32, 10, Major::kK, Major::kK>;
+    using Turned = WarpgroupTile<T, 128, 256, 4, Major::kMN, Major::kMN>;
+    const auto p = sizes_alone<GroupedGemmParams>(600, 152);
+    list("rows", ProductSm90<Large, false>{{.p = p}});
+    list("swapped", ProductSm90<Fewest, true>{{.p = p}});
+    list("gradient", WeightGradientSm90<Turned, T>{sizes_alone<GroupedWeightGradientParams>(300, 600)});
+}
+
 void check_all() {
     using Large = WarpgroupTile<T, 128, 256, 4, Major::kK, Major::kK>;
     using LargeTurned = WarpgroupTile<T, 128, 256, 4, Major::kK, Major::kMN>;
@@ -359,8 +404,13 @@ void check_all() {
 }  // namespace
 }  // namespace dsc
 
-int main(int argc, char**) {
-    dsc::leaves_rows = argc > 1;
-    dsc::check_all();
+int main(int argc, char** argv) {
+    const std::string_view mode = argc > 1 ? argv[1] : "";
+    dsc::leaves_rows = mode == "planted";
+    if (mode == "tiles") {
+        dsc::list_all();
+    } else {
+        dsc::check_all();
+    }
     return dsc::num_wrong == 0 ? 0 : 1;
 }

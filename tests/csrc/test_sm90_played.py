@@ -10,9 +10,12 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+
+from dscoder.testing.tile_pairs import Job, RowsJob, WeightGradient
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, CSRC, BUILD = ROOT / "tests" / "csrc", ROOT / "csrc", ROOT / "build" / "played"
@@ -77,6 +80,31 @@ def test_every_job_is_right_and_stays_within_its_output(jobs: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = [line.split()[-1] for line in done.stdout.splitlines()]
     assert verdicts == ["right"] * 21
+
+
+@needs_cxx
+def test_the_tiles_of_the_pipeline_model_are_those_of_the_kernels(jobs: Path) -> None:
+    counts = [1, 0, 130, 17, 0, 64, 65, 129, 200]  # and nine rows of none, as in sm90_jobs.cpp
+    offsets, num_rows = tuple(accumulate(counts)), sum(counts) + 9
+    made: dict[str, Job] = {
+        "rows": RowsJob(
+            offsets=offsets, num_rows=num_rows, num_columns=600, depth=152, tile=(128, 256), swaps=False
+        ),
+        "swapped": RowsJob(
+            offsets=offsets, num_rows=num_rows, num_columns=600, depth=152, tile=(32, 128), swaps=True
+        ),
+        "gradient": WeightGradient(
+            offsets=offsets, num_rows=num_rows, num_columns=300, depth=600, tile=(128, 256)
+        ),
+    }
+    wanted = []
+    for name, job in made.items():
+        for idx in range(job.num_tile_pairs()):
+            for rank in range(2):
+                tile = job.tile_at(idx, rank)
+                place = f"{tile.group} {tile.row} {tile.column} {tile.num_k_blocks} {int(tile.shares_rows)}"
+                wanted.append(f"{name} {idx} {rank} {place}")
+    assert run(jobs, "tiles").stdout.splitlines() == wanted
 
 
 @needs_cxx

@@ -1,7 +1,8 @@
 """Which tiles each block of a cluster takes on sm_90a: csrc/gemm's functions in Python, by the same names.
 
 Each block finds its tiles by itself, from the END rows of the experts; nothing but these functions makes both
-blocks of a cluster agree. The model of the pipeline (dscoder.testing.pipeline) runs on them.
+blocks of a cluster agree. The model of the pipeline (dscoder.testing.pipeline) runs on them, and
+tests/csrc/test_sm90_played.py holds them against the kernels' own.
 """
 
 from bisect import bisect_right
