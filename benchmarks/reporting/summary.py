@@ -96,7 +96,7 @@ def _targets(results: Sequence[Result], device: str) -> str:
     rows = []
     for standing in standings(read_targets(), results, device):
         target, result = standing.target, standing.result
-        got = f"{result[target.unit]:g} ({result.get('model')}, {result.get('routing')})" if result else ""
+        got = f"{target.value(result):g} ({result.get('model')}, {result.get('routing')})" if result else ""
         wanted = f"{target.unit}: must {target.must:g}, aim {target.aim:g}"
         rows.append((target.name, wanted, standing.verdict, got))
     return columns([("target", "wanted", "verdict", "slowest"), *rows]) if rows else ""

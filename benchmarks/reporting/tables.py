@@ -74,7 +74,7 @@ def _targets(results: Sequence[Result], device: str) -> str:
     rows = []
     for standing in standings(read_targets(), results, device):
         target, result = standing.target, standing.result
-        got = f"{result[target.unit]:g}" if result else ""
+        got = f"{target.value(result):g}" if result else ""
         case = f"{result.get('model')}, {result.get('routing', 'one routing')}" if result else ""
         rows.append(
             (target.name, target.unit, f"{target.must:g}", f"{target.aim:g}", got, standing.verdict, case)

@@ -26,16 +26,26 @@ class Target:
     device: str
     op: str
     step: str
-    unit: str  # us: less is better; GB/s, TFLOP/s: more is
+    unit: str  # us: less is better; GB/s, TFLOP/s, ratio: more is
     must: float
     aim: float
     cases: frozenset[Case]
+    peers: tuple[str, ...] = ()  # of a ratio: the time of the quickest of these over ours
 
     @property
     def name(self) -> str:
         """As in `moe_gate forward T=8192`."""
         tokens = sorted({shape.partition(" ")[0] for _, shape, _ in self.cases})
-        return f"{self.op} {self.step} {', '.join(tokens)}"
+        beside = f" beside {', '.join(self.peers)}" if self.peers else ""
+        return f"{self.op} {self.step} {', '.join(tokens)}{beside}"
+
+    def value(self, result: Result) -> float | None:
+        """What `result` says in this target's unit, if it does."""
+        if self.unit != "ratio":
+            return result.get(self.unit)
+        peers = {name: peer for name, peer in result.get("peers", {}).items() if name in self.peers}
+        best = best_peer({"peers": peers})
+        return None if best is None else best[1]
 
     def covers(self, result: Result) -> bool:
         """Whether `result` is one of those that this target is about; only kernels are held to it."""
@@ -43,7 +53,7 @@ class Target:
             (self.device, self.op, self.step) == tuple(result.get(name) for name in ("device", "op", "step"))
             and case_of(result) in self.cases
             and bool(result.get("has_kernel"))
-            and self.unit in result
+            and self.value(result) is not None
         )
 
     def verdict(self, value: float) -> str:
@@ -70,9 +80,12 @@ def case_of(result: Result) -> Case:
 
 def read_targets(path: Path = TARGETS) -> list[Target]:
     """All targets."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
     return [
-        Target(**{**entry, "cases": frozenset(_cases(entry["cases"]))})
-        for entry in json.loads(path.read_text(encoding="utf-8"))
+        Target(
+            **{**entry, "cases": frozenset(_cases(entry["cases"])), "peers": tuple(entry.get("peers", ()))}
+        )
+        for entry in entries
     ]
 
 
@@ -90,8 +103,10 @@ def standings(targets: Iterable[Target], results: Iterable[Result], device: str)
             continue
         covered = [result for result in results if target.covers(result)]
         pick = max if target.unit == "us" else min
-        slowest = pick(covered, key=lambda result: float(result[target.unit]), default=None)
-        verdict = target.verdict(slowest[target.unit]) if slowest else "not measured"
+        values = [(value, result) for result in covered if (value := target.value(result)) is not None]
+        decisive = pick(values, key=lambda pair: pair[0], default=None)
+        slowest = decisive[1] if decisive else None
+        verdict = target.verdict(decisive[0]) if decisive else "not measured"
         num_measured = len({case_of(result) for result in covered})
         if slowest and verdict != "missed" and num_measured < len(target.cases):
             verdict = f"partly measured, {num_measured} of {len(target.cases)}"

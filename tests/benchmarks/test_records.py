@@ -148,7 +148,7 @@ LISTED = """
 import json, torch
 from dscoder.testing import results
 results.measured_device = lambda: torch.device("cuda")
-from benchmarks import bench_grouped_gemm as gemm, shapes
+from benchmarks import bench_grouped_gemm as gemm, bench_moe_experts as experts, shapes
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
@@ -159,6 +159,10 @@ for model, i in gemm.GRADIENTS:
     sizes = gemm.MODELS[model][2 + i]
     found["grouped_gemm input gradient"].append((model, text(model, gemm.LARGE, *sizes[::-1]), "uniform"))
     found["grouped_gemm weight gradient"].append((model, text(model, gemm.LARGE, *sizes), "uniform"))
+for model, num_tokens, routing, step in experts.CASES:
+    width, expert_width, num_experts, num_topk = experts.SHAPES[model]
+    shape = f"T={num_tokens} D={width} F={expert_width} E={num_experts} K={num_topk}"
+    found.setdefault(f"moe_experts {step}", []).append((model, shape, routing))
 for op, step, width in (
     ("moe_gate", "forward", False), ("moe_gate", "backward", False), ("moe_permute", "maps", False),
     ("moe_permute", "forward", True), ("moe_permute", "backward", True),
@@ -170,6 +174,26 @@ for op, step, width in (
     ]
 print(json.dumps(found))
 """
+
+
+@pytest.mark.parametrize(
+    ("ratios", "value", "verdict"),
+    [
+        ({"torch": 2.5, "transformers eager": 2.0, "other": 0.1}, 2.0, "aim met"),
+        ({"torch": 1.3}, 1.3, "must met"),
+        ({"torch": 9.0, "transformers grouped_mm": 1.2}, 1.2, "missed"),
+        ({"other": 9.0}, None, "not measured"),
+    ],
+)
+def test_a_ratio_is_to_the_quickest_of_the_peers_it_names(
+    ratios: dict[str, float], value: float | None, verdict: str, make_result: Make
+) -> None:
+    peers = {name: {"us": 1.0, "ratio": ratio} for name, ratio in ratios.items()}
+    names = {"op": "moe_experts", "step": "forward + backward", "model": "v2_lite"}
+    result = make_result(**names, shape="T=8192 D=2048 F=1408 E=64 K=6", peers=peers)
+    (target,) = [target for target in read_targets() if target.op == "moe_experts"]
+    assert target.value(result) == value
+    assert verdicts([result])[target.name] == verdict
 
 
 def test_every_case_of_a_target_is_measured() -> None:
