@@ -67,6 +67,12 @@ def is_beyond(name: str, names: Iterable[str]) -> bool:
     return any(name.startswith(f"{op}_") for op in names)
 
 
+def does_not_apply(check: Check, name: str, ended: Ended, seen: Seen) -> bool:
+    """Whether all of a file beyond an op's own was skipped: it is about another GPU, its op's file is not."""
+    outcomes = {outcome for outcome, count in seen.counts.items() if count}
+    return is_beyond(name, check.plan.tests) and ended.code == 0 and outcomes == {"skipped"}
+
+
 def pytest_run(
     check: Check,
     name: str,
@@ -104,6 +110,8 @@ def run_tests(check: Check) -> str:
             limit=check.budget.until(SHARES["tests"]),
         )
         outcome, note = tests_outcome(ended, seen)
+        if does_not_apply(check, op, ended, seen):
+            outcome, note = "does not apply", next(iter(seen.skips), "")
         check.record.add_tests(op, seen.counts, seen.failures)
         check.record.add_step(f"tests {op}", outcome, ended.seconds, note)
         return outcome
@@ -155,6 +163,8 @@ def run_sanitizers(check: Check, program: str | None) -> str:
             wrap=lambda command: sanitizer_command(program, tool, command),
         )
         verdict = judge(tool, ended.output, ended.code, seen)
+        if does_not_apply(check, op, ended, seen):
+            verdict = Verdict(outcome="does not apply", note=next(iter(seen.skips), ""))
         check.record.add_sanitizer(op, tool, asdict(verdict))
         check.record.add_step(f"{tool} {op}", verdict.outcome, ended.seconds, verdict.note)
         return verdict.outcome
@@ -189,6 +199,8 @@ def measure_files(check: Check, name: str, files: Sequence[str], options: Sequen
     ended, seen = pytest_run(check, f"bench-{name}", arguments, limit=limit)
     check.record.add_benchmarks(seen.measured)
     outcome, note = benchmarks_outcome(ended, seen)
+    if does_not_apply(check, name, ended, seen):
+        outcome, note = "does not apply", next(iter(seen.skips), "")
     check.record.add_step(f"benchmarks {name}", outcome, ended.seconds, note)
     return outcome
 

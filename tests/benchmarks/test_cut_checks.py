@@ -56,6 +56,22 @@ def test_what_goes_beyond_an_ops_own_file_runs_last_and_alone(make_machine: Call
     assert done.returncode == 0, done.stdout
 
 
+def test_what_is_about_another_gpu_does_not_apply(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    skip = "import pytest\nskip = pytest.mark.skip('needs another')\n"
+    skip += "pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, skip]\n"
+    machine.write("tests/gpu/test_beta.py", GOOD_TEST)
+    machine.write("tests/gpu/test_beta_more.py", skip + "def test_it(): assert False\n")
+    machine.write("benchmarks/bench_beta.py", BENCH)
+    machine.write("benchmarks/bench_beta_more.py", skip + "def test_it(benchmark): assert False\n")
+    done = machine.run("beta")
+    assert done.returncode == 0, done.stdout
+    found = outcomes(machine.record())
+    assert found["tests beta"] == found["benchmarks beta"] == "passed"
+    names = ["tests beta_more", "memcheck beta_more", "benchmarks beta_more"]
+    assert {found[name] for name in names} == {"does not apply"}
+
+
 def test_an_op_without_benchmarks_can_pass(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     machine.write("tests/gpu/test_beta.py", GOOD_TEST)
