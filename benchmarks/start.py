@@ -1,4 +1,4 @@
-"""pytest as `dscoder bench` starts it: without the options and plugins of its caller's environment."""
+"""pytest as `dscoder bench` starts it: without what the caller's environment says to another pytest."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ import pytest
 
 def main(argv: Sequence[str]) -> int:
     """The exit status of pytest."""
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
-        os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
     return int(pytest.main(list(argv)))
 
 
