@@ -253,7 +253,7 @@ constexpr int kSm90FewestStages = 3;    // to keep loads ahead of the products
 constexpr int kSm90SkewBlocks = 2;
 static_assert(kSm90SkewBlocks < kSm90FewestStages);
 
-constexpr double kSm90Tflops = 650, kSm90L2Supply = 5.5;  // TFLOP/s to be fed; TB/s that an H200's L2 gives
+constexpr double kSm90Tflops = 650, kSm90L2Supply = 5.5;  // TFLOP/s to be fed; TB/s of L2, not measured
 
 // A tile of wgmma: rows of x by lines of w. Swapped, for decoding: the lines are wgmma's rows, which come in
 // 64s, and a tile need not have more rows of x than an expert has.

@@ -10,12 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dscoder.testing import compare
 from dscoder.testing.cases import randn
+from dscoder.testing.examples import FIXED
 from dscoder.testing.poison import WILD, assert_guards_whole, guarded
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -320,13 +321,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FIXED, max_examples=60)
 @given(case=cases(), flag=st.booleans(), is_small=st.booleans())
 def test_any_shape_agrees_with_the_reference(
     host_ops: ModuleType, host_kernels: ModuleType, case: Case, flag: bool, is_small: bool

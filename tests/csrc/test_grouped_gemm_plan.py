@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dscoder.runtime.native import _C
+from dscoder.testing.examples import FIXED
 
 A100, A10, RTX_4090, H200 = ((8, 0), 108), ((8, 6), 72), ((8, 9), 128), ((9, 0), 132)
 DEVICES = {"A100": A100, "A10": A10, "RTX 4090": RTX_4090, "H200": H200}
@@ -39,7 +40,7 @@ sizes = st.tuples(st.integers(0, 512), st.integers(0, 1024), st.integers(0, 1024
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(FIXED, max_examples=300)
 @given(
     step=st.sampled_from(STEPS),
     num_rows=st.integers(0, 2**21),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dscoder.runtime.native import _C
+from dscoder.testing.examples import FIXED
 
 pytestmark = pytest.mark.skipif(
     bool(_C.cuda_archs) and "90a" not in _C.cuda_archs, reason="this build has kernels, but none for sm_90a"
@@ -39,7 +40,7 @@ sizes = st.tuples(st.integers(1, 512), st.integers(1, 1024), st.integers(1, 1024
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(FIXED, max_examples=200)
 @given(
     step=st.sampled_from(STEPS),
     num_rows=st.integers(1, 2**20),

@@ -8,12 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dscoder import ops
 from dscoder.testing import compare
+from dscoder.testing.examples import FIXED
 
 WILD = 2**31 - 1
 NUM_GUARDS = 16
@@ -287,13 +288,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-SETTINGS = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SETTINGS = settings(FIXED, max_examples=60)
 
 
 @SETTINGS

@@ -8,12 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dscoder import ops
 from dscoder.testing import compare
+from dscoder.testing.examples import FIXED
 
 WILD = 2**31 - 1
 NUM_GUARD_ROWS = 3
@@ -207,13 +208,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=80,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FIXED, max_examples=80)
 @given(case=cases())
 def test_any_shape_agrees_with_the_reference(
     host_ops: ModuleType, host_kernels: ModuleType, case: Case

@@ -9,13 +9,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dscoder import ops
 from dscoder.testing import compare, gpu
 from dscoder.testing.cases import randn
+from dscoder.testing.examples import FIXED
 from dscoder.testing.poison import WILD, assert_guards_whole, guarded, poison_rows_from, with_strides
 
 LOWEST = -(2**31)
@@ -184,7 +185,7 @@ def test_chunks_are_few_and_one_needs_no_counts(
     assert host_ops.moe_permute_num_counts(num_choices) == num_counts
 
 
-@settings(derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(FIXED)
 @given(num_choices=st.integers(0, 2**31 - 1))
 def test_chunks_never_outnumber_what_a_block_adds_up(host_ops: ModuleType, num_choices: int) -> None:
     num_counts = host_ops.moe_permute_num_counts(num_choices)
@@ -208,13 +209,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FIXED, max_examples=50)
 @given(case=cases())
 def test_any_shape_agrees_with_the_reference(
     host_ops: ModuleType, host_kernels: ModuleType, case: Case

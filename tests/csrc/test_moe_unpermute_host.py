@@ -9,13 +9,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dscoder import ops
 from dscoder.testing import compare
 from dscoder.testing.cases import randn
+from dscoder.testing.examples import FIXED
 from dscoder.testing.poison import WILD, assert_guards_whole, guarded, poison_rows_from, with_strides
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -132,13 +133,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FIXED, max_examples=50)
 @given(case=cases())
 def test_any_shape_agrees_with_the_reference(
     host_ops: ModuleType, host_kernels: ModuleType, case: Case

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dscoder.testing.examples import FIXED
 from dscoder.testing.pipeline import (
     CLUSTER,
     WARPGROUPS,
@@ -72,7 +73,7 @@ jobs = st.one_of(
 wild_ends = st.lists(st.integers(-50, 700), min_size=1, max_size=6).map(tuple)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(FIXED, max_examples=200)
 @given(job=jobs, wild=st.none() | wild_ends)
 def test_both_blocks_of_a_cluster_agree_and_tiles_come_once(
     job: RowsJob | WeightGradient, wild: tuple[int, ...] | None
@@ -104,7 +105,7 @@ def test_both_blocks_of_a_cluster_agree_and_tiles_come_once(
     ]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(FIXED, max_examples=120)
 @given(design=designs, job=jobs, seed=st.integers(0, 2**32), num_clusters=st.integers(1, 3))
 def test_any_tiles_in_any_order_come_to_an_end_in_step(
     design: Design, job: Job, seed: int, num_clusters: int
