@@ -7,7 +7,7 @@
 
 #include "core/ptx_sm90.cuh"
 #include "gemm/grouped_gemm_epilogue.cuh"
-#include "gemm/quad_words.cuh"
+#include "core/quad_words.cuh"
 #include "gemm/swiglu.cuh"
 #include "gemm/warpgroup_tile_sm90.cuh"
 

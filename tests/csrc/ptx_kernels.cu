@@ -2,7 +2,7 @@
 // open, so that the executor can be held to the PTX manual. And one around the exchange of sums in a quad.
 #include "core/launch.h"
 #include "core/ptx_sm80.cuh"
-#include "gemm/quad_words.cuh"
+#include "core/quad_words.cuh"
 #include "host_kernels.h"
 
 namespace dsc::tests {
