@@ -31,7 +31,8 @@ OPS = {
     "rope": lambda f, i: (f[None], f[None], f, f, i[0], True, False),
     "mla_prefill": lambda f, i: (f[None], f[None], f[None], i[0], i[0], 1.0, True),
     "mla_prefill_backward": lambda f, i: (f[None], [f[None]] * 5, i[0], i[0], 1.0, True),
-    "mla_decode": lambda f, i: (f[None, None], f[None], i, i[0], 1, 1.0),
+    "mla_decode": lambda f, i: (f[None, None], f[None], i, i[0], None, 1, 1.0, "auto"),
+    "mla_decode_plan": lambda f, i: (i[0], 1, 1, 4),
 }
 
 
@@ -58,9 +59,9 @@ def test_a_cuda_call_names_the_op_when_built_without_kernels(
 
 def test_an_op_without_a_kernel_runs_its_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native._C, "has_cuda", True)
-    out, _ = on_cuda("mla_decode")
+    out, _ = on_cuda("mla_prefill")
     assert isinstance(out, Tensor)
-    assert out.tolist() == [[[[0.0]]]]
+    assert out.tolist() == [[[0.0, 0.0]]]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,16 @@ def test_strides_change_little(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("lengths", ["page_edges", "all_empty", "no_sequences"])
 def test_it_is_a_proper_op(lengths: str, rng: torch.Generator) -> None:
     _, (q, cache, table, seq_lens) = random_case(rng, LENGTHS[lengths], num_new=2)
-    args = (q, cache.nan_to_num(), table, seq_lens, VALUE_DIM, 0.5)  # opcheck compares inputs by value
+    args = (
+        q,
+        cache.nan_to_num(),
+        table,
+        seq_lens,
+        None,
+        VALUE_DIM,
+        0.5,
+        "auto",
+    )  # opcheck compares inputs by value
     assert_op_registered(torch.ops.dscoder.mla_decode.default, args)
 
 

@@ -3,6 +3,7 @@
 from dscoder.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from dscoder.ops.grouped_gemm_plan import grouped_gemm_plan
 from dscoder.ops.mla_decode import mla_decode
+from dscoder.ops.mla_decode_plan import mla_decode_plan
 from dscoder.ops.mla_prefill import mla_prefill
 from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms
 from dscoder.ops.moe_experts import moe_experts
@@ -17,6 +18,7 @@ __all__ = [
     "grouped_gemm_plan",
     "grouped_gemm_weight_gradient",
     "mla_decode",
+    "mla_decode_plan",
     "mla_prefill",
     "moe_balance_loss",
     "moe_balance_terms",

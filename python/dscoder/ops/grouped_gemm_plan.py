@@ -1,11 +1,9 @@
 """Which kernels a grouped product gets on a GPU, and what they want of a call; else the reference runs."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from dscoder.ops.library import ARCHS, aligned, gpu_of
+from dscoder.ops.library import ARCHS, aligned, device_refusal, gpu_of, gpu_refusal
 from dscoder.runtime import native
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -63,29 +61,9 @@ def size_refusal(dtype: torch.dtype, num_experts: int, **widths: int) -> str | N
     return None
 
 
-def gpu_refusal(capability: tuple[int, int]) -> str | None:
-    """What the kernels want of a GPU, if this one is none they know."""
-    major, minor = capability
-    if major == 8 or capability == (9, 0):
-        return None
-    return f"compute capability 8.x or 9.0, got {major}.{minor}"
-
-
-@functools.cache
-def _cached_refusal(device: torch.device) -> str | None:
-    return gpu_refusal(torch.cuda.get_device_capability(device))
-
-
-# Tracing takes the answer as it is.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _device_refusal(device: torch.device) -> str | None:
-    """A CPU is refused nothing: kernels run there in the host executor."""
-    return _cached_refusal(device) if device.type == "cuda" else None
-
-
 def kernel_refusal(x: Tensor, num_experts: int, **widths: int) -> str | None:
     """What the kernels want and do not get for x where it lies, or None where they can run."""
-    return size_refusal(x.dtype, num_experts, **widths) or _device_refusal(x.device)
+    return size_refusal(x.dtype, num_experts, **widths) or device_refusal(x.device)
 
 
 def runs_reference(arch: str, x: Tensor, num_experts: int, **widths: int) -> bool:

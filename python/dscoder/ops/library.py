@@ -5,6 +5,7 @@ for tracing and, where it has gradients, a backward that is an op of its own, so
 their kernel through the dispatcher.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,3 +164,23 @@ def gpu_of(device: torch.device | None) -> tuple[int, int, int]:
         return 8, 0, 1
     found = torch.cuda.get_device_properties(device)
     return found.major, found.minor, found.multi_processor_count
+
+
+def gpu_refusal(capability: tuple[int, int]) -> str | None:
+    """What the kernels want of a GPU, if this one is none they know."""
+    major, minor = capability
+    if major == 8 or capability == (9, 0):
+        return None
+    return f"compute capability 8.x or 9.0, got {major}.{minor}"
+
+
+@functools.cache
+def _cached_refusal(device: torch.device) -> str | None:
+    return gpu_refusal(torch.cuda.get_device_capability(device))
+
+
+# Tracing takes the answer as it is.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def device_refusal(device: torch.device) -> str | None:
+    """A CPU is refused nothing: kernels run there in the host executor."""
+    return _cached_refusal(device) if device.type == "cuda" else None

@@ -4,19 +4,30 @@ The cache holds one row per token for all heads: the C-wide latent, then the r-w
 come multiplied into the latent space, so scores read whole rows and values are the rows' first C columns.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
+    aligned,
+    check_arch,
     check_at_least,
     check_devices,
+    check_number,
     check_shape,
     check_tensor,
     define_op,
+    device_refusal,
 )
+from dscoder.runtime import native
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_WIDTHS = (576, 512)  # of rows and of values
+KERNEL_PAGE_SIZES = (16, 32, 64, 128)
+_KERNEL_MULTIPLE = 8  # elements in the 16 bytes that the kernels copy at once
 _BLOCK = 128  # new tokens multiplied with their sequence at once
 
 
@@ -28,17 +39,28 @@ def mla_decode(
     *,
     value_dim: int,
     scale: float,
+    plan: Tensor | None = None,
+    arch: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new tokens per sequence over the pages of that sequence.
 
     Row j of sequence b lies in page page_table_BN[b, j // L] of the cache (L rows a page), at j % L.
     `seq_lens_B` (int32) counts the rows, the S new tokens' included: token s sees the first
     seq_lens_B[b] - S + s + 1. Slots of the table behind a sequence's last page may hold anything, and so
-    may rows behind its last row; neither is used. A length beyond N * L is taken as N * L.
+    may rows behind its last row; neither is used. A length beyond N * L is taken as N * L. Lengths and table
+    are read on the device.
+
+    `plan` is what `mla_decode_plan` makes of the same lengths, B, S, H and N * L; without one each call makes
+    its own. `arch` says what runs on a GPU (a CPU runs the reference, which needs no plan). "auto": kernels
+    for bfloat16 and float16 rows 576 wide with values of 512, in pages of 16, 32, 64 or 128 rows, on compute
+    capability 8.x and 9.0, else the reference, which waits for the lengths. "sm80", "sm90": these kernels,
+    ValueError where they cannot. "reference": that. Pages may lie apart, and rows of the table too.
 
     Returns:
         out_BSHC in q's dtype (C = value_dim) and lse_BSH (float32; float64 for float64 q). A token that
         sees nothing (length 0, or padding in front of a short sequence) has out 0 and lse -inf. No gradient.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; plan and combination as FlashMLA splits them.
     """
     op = "mla_decode"
     check_tensor(op, "q", q_BSHd, num_dims=4, dtypes=FLOATS)
@@ -55,12 +77,40 @@ def mla_decode(
     check_at_least(op, "value_dim", value_dim, 1)
     if value_dim > width:
         raise ValueError(f"{op}: value_dim must be <= {width}, the width of q, got {value_dim}")
+    check_number(op, "scale", scale)
+    if plan is not None:
+        _check_plan(op, plan, q_BSHd)
+    check_arch(op, arch, q_BSHd, lambda: kernel_refusal(q_BSHd, cache_PLd, value_dim))
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_decode.default(
-        q_BSHd, cache_PLd, page_table_BN, seq_lens_B, value_dim, scale
+        q_BSHd, cache_PLd, page_table_BN, seq_lens_B, plan, value_dim, scale, arch
     )
     return out, lse
+
+
+def _check_plan(op: str, plan: Tensor, q_BSHd: Tensor) -> None:
+    check_tensor(op, "plan", plan, num_dims=2, dtypes=(torch.int32,))
+    check_shape(op, "plan", plan, (plan.shape[0], 2))
+    check_at_least(op, "rows of plan", plan.shape[0], q_BSHd.shape[0] + 2)
+    check_devices(op, q=q_BSHd, plan=plan)
+
+
+def kernel_refusal(q_BSHd: Tensor, cache_PLd: Tensor, value_dim: int) -> str | None:
+    """What the kernels want and do not get, or None where they can run."""
+    page_size, width = cache_PLd.shape[1:]
+    if q_BSHd.dtype not in KERNEL_DTYPES:
+        wanted = " or ".join(str(kind).removeprefix("torch.") for kind in KERNEL_DTYPES)
+        return f"q of {wanted}, got {str(q_BSHd.dtype).removeprefix('torch.')}"
+    if (width, value_dim) != KERNEL_WIDTHS:
+        return f"widths {KERNEL_WIDTHS} of rows and values, got {(width, value_dim)}"
+    if page_size not in KERNEL_PAGE_SIZES:
+        return f"page_size to be one of {', '.join(map(str, KERNEL_PAGE_SIZES))}, got {page_size}"
+    refusal: str | None = device_refusal(q_BSHd.device)
+    return refusal
+
+
+# ---- reference ----
 
 
 def _gather_rows(cache_PLd: Tensor, page_table_BN: Tensor, seq_lens_B: Tensor, num_rows: int) -> Tensor:
@@ -81,8 +131,10 @@ def _forward(
     cache_PLd: Tensor,
     page_table_BN: Tensor,
     seq_lens_B: Tensor,
+    _plan: Tensor | None,
     value_dim: int,
     scale: float,
+    _arch: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q_BSHd.dtype)
     num_new = q_BSHd.shape[1]
@@ -119,16 +171,78 @@ def _attend(q_BSHd: Tensor, rows: Tensor, num_seen_BS: Tensor, value_dim: int) -
     return out.masked_fill_((num_seen_BS <= 0)[..., None, None], 0), lse_BSH
 
 
-def _fake(
-    q_BSHd: Tensor, _cache: Tensor, _page_table: Tensor, _seq_lens: Tensor, value_dim: int, _scale: float
+# ---- kernels ----
+
+
+def _layout_refusal(cache_PLd: Tensor) -> str | None:
+    """The same of where the pages lie, which tracing cannot tell."""
+    num_pages, page_size, width = cache_PLd.shape
+    page_stride, *inner_strides = cache_PLd.stride()
+    offset = cache_PLd.storage_offset()
+    if num_pages == 1:
+        page_stride = page_size * width  # that of a single page may be any
+    if inner_strides != [width, 1] or page_stride < page_size * width:
+        return f"the rows of a page of cache one after the other, got strides {cache_PLd.stride()}"
+    if offset % _KERNEL_MULTIPLE or page_stride % _KERNEL_MULTIPLE:
+        got = f"stride {page_stride} and offset {offset}"
+        return f"pages of cache at multiples of {_KERNEL_MULTIPLE} elements, got {got}"
+    return None
+
+
+def _runs_reference(q_BSHd: Tensor, cache_PLd: Tensor, value_dim: int, arch: str) -> bool:
+    if arch == "reference":
+        return True
+    refusal = kernel_refusal(q_BSHd, cache_PLd, value_dim) or _layout_refusal(cache_PLd)
+    if refusal is not None and arch != "auto":
+        raise ValueError(f"mla_decode: arch {arch} wants {refusal}")
+    return refusal is not None
+
+
+def _forward_kernel(
+    q_BSHd: Tensor,
+    cache_PLd: Tensor,
+    page_table_BN: Tensor,
+    seq_lens_B: Tensor,
+    plan: Tensor | None,
+    value_dim: int,
+    scale: float,
+    arch: str,
 ) -> tuple[Tensor, Tensor]:
+    if _runs_reference(q_BSHd, cache_PLd, value_dim, arch):
+        return _forward(q_BSHd, cache_PLd, page_table_BN, seq_lens_B, plan, value_dim, scale, arch)
+    out_BSHC, lse_BSH = _fake(q_BSHd, value_dim)
+    if not out_BSHC.numel():
+        return out_BSHC, lse_BSH
+    num_sequences, num_new, num_heads, _ = q_BSHd.shape
+    if page_table_BN.shape[1] and page_table_BN.stride(1) != 1:
+        page_table_BN = page_table_BN.contiguous()
+    if plan is None:
+        max_rows = page_table_BN.shape[1] * cache_PLd.shape[1]
+        plan = torch.ops.dscoder.mla_decode_plan.default(seq_lens_B, num_new, num_heads, max_rows)
+    num_parts = plan.shape[0] - 1 - num_sequences
+    partial_out = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, value_dim, dtype=torch.float32)
+    partial_lse = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, dtype=torch.float32)
+    native._C.mla_decode_forward(
+        *(aligned(q_BSHd), cache_PLd, page_table_BN, seq_lens_B.contiguous(), plan.contiguous()),
+        *(out_BSHC, lse_BSH, partial_out, partial_lse, scale, arch),
+    )
+    return out_BSHC, lse_BSH
+
+
+def _fake(q_BSHd: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     out = q_BSHd.new_empty(*q_BSHd.shape[:3], value_dim)
     return out, q_BSHd.new_empty(q_BSHd.shape[:3], dtype=accumulate_dtype(q_BSHd.dtype))
 
 
+def _fake_forward(q_BSHd: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _cache, _table, _seq_lens, _plan, value_dim, _scale, _arch = args
+    return _fake(q_BSHd, value_dim)
+
+
 define_op(
-    "mla_decode(Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, int value_dim, float scale)"
-    " -> (Tensor out, Tensor lse)",
+    "mla_decode(Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, Tensor? plan, int value_dim,"
+    " float scale, str arch) -> (Tensor out, Tensor lse)",
     reference=_forward,
-    fake=_fake,
+    kernel=_forward_kernel,
+    fake=_fake_forward,
 )
