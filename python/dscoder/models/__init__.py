@@ -1,6 +1,13 @@
 """The two model families as one Transformer, its caches, its initial weights and its parameter counts."""
 
-from dscoder.models.cache import PAGE_SIZE, Cache, KeyValueCache, LatentCache, allocate_cache
+from dscoder.models.cache import (
+    PAGE_SIZE,
+    Cache,
+    KeyValueCache,
+    LatentCache,
+    allocate_cache,
+    cache_token_bytes,
+)
 from dscoder.models.count import ParameterCount, count_parameters
 from dscoder.models.init import init_weights, materialise
 from dscoder.models.transformer import Features, Transformer
@@ -14,6 +21,7 @@ __all__ = [
     "ParameterCount",
     "Transformer",
     "allocate_cache",
+    "cache_token_bytes",
     "count_parameters",
     "init_weights",
     "materialise",

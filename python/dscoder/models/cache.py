@@ -1,14 +1,31 @@
 """What decoding keeps of the past: paged latents (MLA), or keys and values (GQA), under one protocol.
 
-A forward with a cache appends row b's first num_new_B[b] tokens at that row's own position; what is to the
-right of them is padding, whose entries lie where the row's next tokens will overwrite them. The steps are
-`begin` (host checks, positions), one write a layer, `commit` (lengths grow), so a forward that fails leaves
-the lengths as they were. Nothing waits for the device: the host keeps an upper bound of the longest row and
-reads the true lengths only before it would refuse.
+A cache has B rows. A forward with it appends row b's first num_new_B[b] tokens at that row's own position;
+what is to the right of them is padding, whose entries lie where the row's next tokens will overwrite them.
+The steps are `begin` (positions and entries, once for all layers), one write a layer, `commit` (lengths
+grow), so a forward that fails leaves the lengths as they were. Nothing waits for the device and no shape
+depends on what it holds, so a CUDA graph can hold a forward of one token a row.
+
+Used whole, a cache keeps an upper bound of its longest row on the host, and reads the true lengths only
+before it would refuse. Who batches continuously knows the lengths himself and uses it by views instead:
+
+    cache = allocate_cache(config, num_sequences=64, max_positions=4096, num_pages=1000)
+    cache.assign(5, pages)                        # row 5 may hold len(pages) * PAGE_SIZE tokens
+    model(chunk_1S, cache=cache.rows(5, 6, max_len=0))          # its prompt, in chunks
+    model(tokens_N1, cache=cache.rows(0, N, max_len=longest), num_new_B=is_live_N)  # a step of rows 0 to N
+    cache.move(9, 5)                              # row 9 goes on as row 5, so that live rows stay in front
+    cache.clear(9)                                # row 9 holds nothing; its pages are free
+
+A view shares the memory of its cache. Lengths and page table of a cache are the same tensors for its whole
+life, changed in place: a graph captured over rows 0 to N stays valid while rows come and go. A row that is
+not live has num_new_B 0, and its output means nothing.
 """
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +38,21 @@ PAGE_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Append:
-    """Where the S columns of one forward go."""
+    """Where the S columns of one forward go, and what they see."""
 
-    positions_BS: Tensor  # int64, of the padding too
+    positions_BS: Tensor  # int64; of the padding too
     slots_T: Tensor  # int64 [B * S], entry of the storage
-    num_new_B: Tensor  # int32
+    num_new_B: Tensor | None  # int32; None: all S columns count
     end_lens_B: Tensor  # int32, lengths with all S columns counted in, padding too
     is_first: bool  # no row holds a token yet
     max_len: int  # no row is longer than this afterwards, padding included
+    page_table_BN: Tensor | None = None  # of latents: int32, wide enough for end_lens_B
 
 
 class Cache(ABC):
     """The lengths of the rows, and the checks that both caches share."""
 
+    num_pages = 0  # pages that rows may be assigned; 0: every row has its own memory from the start
     seq_lens_B: Tensor  # int32
 
     def __init__(self, *, num_sequences: int, max_positions: int, device: torch.device | str) -> None:
@@ -46,57 +65,86 @@ class Cache(ABC):
         """B, the number of rows."""
         return self.seq_lens_B.shape[0]
 
+    def rows(self, first: int, last: int, *, max_len: int) -> Self:
+        """Rows `first` to `last` (exclusive) as a cache for one forward, sharing memory and lengths.
+
+        `max_len` is the caller's word that none of them holds more tokens: 0 makes the forward that of new
+        prompts, and with keys and values it is the width that is attended. For a CUDA graph it is the most
+        that may come, max_positions - 1 for steps of one token.
+        """
+        view = copy.copy(self)
+        view._narrow(first, last)
+        view._max_len = max_len
+        return view
+
     def begin(self, tokens_BS: Tensor, num_new_B: Tensor | None) -> Append:
         """Plan the append of `tokens_BS`; ValueError if the rows differ or a row would not fit."""
         num_rows, length = tokens_BS.shape
         if num_rows != self.num_sequences:
             raise ValueError(f"cache: tokens must have {self.num_sequences} rows, got {num_rows}")
         device = self.seq_lens_B.device
-        if num_new_B is None:
-            num_new_B = torch.full((num_rows,), length, dtype=torch.int32, device=device)
-        elif num_new_B.shape != (num_rows,):
-            raise ValueError(f"cache: num_new_B must have shape ({num_rows},), got {tuple(num_new_B.shape)}")
-        num_new_B = num_new_B.to(device=device, dtype=torch.int32)
+        if num_new_B is not None:
+            if num_new_B.shape != (num_rows,):
+                raise ValueError(
+                    f"cache: num_new_B must have shape ({num_rows},), got {tuple(num_new_B.shape)}"
+                )
+            num_new_B = num_new_B.to(device=device, dtype=torch.int32)
         if self._max_len + length > self.max_positions:
-            self._check_room(num_new_B)
-        positions_BS = self.seq_lens_B.long()[:, None] + torch.arange(length, device=device)
-        max_len = self._max_len + length
-        return Append(
-            positions_BS=positions_BS,
-            slots_T=self._slots(positions_BS, max_len).flatten(),
-            num_new_B=num_new_B,
-            end_lens_B=self.seq_lens_B + length,
-            is_first=self._max_len == 0,
-            max_len=max_len,
-        )
+            self._check_room(length if num_new_B is None else num_new_B)
+        positions_BS = self.seq_lens_B.long()[:, None]
+        if length != 1:
+            positions_BS = positions_BS + torch.arange(length, device=device)
+        return self._place(positions_BS, num_new_B)
 
     def commit(self, append: Append) -> None:
         """Count the tokens of `append` in."""
-        self.seq_lens_B.add_(append.num_new_B)
+        num_columns = append.positions_BS.shape[1]
+        self.seq_lens_B.add_(num_columns if append.num_new_B is None else append.num_new_B)
         self._max_len = append.max_len
+
+    def clear(self, row: int) -> None:
+        """Row `row` holds nothing from here on."""
+        self.seq_lens_B[row] = 0
+
+    @abstractmethod
+    def num_pages_of(self, num_tokens: int) -> int:
+        """How many assigned pages a row of `num_tokens` needs; 0 where rows have their own memory."""
+
+    @abstractmethod
+    def assign(self, row: int, pages: Sequence[int]) -> None:
+        """Row `row` lies in `pages`, in that order; what it holds stays if its first pages do."""
+
+    @abstractmethod
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        """Row `target` becomes what row `source` is, `num_tokens` long; `source` is still to be cleared."""
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
         """Keep `rows` (indices, each at most once, or a mask), in that order."""
 
     @abstractmethod
-    def _slots(self, positions_BS: Tensor, max_len: int) -> Tensor:
-        """Storage entry of each position."""
+    def _narrow(self, first: int, last: int) -> None:
+        """Turn a fresh copy of a cache into the view of some of its rows."""
+        self.seq_lens_B = self.seq_lens_B[first:last]
 
-    def _check_room(self, num_new_B: Tensor) -> None:
+    @abstractmethod
+    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> Append:
+        """The append whose columns have `positions_BS`."""
+
+    def _check_room(self, num_new: Tensor | int) -> None:
         if self.num_sequences == 0:
             return
         self._max_len = int(self.seq_lens_B.max())
-        longest = int((self.seq_lens_B + num_new_B).max())
+        longest = int((self.seq_lens_B + num_new).max())
         if longest > self.max_positions:
             raise ValueError(f"cache: a row must hold <= {self.max_positions} tokens, got {longest}")
 
 
 class LatentCache(Cache):
-    """One page pool a layer, [P, PAGE_SIZE, C + r]: the normed latent, then the rotated key.
+    """One page pool a layer, [P + 1, PAGE_SIZE, C + r]: the normed latent, then the rotated key.
 
     Page p of row b is page_table_BN[b, p]. The pool's last page belongs to no row: padding beyond a row's
-    own pages goes there.
+    own pages goes there, and so do rows without pages.
     """
 
     def __init__(
@@ -106,43 +154,79 @@ class LatentCache(Cache):
         *,
         num_sequences: int,
         max_positions: int,
+        num_pages: int | None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__(num_sequences=num_sequences, max_positions=max_positions, device=device)
-        num_row_pages = -(-max_positions // PAGE_SIZE)
-        num_pages = num_sequences * num_row_pages
-        shape = (num_pages + 1, PAGE_SIZE, attention.cache_dim)
-        self.pages = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        pages = torch.arange(num_pages, dtype=torch.int32, device=device)
-        self.page_table_BN = pages.view(num_sequences, num_row_pages)
+        num_row_pages = self.num_pages_of(max_positions)
+        shape = (num_sequences, num_row_pages)
+        self.num_pages = num_sequences * num_row_pages if num_pages is None else num_pages
+        if num_pages is None:
+            self.page_table_BN = torch.arange(self.num_pages, dtype=torch.int32, device=device).view(shape)
+        else:
+            self.page_table_BN = torch.full(shape, self.num_pages, dtype=torch.int32, device=device)
+        pool = (self.num_pages + 1, PAGE_SIZE, attention.cache_dim)
+        self.pages = [torch.zeros(pool, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    def num_pages_of(self, num_tokens: int) -> int:
+        """How many assigned pages a row of `num_tokens` needs."""
+        return -(-num_tokens // PAGE_SIZE)
+
+    def assign(self, row: int, pages: Sequence[int]) -> None:
+        """Row `row` lies in `pages`, in that order; what it holds stays if its first pages do."""
+        width = self.page_table_BN.shape[1]
+        if len(pages) > width:
+            raise ValueError(f"cache: a row must have <= {width} pages, got {len(pages)}")
+        table = [*pages, *[self.num_pages] * (width - len(pages))]
+        self.page_table_BN[row].copy_(torch.tensor(table, dtype=torch.int32))
+
+    def clear(self, row: int) -> None:
+        """Row `row` holds nothing and has no pages from here on."""
+        super().clear(row)
+        self.page_table_BN[row] = self.num_pages
+
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        """Row `target` takes the pages and the length of row `source`; no page is copied."""
+        self.page_table_BN[target] = self.page_table_BN[source]
+        self.seq_lens_B[target] = num_tokens
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` (indices, each at most once, or a mask), in that order; no page is copied."""
         self.seq_lens_B = self.seq_lens_B[rows]
         self.page_table_BN = self.page_table_BN[rows]
 
-    def table(self, max_len: int) -> Tensor:
-        """The page table, int32 [B, N], wide enough for `max_len` positions."""
-        num_columns = -(-max_len // PAGE_SIZE)
-        num_missing = num_columns - self.page_table_BN.shape[1]
-        if num_missing <= 0:
-            return self.page_table_BN[:, :num_columns]
-        return F.pad(self.page_table_BN, (0, num_missing), value=self.pages[0].shape[0] - 1)
-
     def write(self, layer_idx: int, entry_Td: Tensor, append: Append) -> None:
         """Store the entries [B * S, C + r] of one layer."""
         pool = self.pages[layer_idx]
         pool.view(-1, pool.shape[-1])[append.slots_T] = entry_Td.detach().to(pool.dtype)
 
-    def _slots(self, positions_BS: Tensor, max_len: int) -> Tensor:
-        pages_BS = self.table(max_len).gather(1, positions_BS // PAGE_SIZE)
-        return pages_BS.long() * PAGE_SIZE + positions_BS % PAGE_SIZE
+    def _narrow(self, first: int, last: int) -> None:
+        super()._narrow(first, last)
+        self.page_table_BN = self.page_table_BN[first:last]
+
+    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> Append:
+        max_len = self._max_len + positions_BS.shape[1]
+        table_BN = self.page_table_BN
+        num_missing = self.num_pages_of(max_len) - table_BN.shape[1]
+        if num_missing > 0:
+            table_BN = F.pad(table_BN, (0, num_missing), value=self.num_pages)
+        pages_BS = table_BN.gather(1, positions_BS // PAGE_SIZE)
+        return Append(
+            positions_BS=positions_BS,
+            slots_T=torch.add(positions_BS % PAGE_SIZE, pages_BS, alpha=PAGE_SIZE).flatten(),
+            num_new_B=num_new_B,
+            end_lens_B=self.seq_lens_B + positions_BS.shape[1],
+            is_first=self._max_len == 0,
+            max_len=max_len,
+            page_table_BN=table_BN,
+        )
 
 
 class KeyValueCache(Cache):
     """Rotated keys, and values, of each layer: [B * max_positions + 1, heads, head_dim].
 
+    Every row has the memory of max_positions tokens and needs no pages: attention reads it where it lies.
     The last entry belongs to no row: padding beyond a row's end goes there.
     """
 
@@ -160,18 +244,34 @@ class KeyValueCache(Cache):
         shape = (num_sequences * max_positions + 1, attention.num_kv_heads, attention.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._set_rows(0, num_sequences)
+
+    def num_pages_of(self, num_tokens: int) -> int:
+        """0: rows have their own memory."""
+        return 0
+
+    def assign(self, row: int, pages: Sequence[int]) -> None:
+        """Rows have their own memory: ValueError for any page."""
+        if pages:
+            raise ValueError(f"cache: rows of keys and values must have 0 pages, got {len(pages)}")
+
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        """Copy row `source`, `num_tokens` long, to row `target`."""
+        for entries in (*self.keys, *self.values):
+            by_row = self._by_row(entries)
+            by_row[target, :num_tokens] = by_row[source, :num_tokens]
+        self.seq_lens_B[target] = num_tokens
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` (indices, each at most once, or a mask), in that order; kept rows are copied."""
-        old_num_rows = self.num_sequences
-        self.seq_lens_B = self.seq_lens_B[rows]
 
         def keep(entries: Tensor) -> Tensor:
-            kept = entries[:-1].view(old_num_rows, self.max_positions, *entries.shape[1:])[rows]
-            return torch.cat([kept.flatten(0, 1), entries[-1:]])
+            return torch.cat([self._by_row(entries)[rows].flatten(0, 1), entries[-1:]])
 
         self.keys = [keep(entries) for entries in self.keys]
         self.values = [keep(entries) for entries in self.values]
+        self.seq_lens_B = self.seq_lens_B[rows]
+        self._set_rows(0, self.num_sequences)
 
     def write(self, layer_idx: int, key_TGd: Tensor, value_TGd: Tensor, append: Append) -> None:
         """Store the keys and values [B * S, heads, head_dim] of one layer."""
@@ -181,18 +281,45 @@ class KeyValueCache(Cache):
     def read(self, layer_idx: int, append: Append) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, heads, head_dim], views; entries beyond a row's length mean nothing."""
         length = min(append.max_len, self.max_positions)
+        keys, values = self._by_row(self.keys[layer_idx]), self._by_row(self.values[layer_idx])
+        return keys[:, :length], values[:, :length]
 
-        def rows(entries: Tensor) -> Tensor:
-            by_row = entries[:-1].view(self.num_sequences, self.max_positions, *entries.shape[1:])
-            return by_row[:, :length]
+    def _by_row(self, entries: Tensor) -> Tensor:
+        by_row = entries[:-1].view(-1, self.max_positions, *entries.shape[1:])
+        return by_row[self._first_row : self._first_row + self.num_sequences]
 
-        return rows(self.keys[layer_idx]), rows(self.values[layer_idx])
+    def _set_rows(self, first: int, last: int) -> None:
+        rows_B = torch.arange(first, last, device=self.seq_lens_B.device)
+        self._first_row = first
+        self._starts_B1 = (rows_B * self.max_positions)[:, None]
 
-    def _slots(self, positions_BS: Tensor, max_len: int) -> Tensor:
-        rows_B = torch.arange(self.num_sequences, device=positions_BS.device)
-        slots_BS = rows_B[:, None] * self.max_positions + positions_BS
-        spare = self.num_sequences * self.max_positions
-        return torch.where(positions_BS < self.max_positions, slots_BS, spare)
+    def _narrow(self, first: int, last: int) -> None:
+        super()._narrow(first, last)
+        self._starts_B1 = self._starts_B1[first:last]
+        self._first_row += first
+
+    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> Append:
+        max_len = self._max_len + positions_BS.shape[1]
+        slots_BS = positions_BS + self._starts_B1
+        if max_len > self.max_positions:
+            spare = self.keys[0].shape[0] - 1
+            slots_BS = torch.where(positions_BS < self.max_positions, slots_BS, spare)
+        return Append(
+            positions_BS=positions_BS,
+            slots_T=slots_BS.flatten(),
+            num_new_B=num_new_B,
+            end_lens_B=self.seq_lens_B + positions_BS.shape[1],
+            is_first=self._max_len == 0,
+            max_len=max_len,
+        )
+
+
+def cache_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of one token of one row, over all layers."""
+    attention = config.attention
+    if isinstance(attention, MlaConfig):
+        return config.num_layers * attention.cache_dim * dtype.itemsize
+    return config.num_layers * 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
 
 
 def allocate_cache(
@@ -200,27 +327,38 @@ def allocate_cache(
     *,
     num_sequences: int,
     max_positions: int,
+    num_pages: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LatentCache | KeyValueCache:
-    """An empty cache for `num_sequences` rows of up to `max_positions` tokens."""
+    """An empty cache for `num_sequences` rows of up to `max_positions` tokens.
+
+    `num_pages`: rows of latents share so many pages, and have none before `assign` gives them some. None:
+    every row has its own for max_positions tokens; keys and values know no other way.
+    """
     if num_sequences < 0 or max_positions < 1:
         raise ValueError(
             f"allocate_cache: num_sequences must be >= 0 and max_positions >= 1, "
             f"got {num_sequences} and {max_positions}"
         )
-    if isinstance(config.attention, MlaConfig):
+    if num_pages is not None and num_pages < 0:
+        raise ValueError(f"allocate_cache: num_pages must be >= 0, got {num_pages}")
+    attention = config.attention
+    if isinstance(attention, MlaConfig):
         return LatentCache(
             config,
-            config.attention,
+            attention,
             num_sequences=num_sequences,
             max_positions=max_positions,
+            num_pages=num_pages,
             dtype=dtype,
             device=device,
         )
+    if num_pages is not None:
+        raise ValueError(f"allocate_cache: num_pages must be None for keys and values, got {num_pages}")
     return KeyValueCache(
         config,
-        config.attention,
+        attention,
         num_sequences=num_sequences,
         max_positions=max_positions,
         dtype=dtype,

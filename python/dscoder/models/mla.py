@@ -102,6 +102,7 @@ class LatentAttention(nn.Module):
         shape, cache, append = self.shape, placement.cache, placement.append
         assert isinstance(cache, LatentCache)
         assert append is not None
+        assert append.page_table_BN is not None
         up = self.latent_up.weight.view(shape.num_heads, -1, shape.kv_lora_rank)
         key_up_HnC, value_up_HvC = up[:, : shape.nope_dim], up[:, shape.nope_dim :]
         absorbed_THC = torch.bmm(nope_THn.transpose(0, 1), key_up_HnC).transpose(0, 1)
@@ -110,7 +111,7 @@ class LatentAttention(nn.Module):
         out_BSHC, _ = ops.mla_decode(
             query_THd.view(placement.num_sequences, placement.length, shape.num_heads, shape.cache_dim),
             cache.pages[self.layer_idx],
-            cache.table(append.max_len),
+            append.page_table_BN,
             append.end_lens_B,
             value_dim=shape.kv_lora_rank,
             scale=self.scale,
