@@ -2,8 +2,9 @@
 
 from dscoder.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from dscoder.ops.grouped_gemm_plan import grouped_gemm_plan
-from dscoder.ops.mla_decode import mla_decode
-from dscoder.ops.mla_decode_plan import mla_decode_plan
+from dscoder.ops.latent_append import AppendTarget, latent_append
+from dscoder.ops.latent_rope import latent_rope
+from dscoder.ops.mla_decode import mla_decode, mla_decode_plan
 from dscoder.ops.mla_prefill import mla_prefill
 from dscoder.ops.moe_balance_loss import moe_balance_loss, moe_balance_terms
 from dscoder.ops.moe_experts import moe_experts
@@ -13,10 +14,13 @@ from dscoder.ops.moe_unpermute import moe_unpermute
 from dscoder.ops.rope import rope
 
 __all__ = [
+    "AppendTarget",
     "PermuteHandle",
     "grouped_gemm",
     "grouped_gemm_plan",
     "grouped_gemm_weight_gradient",
+    "latent_append",
+    "latent_rope",
     "mla_decode",
     "mla_decode_plan",
     "mla_prefill",

@@ -43,13 +43,7 @@ def rope(
     if width % 2:
         raise ValueError(f"{op}: q must have an even last dimension, got {width}")
     check_shape(op, "k", k_TGr, (num_tokens, k_TGr.shape[1], width))
-    table_dtypes = (torch.float32, torch.float64)
-    check_tensor(op, "cos", cos_Lf, num_dims=2, dtypes=table_dtypes)
-    check_tensor(op, "sin", sin_Lf, num_dims=2, dtypes=table_dtypes)
-    check_shape(op, "cos", cos_Lf, (cos_Lf.shape[0], width // 2))
-    check_shape(op, "sin", sin_Lf, tuple(cos_Lf.shape))
-    check_tensor(op, "positions", positions_T, num_dims=1, dtypes=(torch.int32, torch.int64))
-    check_shape(op, "positions", positions_T, (num_tokens,))
+    check_angles(op, (cos_Lf, sin_Lf, positions_T), num_tokens=num_tokens, width=width)
     check_devices(op, q=q_THr, k=k_TGr, cos=cos_Lf, sin=sin_Lf, positions=positions_T)
     q: Tensor
     k: Tensor
@@ -57,7 +51,29 @@ def rope(
     return q, k
 
 
-def _rotate_neighbours(x: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
+def check_angles(op: str, angles: tuple[Tensor, Tensor, Tensor], *, num_tokens: int, width: int) -> None:
+    """Of cos, sin and positions: TypeError or ValueError unless they hold angles for heads of this width."""
+    cos_Lf, sin_Lf, positions_T = angles
+    table_dtypes = (torch.float32, torch.float64)
+    check_tensor(op, "cos", cos_Lf, num_dims=2, dtypes=table_dtypes)
+    check_tensor(op, "sin", sin_Lf, num_dims=2, dtypes=table_dtypes)
+    check_shape(op, "cos", cos_Lf, (cos_Lf.shape[0], width // 2))
+    check_shape(op, "sin", sin_Lf, tuple(cos_Lf.shape))
+    check_tensor(op, "positions", positions_T, num_dims=1, dtypes=(torch.int32, torch.int64))
+    check_shape(op, "positions", positions_T, (num_tokens,))
+
+
+def angles_at(
+    cos_Lf: Tensor, sin_Lf: Tensor, positions_T: Tensor, *, dtype: torch.dtype, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Each token's rows of the tables, [T, 1, f], in `dtype`; `inverse`: of the opposite angles."""
+    cos_T1f = cos_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
+    sin_T1f = sin_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
+    return cos_T1f, -sin_T1f if inverse else sin_T1f
+
+
+def rotate_neighbours(x: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
+    """The pairs (0, 1), (2, 3), .. of the last dimension turned, in the dtype of all three."""
     # Complex numbers: one pass, where writing the two halves of the pairs apart takes six.
     x = x.contiguous()
     if x.storage_offset() % 2:
@@ -83,12 +99,9 @@ def _forward(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q_THr.dtype)
-    cos_T1f = cos_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
-    sin_T1f = sin_Lf.index_select(0, positions_T).unsqueeze(1).to(dtype)
-    if inverse:
-        sin_T1f = -sin_T1f
-    rotate = _rotate_neighbours if interleaved else _rotate_halves
-    q, k = (rotate(x.to(dtype), cos_T1f, sin_T1f).to(x.dtype) for x in (q_THr, k_TGr))
+    angles = angles_at(cos_Lf, sin_Lf, positions_T, dtype=dtype, inverse=inverse)
+    rotate = rotate_neighbours if interleaved else _rotate_halves
+    q, k = (rotate(x.to(dtype), *angles).to(x.dtype) for x in (q_THr, k_TGr))
     return q, k
 
 
