@@ -4,6 +4,7 @@ The cache holds one row per token for all heads: the C-wide latent, then the r-w
 come multiplied into the latent space, so scores read whole rows and values are the rows' first C columns.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from torch import Tensor
 
 from dscoder.ops.library import (
     FLOATS,
+    INT32_MAX,
     accumulate_dtype,
     aligned,
     check_arch,
     check_at_least,
+    check_at_most,
     check_devices,
     check_number,
     check_shape,
     check_tensor,
     define_op,
     device_refusal,
+    gpu_of,
 )
 from dscoder.runtime import native
 
@@ -47,8 +51,8 @@ def mla_decode(
     Row j of sequence b lies in page page_table_BN[b, j // L] of the cache (L rows a page), at j % L.
     `seq_lens_B` (int32) counts the rows, the S new tokens' included: token s sees the first
     seq_lens_B[b] - S + s + 1. Slots of the table behind a sequence's last page may hold anything, and so
-    may rows behind its last row; neither is used. A length beyond N * L is taken as N * L. Lengths and table
-    are read on the device.
+    may rows behind its last row; neither is used. A length beyond N * L is taken as N * L, the rows of a page
+    that is not there as zeros. Lengths and table are read on the device.
 
     `plan` is what `mla_decode_plan` makes of the same lengths, B, S, H and N * L; without one each call makes
     its own. `arch` says what runs on a GPU (a CPU runs the reference, which needs no plan). "auto": kernels
@@ -89,6 +93,29 @@ def mla_decode(
     return out, lse
 
 
+def mla_decode_plan(seq_lens_B: Tensor, *, num_new: int, num_heads: int, max_rows: int) -> Tensor:
+    """Deal the cached rows of all sequences out to the parts that `mla_decode` runs side by side.
+
+    `seq_lens_B` (int32) as `mla_decode` takes it, `num_new` and `num_heads` the S and H of its query,
+    `max_rows` the N * L rows that its page table has room for: longer sequences count as that long. Lengths
+    are read on the device, and how many parts there are follows from the sizes and the GPU alone: captured
+    in a CUDA graph, the plan follows the lengths of each replay. It serves every call on the same lengths,
+    as the layers of one step are. One made for other lengths gives wrong results, and reads nothing wild.
+
+    Returns:
+        plan (int32, [parts + 1 + B, 2]): where each part begins, (sequence, block of 64 rows), then (B, 0);
+        behind these the first and the last part that hold a piece of each sequence. No gradient.
+    """
+    op = "mla_decode_plan"
+    check_tensor(op, "seq_lens", seq_lens_B, num_dims=1, dtypes=(torch.int32,))
+    check_at_least(op, "num_new", num_new, 1)
+    check_at_least(op, "num_heads", num_heads, 1)
+    check_at_most(op, "num_new * num_heads", num_new * num_heads, INT32_MAX)
+    check_at_least(op, "max_rows", max_rows, 0)
+    plan: Tensor = torch.ops.dscoder.mla_decode_plan.default(seq_lens_B, num_new, num_heads, max_rows)
+    return plan
+
+
 def _check_plan(op: str, plan: Tensor, q_BSHd: Tensor) -> None:
     check_tensor(op, "plan", plan, num_dims=2, dtypes=(torch.int32,))
     check_shape(op, "plan", plan, (plan.shape[0], 2))
@@ -110,20 +137,34 @@ def kernel_refusal(q_BSHd: Tensor, cache_PLd: Tensor, value_dim: int) -> str | N
     return refusal
 
 
-# ---- reference ----
+# ---- references ----
+
+
+@functools.cache
+def _num_parts(num_new: int, num_heads: int, device: torch.device) -> int:
+    num_sms = gpu_of(device)[2] if device.type == "cuda" else 1
+    return native._C.mla_decode_num_parts(num_new, num_heads, num_sms)
+
+
+def _plan_on_host(seq_lens_B: Tensor, num_new: int, num_heads: int, max_rows: int) -> Tensor:
+    num_parts = _num_parts(num_new, num_heads, seq_lens_B.device)
+    rows = native._C.mla_decode_plan_of(seq_lens_B.tolist(), num_parts, max_rows)
+    return torch.tensor(rows, dtype=torch.int32, device=seq_lens_B.device)
 
 
 def _gather_rows(cache_PLd: Tensor, page_table_BN: Tensor, seq_lens_B: Tensor, num_rows: int) -> Tensor:
     """The first `num_rows` rows of every sequence, [B, num_rows, d]; behind its end its last row again.
 
-    So neither a wild slot of the table nor the NaN in an unused page is ever read.
+    So neither a slot of the table nor the NaN in a page that is not in use is ever read.
     """
     num_pages, page_size, width = cache_PLd.shape
     position = torch.arange(num_rows, device=cache_PLd.device)
     position = torch.minimum(position, (seq_lens_B.unsqueeze(1) - 1).clamp(min=0)).long()
-    page = page_table_BN.gather(1, position // page_size).long().clamp(0, num_pages - 1)
-    row = page * page_size + position % page_size
-    return cache_PLd.reshape(-1, width).index_select(0, row.flatten()).view(*row.shape, width)
+    page = page_table_BN.gather(1, position // page_size).long()
+    is_wild = (page < 0) | (page >= num_pages)
+    row = page.masked_fill(is_wild, 0) * page_size + position % page_size
+    rows = cache_PLd.reshape(-1, width).index_select(0, row.flatten()).view(*row.shape, width)
+    return rows.masked_fill_(is_wild.unsqueeze(-1), 0) if is_wild.any() else rows
 
 
 def _forward(
@@ -174,6 +215,19 @@ def _attend(q_BSHd: Tensor, rows: Tensor, num_seen_BS: Tensor, value_dim: int) -
 # ---- kernels ----
 
 
+def _plan_kernel(seq_lens_B: Tensor, num_new: int, num_heads: int, max_rows: int) -> Tensor:
+    if device_refusal(seq_lens_B.device) is not None:
+        return _plan_on_host(seq_lens_B, num_new, num_heads, max_rows)
+    plan = _plan_fake(seq_lens_B, num_new, num_heads, max_rows)
+    native._C.mla_decode_plan(seq_lens_B.contiguous(), plan, max_rows)
+    return plan
+
+
+def _plan_fake(seq_lens_B: Tensor, num_new: int, num_heads: int, _max_rows: int) -> Tensor:
+    num_parts = _num_parts(num_new, num_heads, seq_lens_B.device)
+    return seq_lens_B.new_empty(num_parts + 1 + seq_lens_B.shape[0], 2)
+
+
 def _layout_refusal(cache_PLd: Tensor) -> str | None:
     """The same of where the pages lie, which tracing cannot tell."""
     num_pages, page_size, width = cache_PLd.shape
@@ -218,7 +272,7 @@ def _forward_kernel(
         page_table_BN = page_table_BN.contiguous()
     if plan is None:
         max_rows = page_table_BN.shape[1] * cache_PLd.shape[1]
-        plan = torch.ops.dscoder.mla_decode_plan.default(seq_lens_B, num_new, num_heads, max_rows)
+        plan = _plan_kernel(seq_lens_B, num_new, num_heads, max_rows)
     num_parts = plan.shape[0] - 1 - num_sequences
     partial_out = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, value_dim, dtype=torch.float32)
     partial_lse = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, dtype=torch.float32)
@@ -245,4 +299,10 @@ define_op(
     reference=_forward,
     kernel=_forward_kernel,
     fake=_fake_forward,
+)
+define_op(
+    "mla_decode_plan(Tensor seq_lens, int num_new, int num_heads, SymInt max_rows) -> Tensor",
+    reference=_plan_on_host,
+    kernel=_plan_kernel,
+    fake=_plan_fake,
 )
