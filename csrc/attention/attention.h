@@ -1,16 +1,11 @@
 // The attention family: which kernels there are and what each reads and writes.
 #pragma once
 
+#include "attention/mla_decode_plan.h"
 #include "core/device.h"
 #include "core/dtype.h"
 
 namespace dsc {
-
-// The widths of latent attention that the kernels are made for (DeepSeek-V2, arXiv 2405.04434,
-// section 3.1.2): a row of the cache is the normed latent, then the rotated key that all heads share.
-constexpr int kLatentWidth = 512;
-constexpr int kRopeWidth = 64;
-constexpr int kCacheWidth = kLatentWidth + kRopeWidth;
 
 // rope: pairs of a head's elements, rotated by the angles in row positions[t] of the tables (RoFormer, arXiv
 // 2104.09864, eq 34). Arithmetic in float32. The rows of q and k may lie apart, their elements may not.
@@ -100,9 +95,6 @@ void launch_latent_rope_backward(const LatentRopeBackwardParams& p, cudaStream_t
 // blocks of kDecodeBlock rows. The plan (mla_decode_plan.h) deals all sequences' blocks out to the parts of
 // the grid; a sequence that several parts share leaves a partial result from each, which a second kernel adds
 // up.
-constexpr int kDecodeRows = 64;
-constexpr int kDecodeBlock = 64;
-
 struct MlaDecodeParams {
     const void* q;              // [B, S, H, C + r], contiguous
     const void* cache;          // [P, L, C + r], page stride below
