@@ -87,6 +87,7 @@ TABLE = (
     Row("mla_decode", "forward", "torch.compile", "triton", compiled(eager_attention.mla_decode)),
     Row("mla_decode", "forward", "flash_mla", "flash_mla", flash_mla.mla_decode),
     Row("mla_decode", "forward", "flashinfer", "flashinfer.mla", flashinfer.mla_decode),
+    Row("mla_decode", "forward", "fa3", "flash_attn_interface", flash_attention.mla_decode),
     Row("mla_prefill", "backward", "torch", "torch", eager_attention.mla_prefill),
     Row("mla_prefill", "backward", "fa3", "flash_attn_interface", flash_attention.mla_prefill_3),
     Row("mla_prefill", "backward", "fa2", "flash_attn", flash_attention.mla_prefill_2),

@@ -1,7 +1,8 @@
 """flashinfer's latent attention, FA3 backend on Hopper, forward only.
 
-Read: flashinfer/mla/_core.py and flashinfer/prefill.py at commit fb28d72 (0.6.18, August 2026). `plan`, one
-for all layers of a step, waits for the GPU and is not timed.
+Read: flashinfer/mla/_core.py and flashinfer/prefill.py at commit fb28d72 (0.6.18, August 2026); what
+flashinfer/mla/_batch_mla/_wrapper.py has become since takes the same arguments by name. `plan`, one for all
+layers of a step, waits for the GPU and is not timed.
 
 Not compared: `fused_topk_deepseek` (sigmoid, bias, a group's two best experts: V3's rule) and
 `trtllm_gen_routing` (sm_100 on).
@@ -59,7 +60,9 @@ def mla_decode(
     latent, rotated = cache_PLd.split([value_dim, width - value_dim], dim=-1)
 
     def call() -> Any:
-        return wrapper.run(q_latent, q_rotated, latent, rotated, return_lse=True)
+        return wrapper.run(
+            q_nope=q_latent, q_pe=q_rotated, ckv_cache=latent, kpe_cache=rotated, return_lse=True
+        )
 
     return Run(call=call, read=lambda raw: raw[0].unflatten(0, (num_sequences, num_new)))
 

@@ -227,14 +227,14 @@ class LatentWrapper:
         self.at = SimpleNamespace(**plan)
 
     def run(
-        self, q_latent: Tensor, q_rotated: Tensor, latent: Tensor, rotated: Tensor, *, return_lse: bool
+        self, *, q_nope: Tensor, q_pe: Tensor, ckv_cache: Tensor, kpe_cache: Tensor, return_lse: bool
     ) -> tuple[Tensor, Tensor]:
         """Queries of all sequences one after the other, pages by a list with START offsets."""
         at = self.at
         assert return_lse
-        assert (q_latent.shape[-1], q_rotated.shape[-1]) == (at.head_dim_ckv, at.head_dim_kpe)
-        q = torch.cat([q_latent, q_rotated], dim=-1)
-        cache = torch.cat([latent, rotated], dim=-1)
+        assert (q_nope.shape[-1], q_pe.shape[-1]) == (at.head_dim_ckv, at.head_dim_kpe)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        cache = torch.cat([ckv_cache, kpe_cache], dim=-1)
         outs = []
         for b, length in enumerate(at.kv_len_arr):
             table = at.kv_indices[at.kv_indptr[b] : at.kv_indptr[b + 1]].unsqueeze(0)
@@ -292,6 +292,47 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
     return *flash_attention_3(q, k, v, *args, **kwargs), None
 
 
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """FlashAttention 3's: what its call must agree with."""
+    assert (num_heads_kv, headdim) == (1, 64)
+    assert options.keys() == {"headdim_v", "page_size", "causal"}
+    assert options["causal"]
+    sizes = (batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, options["headdim_v"], options["page_size"])
+    return *sizes, cache_seqlens.tolist(), qkv_dtype
+
+
+def flash_attention_3_cached(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, qv: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """FlashAttention 3's over pages; log-sum-exp [B, H, S], and what its parts left."""
+    table, seq_lens = options["page_table"], options["cache_seqlens"]
+    assert options["causal"]
+    assert options["return_softmax_lse"]
+    assert all(x.stride(-1) == 1 for x in (q, k_cache, v_cache, qv, table))
+    (num_sequences, num_new, num_heads, _), page_size = q.shape, k_cache.shape[1]
+    sizes = (num_sequences, num_new, table.shape[1] * page_size, num_heads, v_cache.shape[-1], page_size)
+    assert options["scheduler_metadata"] == (*sizes, seq_lens.tolist(), q.dtype)
+    assert k_cache.shape[2] == v_cache.shape[2] == 1
+    out, lse = ops.mla_decode(
+        torch.cat([qv, q], dim=-1),
+        torch.cat([v_cache, k_cache], dim=-1).squeeze(2),
+        *(table, seq_lens),
+        value_dim=v_cache.shape[-1],
+        scale=options["softmax_scale"],
+    )
+    return out, lse.transpose(1, 2), torch.empty(0), torch.empty(0)
+
+
 _VLLM = "vllm.model_executor.layers.fused_moe"
 MODULES: dict[str, dict[str, Any]] = {
     "vllm._custom_ops": {"topk_softmax": topk_softmax},
@@ -315,6 +356,10 @@ MODULES: dict[str, dict[str, Any]] = {
     "flash_mla": {"flash_mla_with_kvcache": flash_mla, "get_mla_metadata": get_mla_metadata},
     "flashinfer.mla": {"BatchMLAPagedAttentionWrapper": LatentWrapper},
     "flashinfer.prefill": {"BatchPrefillWithRaggedKVCacheWrapper": RaggedWrapper},
-    "flash_attn_interface": {"flash_attn_varlen_func": flash_attention_3},
+    "flash_attn_interface": {
+        "flash_attn_varlen_func": flash_attention_3,
+        "flash_attn_with_kvcache": flash_attention_3_cached,
+        "get_scheduler_metadata": get_scheduler_metadata,
+    },
     "flash_attn": {"flash_attn_varlen_func": flash_attention_2},
 }

@@ -174,6 +174,14 @@ def test_a_peer_refuses_what_it_computes_by_another_rule() -> None:
     assert refusal("moe_gate", "forward", "vllm_grouped", logits, **lite) == (
         "grouped_topk is for groups, got 1"
     )
+    table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    narrow = (torch.zeros(1, 1, 2, 96), torch.zeros(1, 64, 96), table, seq_lens)
+    assert refusal("mla_decode", "forward", "flash_mla", *narrow, value_dim=64, scale=1.0) == (
+        "widths must be 576 and 512, got 96 and 64"
+    )
+    assert refusal("mla_decode", "forward", "fa3", *narrow, value_dim=64, scale=1.0) == (
+        "widths must be (64, 512), got (32, 64)"
+    )
     probs, idx = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int32)
     assert refusal("moe_balance_loss", "backward", "te", probs, idx, device=0.1) == (
         "fused_moe_aux_loss has the expert-level term alone"
