@@ -43,10 +43,14 @@ std::string shape_text(const int64_t* sizes, int rank) {
     return "[" + text + "]";
 }
 
-bool is_contiguous(const dlpack::Tensor& tensor) {
-    int64_t wanted = 1;
-    for (int i = tensor.rank - 1; i >= 0; --i) {
+// Whether the last `num_dense` dimensions are contiguous.
+bool is_contiguous(const dlpack::Tensor& tensor, int num_dense) {
+    const int first = tensor.rank - num_dense;
+    for (int i = 0; i < tensor.rank; ++i) {
         if (tensor.shape[i] == 0) return true;
+    }
+    int64_t wanted = 1;
+    for (int i = tensor.rank - 1; i >= first; --i) {
         if (tensor.shape[i] != 1 and tensor.strides[i] != wanted) return false;
         wanted *= tensor.shape[i];
     }
@@ -86,7 +90,8 @@ FloatType Call::float_type_of(const char* name, py::handle tensor) {
         concat(op_, ": ", name, " must be float32, bfloat16 or float16, got ", name_of(seen.dtype)));
 }
 
-dlpack::Tensor Call::view(const char* name, py::handle tensor, dlpack::DataType dtype, int rank) {
+dlpack::Tensor Call::view(const char* name, py::handle tensor, dlpack::DataType dtype, int rank,
+                          int num_dense) {
     dlpack::Tensor seen;
     const dlpack::ExchangeApi* const api = see(name, tensor, seen);
     const dlpack::Device wanted{kKernelDevice, device_idx_};
@@ -97,7 +102,8 @@ dlpack::Tensor Call::view(const char* name, py::handle tensor, dlpack::DataType 
     DSC_CHECK_TYPE(seen.dtype == dtype, op_, ": ", name, " must be ", name_of(dtype), ", got ",
                    name_of(seen.dtype));
     DSC_CHECK(seen.rank == rank, op_, ": ", name, " must have ", rank, " dimensions, got ", seen.rank);
-    DSC_CHECK(is_contiguous(seen), op_, ": ", name, " must be contiguous, got shape ",
+    DSC_CHECK(is_contiguous(seen, num_dense), op_, ": ", name, " must be contiguous",
+              num_dense < rank ? concat(" in its last ", num_dense, " dimensions") : "", ", got shape ",
               shape_text(seen.shape, rank), " with strides ", shape_text(seen.strides, rank));
     if (first_name_ == nullptr) {
         first_name_ = name;

@@ -61,6 +61,7 @@ constexpr dlpack::DataType kFloat32{.code = 2, .bits = 32, .lanes = 1};
 constexpr dlpack::DataType kFloat16{.code = 2, .bits = 16, .lanes = 1};
 constexpr dlpack::DataType kBfloat16{.code = 4, .bits = 16, .lanes = 1};
 constexpr dlpack::DataType kInt32{.code = 0, .bits = 32, .lanes = 1};
+constexpr dlpack::DataType kInt64{.code = 0, .bits = 64, .lanes = 1};
 
 // Where the kernels of this build run.
 #ifdef DSC_HOST_EXECUTOR
@@ -88,6 +89,12 @@ struct Array {
     }
 };
 
+// A tensor on the kernels' device whose first dimensions may lie apart.
+template <int kRank>
+struct StridedArray : Array<kRank> {
+    std::array<int64_t, kRank> strides;  // elements; 0 of a dimension that holds one or nothing
+};
+
 // Makes the call's device current for a launch, and the previous one again afterwards. Throws
 // std::runtime_error when the build has no kernel for that device.
 class DeviceGuard {
@@ -108,17 +115,33 @@ class Call {
 
     template <int kRank>
     Array<kRank> read(const char* name, pybind11::handle tensor, dlpack::DataType dtype) {
-        const dlpack::Tensor seen = view(name, tensor, dtype, kRank);
-        Array<kRank> array{static_cast<char*>(seen.data) + seen.byte_offset, {}};
-        for (int i = 0; i < kRank; ++i) array.shape[i] = seen.shape[i];
-        return array;
+        return read_strided<kRank>(name, tensor, dtype, kRank);
     }
 
     // A tensor whose shape, or part of it, is known already.
     template <int kRank>
     Array<kRank> read(const char* name, pybind11::handle tensor, dlpack::DataType dtype,
                       const std::array<int64_t, kRank>& wanted) {
-        const Array<kRank> array = read<kRank>(name, tensor, dtype);
+        return read_strided<kRank>(name, tensor, dtype, wanted, kRank);
+    }
+
+    // A tensor of which the last `num_dense` dimensions are contiguous.
+    template <int kRank>
+    StridedArray<kRank> read_strided(const char* name, pybind11::handle tensor, dlpack::DataType dtype,
+                                     int num_dense = 1) {
+        const dlpack::Tensor seen = view(name, tensor, dtype, kRank, num_dense);
+        StridedArray<kRank> array{{static_cast<char*>(seen.data) + seen.byte_offset, {}}, {}};
+        for (int i = 0; i < kRank; ++i) {
+            array.shape[i] = seen.shape[i];
+            array.strides[i] = seen.shape[i] > 1 ? seen.strides[i] : 0;
+        }
+        return array;
+    }
+
+    template <int kRank>
+    StridedArray<kRank> read_strided(const char* name, pybind11::handle tensor, dlpack::DataType dtype,
+                                     const std::array<int64_t, kRank>& wanted, int num_dense = 1) {
+        const StridedArray<kRank> array = read_strided<kRank>(name, tensor, dtype, num_dense);
         check_shape(name, wanted.data(), array.shape.data(), kRank);
         return array;
     }
@@ -139,7 +162,8 @@ class Call {
 
   private:
     const dlpack::ExchangeApi* see(const char* name, pybind11::handle tensor, dlpack::Tensor& seen) const;
-    dlpack::Tensor view(const char* name, pybind11::handle tensor, dlpack::DataType dtype, int rank);
+    dlpack::Tensor view(const char* name, pybind11::handle tensor, dlpack::DataType dtype, int rank,
+                        int num_dense);
     cudaStream_t current_stream() const;
     void check_shape(const char* name, const int64_t* wanted, const int64_t* seen, int rank) const;
 

@@ -2,6 +2,7 @@
 // float32, so numbers leave a word as floats and are rounded once on their way back (to nearest even).
 #pragma once
 
+#include "core/check.h"
 #include "core/device.h"
 
 namespace dsc {
@@ -62,6 +63,14 @@ __device__ __forceinline__ Word pack(const float (&values)[kPerWord<T>]) {
         }
     }
     return make_uint4(parts[0], parts[1], parts[2], parts[3]);
+}
+
+// ---- host ----
+
+inline void check_aligned(const char* op, const char* name, const void* rows) {
+    const auto past_boundary = reinterpret_cast<uintptr_t>(rows) % kWordBytes;
+    DSC_CHECK(past_boundary == 0, op, ": ", name, " must begin on a boundary of ", kWordBytes,
+              " bytes, got one ", past_boundary, " bytes past it");
 }
 
 }  // namespace dsc

@@ -90,12 +90,6 @@ void check_limits(const char* op, const char* rows_name, const Params& p) {
               " must be a multiple of ", per_word, " wide, got ", p.width);
 }
 
-inline void check_aligned(const char* op, const char* name, const void* rows) {
-    const auto past_boundary = reinterpret_cast<uintptr_t>(rows) % kWordBytes;
-    DSC_CHECK(past_boundary == 0, op, ": ", name, " must begin on a boundary of ", kWordBytes,
-              " bytes, got one ", past_boundary, " bytes past it");
-}
-
 template <typename Params>
 int64_t words_of_row(const Params& p) {
     return p.width * size_of(p.dtype) / kWordBytes;
