@@ -32,7 +32,7 @@ void launch_rope(const RopeParams& p, cudaStream_t stream);
 struct LatentRopeParams {
     const void* query;         // [T, H, n + r], token stride below
     const void* latent;        // [T, C + r], token stride below: the latent, then the key before its rotation
-    const void* weight;        // [C], of the norm
+    const void* weight;        // [C], of the norm; its type is below
     void* query_out;           // [T, H, n + r], contiguous: the first n as they were
     void* row_out;             // [T, C + r], contiguous: the normed latent, then the rotated key
     float* scale_out;          // [T], 1 / rms of the latent, for the backward pass; or nullptr
@@ -43,6 +43,7 @@ struct LatentRopeParams {
     int64_t num_tokens, num_positions;
     int num_heads, nope_width, rope_width, latent_width;
     float eps;
+    bool is_weight_float32;  // else of `dtype`
     FloatType dtype;
 };
 
@@ -62,6 +63,7 @@ struct LatentAppendParams {
     int64_t num_tokens, num_positions, num_slots;
     int num_heads, nope_width, rope_width, latent_width;
     float eps;
+    bool is_weight_float32;  // else of `dtype`
     FloatType dtype;
 };
 
@@ -74,15 +76,19 @@ struct LatentRopeBackwardParams {
     void* grad_query_out;         // [T, H, n + r]
     void* grad_latent;            // [T, C + r]
     float* grad_weight;           // [C]
-    float* partial_weight;        // scratch [num_partials, C]
+    float* partial_weight;        // scratch [num_partials, C], see latent_rope_num_partials
     const float* cos;             // [positions, r / 2]
     const float* sin;             // [positions, r / 2]
     const int64_t* positions;     // [T]
     int64_t latent_token_stride;  // elements
     int64_t num_tokens, num_positions;
     int num_heads, nope_width, rope_width, latent_width, num_partials;
+    bool is_weight_float32;  // else of `dtype`
     FloatType dtype;
 };
+
+// Into how many sums the weight's gradient is divided: the same for the same number of tokens.
+int latent_rope_num_partials(int64_t num_tokens);
 
 void launch_latent_rope(const LatentRopeParams& p, cudaStream_t stream);
 void launch_latent_append(const LatentAppendParams& p, cudaStream_t stream);
@@ -114,7 +120,8 @@ struct MlaDecodeParams {
     FloatType dtype;  // bfloat16 or float16
 };
 
-enum class DecodeArch { kAuto, kSm80, kSm90 };
+// The last three are steps of bringing kSm90 up (docs/mla_decode_sm90.md).
+enum class DecodeArch { kAuto, kSm80, kSm90, kSm90OneBuffer, kSm90InOrder, kSm90ScoresFirst };
 
 struct MlaDecodePlanParams {
     const int32_t* seq_lens;  // [B]

@@ -35,6 +35,13 @@ void register_moe_permute(py::module_& module) {
     define_absent(module, "moe_unpermute", {"moe_unpermute_forward", "moe_unpermute_backward"});
 }
 
+void register_rope(py::module_& module) {
+    define_absent(module, "rope", {"rope_forward"});
+    define_absent(module, "latent_rope",
+                  {"latent_rope_num_partials", "latent_rope_forward", "latent_rope_backward"});
+    define_absent(module, "latent_append", {"latent_append_forward"});
+}
+
 void register_gemm(py::module_& module) {
     define_absent(module, "grouped_gemm", {"grouped_gemm_forward", "grouped_gemm_weight_gradient"});
     define_absent(module, "grouped_swiglu", {"grouped_swiglu_forward", "grouped_swiglu_backward"});

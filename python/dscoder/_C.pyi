@@ -72,6 +72,48 @@ def moe_unpermute_backward(
     grad_y: Tensor,
     grad_weight: Tensor,
 ) -> None: ...
+def rope_forward(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> None: ...
+def latent_rope_num_partials(num_tokens: int) -> int: ...
+def latent_rope_forward(
+    query: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor],
+    query_out: Tensor,
+    row_out: Tensor,
+    scale_out: Tensor,
+    eps: float,
+) -> None: ...
+def latent_rope_backward(
+    grads: tuple[Tensor, Tensor],
+    latent: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor],
+    grad_query_out: Tensor,
+    grad_latent: Tensor,
+    grad_weight: tuple[Tensor, Tensor],
+) -> None: ...
+def latent_append_forward(
+    query: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor],
+    slots: Tensor,
+    cache: Tensor,
+    query_out: Tensor,
+    eps: float,
+) -> None: ...
 def grouped_gemm_forward(
     x: Tensor,
     w: Tensor,
