@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscoder.ops.latent_rope import check_latent_rope, normed, rotated
+from dscoder.ops.latent_rope import check_latent_rope, has_kernel, kernel_projections, normed, rotated
 from dscoder.ops.library import accumulate_dtype, check_devices, check_shape, check_tensor, define_op
-from dscoder.ops.rope import angles_at
+from dscoder.ops.rope import angles_at, kernel_angles
+from dscoder.runtime import native
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,27 @@ def _write_rows(cache_PLd: Tensor, slots_T: Tensor, row_Td: Tensor) -> None:
     cache_PLd.index_put_((slots_T // page_size, slots_T % page_size), row_Td)
 
 
+def _forward_kernel(
+    query_THd: Tensor,
+    latent_Td: Tensor,
+    weight_C: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    eps: float,
+    *target: Tensor,
+) -> None:
+    slots_T, cache_PLd, query_out_THd = target
+    is_whole = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (cache_PLd, query_out_THd))
+    if not is_whole or not has_kernel(query_THd, latent_Td, weight_C):
+        return _forward(query_THd, latent_Td, weight_C, cos_Lf, sin_Lf, positions_T, eps, *target)
+    native._C.latent_append_forward(
+        *kernel_projections(query_THd, latent_Td, weight_C),
+        kernel_angles(cos_Lf, sin_Lf, positions_T),
+        *(slots_T.contiguous(), cache_PLd, query_out_THd, eps),
+    )
+
+
 def _fake(*_: Any) -> None:
     return None
 
@@ -105,5 +127,6 @@ define_op(
     "latent_append(Tensor query, Tensor latent, Tensor weight, Tensor cos, Tensor sin, Tensor positions,"
     " float eps, Tensor slots, Tensor(a!) cache, Tensor(b!) query_out) -> ()",
     reference=_forward,
+    kernel=_forward_kernel,
     fake=_fake,
 )

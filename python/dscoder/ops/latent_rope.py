@@ -12,6 +12,8 @@ from torch import Tensor
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
+    aligned,
+    check_at_least,
     check_devices,
     check_number,
     check_shape,
@@ -19,8 +21,12 @@ from dscoder.ops.library import (
     define_gradient,
     define_op,
     refuse_second_derivative,
+    spread_rows,
 )
-from dscoder.ops.rope import angles_at, check_angles, rotate_neighbours
+from dscoder.ops.rope import angles_at, check_angles, holds_words, kernel_angles, rotate_neighbours
+from dscoder.runtime import native
+
+_MAX_LATENT_WIDTH = 512  # of the kernels: a warp holds a row in registers
 
 
 def latent_rope(
@@ -68,6 +74,7 @@ def check_latent_rope(
     check_tensor(op, "weight", weight_C, num_dims=1, dtypes=FLOATS)
     num_tokens, _, head_width = query_THd.shape
     check_shape(op, "latent", latent_Td, (num_tokens, latent_Td.shape[1]))
+    check_at_least(op, "the number of weights", weight_C.shape[0], 1)
     rope_width = latent_Td.shape[1] - weight_C.shape[0]
     if rope_width < 0 or rope_width % 2:
         raise ValueError(
@@ -156,6 +163,65 @@ def _backward(
     return _turn_query(grad_query_THd, angles), grad_latent_Td, grad_weight_C.to(weight_C.dtype)
 
 
+# ---- kernels ----
+
+
+def has_kernel(query_THd: Tensor, latent_Td: Tensor, weight_C: Tensor) -> bool:
+    """Whether there are kernels for these widths and this dtype."""
+    width = weight_C.shape[0]
+    widths = (width, latent_Td.shape[1], query_THd.shape[2])
+    return width <= _MAX_LATENT_WIDTH and holds_words(query_THd.dtype, *widths)
+
+
+def kernel_projections(
+    query_THd: Tensor, latent_Td: Tensor, weight_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, latent and weight as kernels take them; copies only where they are not so."""
+    weight = weight_C if weight_C.dtype == latent_Td.dtype else weight_C.float()
+    return spread_rows(query_THd, num_dense=2), spread_rows(latent_Td, num_dense=1), aligned(weight)
+
+
+def _forward_kernel(
+    query_THd: Tensor,
+    latent_Td: Tensor,
+    weight_C: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_kernel(query_THd, latent_Td, weight_C):
+        return _forward(query_THd, latent_Td, weight_C, cos_Lf, sin_Lf, positions_T, eps)
+    outputs = _fake(query_THd, latent_Td)
+    projections = kernel_projections(query_THd, latent_Td, weight_C)
+    angles = kernel_angles(cos_Lf, sin_Lf, positions_T)
+    native._C.latent_rope_forward(*projections, angles, *outputs, eps)
+    return outputs
+
+
+def _backward_kernel(
+    grad_query_THd: Tensor,
+    grad_row_Td: Tensor,
+    latent_Td: Tensor,
+    weight_C: Tensor,
+    scale_T: Tensor,
+    *angles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_kernel(grad_query_THd, latent_Td, weight_C):
+        return _backward(grad_query_THd, grad_row_Td, latent_Td, weight_C, scale_T, *angles)
+    _, latent, weight = kernel_projections(grad_query_THd, latent_Td, weight_C)
+    grad_query, grad_latent, _ = _backward_fake(grad_query_THd, grad_row_Td, latent_Td, weight_C)
+    grad_weight_C = scale_T.new_empty(weight_C.shape)
+    num_partials = native._C.latent_rope_num_partials(latent_Td.shape[0])
+    partial_weight = scale_T.new_empty(num_partials, *weight_C.shape)
+    native._C.latent_rope_backward(
+        (aligned(grad_query_THd), aligned(grad_row_Td)),
+        *(latent, weight, scale_T.contiguous(), kernel_angles(*angles), grad_query, grad_latent),
+        (grad_weight_C, partial_weight),
+    )
+    return grad_query, grad_latent, grad_weight_C.to(weight_C.dtype)
+
+
 def _fake(query_THd: Tensor, latent_Td: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     scale_T = latent_Td.new_empty(latent_Td.shape[0], dtype=accumulate_dtype(latent_Td.dtype))
     return query_THd.new_empty(query_THd.shape), latent_Td.new_empty(latent_Td.shape), scale_T
@@ -186,12 +252,14 @@ define_op(
     "latent_rope(Tensor query, Tensor latent, Tensor weight, Tensor cos, Tensor sin, Tensor positions,"
     " float eps) -> (Tensor query, Tensor row, Tensor scale)",
     reference=_forward,
+    kernel=_forward_kernel,
     fake=_fake,
 )
 define_op(
     "latent_rope_backward(Tensor grad_query, Tensor grad_row, Tensor latent, Tensor weight, Tensor scale,"
     " Tensor cos, Tensor sin, Tensor positions) -> (Tensor, Tensor, Tensor)",
     reference=_backward,
+    kernel=_backward_kernel,
     fake=_backward_fake,
 )
 define_gradient("latent_rope", save=_save, backward=_differentiate)

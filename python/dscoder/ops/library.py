@@ -88,6 +88,21 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+def spread_rows(tensor: Tensor, *, num_dense: int) -> Tensor:
+    """The tensor as kernels take rows that may lie apart; a copy only where it is not so.
+
+    Its last `num_dense` dimensions are contiguous, and every step along the others is a multiple of 16 bytes.
+    """
+    wanted, step = 1, 16 // tensor.element_size()
+    is_whole = tensor.data_ptr() % 16 == 0
+    for dim in reversed(range(tensor.ndim)):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        fits = stride == wanted if dim >= tensor.ndim - num_dense else stride % step == 0
+        is_whole = is_whole and (size <= 1 or fits)
+        wanted *= size
+    return tensor if is_whole else aligned(tensor)
+
+
 def check_tensor(
     op: str, argument: str, tensor: Tensor, *, num_dims: int, dtypes: Sequence[torch.dtype]
 ) -> None:

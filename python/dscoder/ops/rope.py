@@ -12,12 +12,15 @@ from torch import Tensor
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
+    aligned,
     check_devices,
     check_shape,
     check_tensor,
     define_gradient,
     define_op,
+    spread_rows,
 )
+from dscoder.runtime import native
 
 
 def rope(
@@ -105,6 +108,35 @@ def _forward(
     return q, k
 
 
+def holds_words(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether kernels can take rows of these widths: whole words of 16 bytes."""
+    return dtype != torch.float64 and not any(width % (16 // dtype.itemsize) for width in widths)
+
+
+def kernel_angles(cos_Lf: Tensor, sin_Lf: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables and positions as kernels take them; copies only where they are not so."""
+    return aligned(cos_Lf.float()), aligned(sin_Lf.float()), positions_T.long().contiguous()
+
+
+def _forward_kernel(
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    num_pairs = q_THr.shape[2] // 2
+    if not holds_words(q_THr.dtype, *((2 * num_pairs,) if interleaved else (num_pairs,))):
+        return _forward(q_THr, k_TGr, cos_Lf, sin_Lf, positions_T, interleaved, inverse)
+    q, k = _fake(q_THr, k_TGr)
+    heads = (spread_rows(q_THr, num_dense=1), spread_rows(k_TGr, num_dense=1))
+    angles = kernel_angles(cos_Lf, sin_Lf, positions_T)
+    native._C.rope_forward(*heads, *angles, q, k, interleaved, inverse)
+    return q, k
+
+
 def _fake(q_THr: Tensor, k_TGr: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q_THr.new_empty(q_THr.shape), k_TGr.new_empty(k_TGr.shape)
 
@@ -127,6 +159,7 @@ define_op(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool interleaved, bool inverse)"
     " -> (Tensor q, Tensor k)",
     reference=_forward,
+    kernel=_forward_kernel,
     fake=_fake,
 )
 define_gradient("rope", save=_save, backward=_differentiate)
