@@ -233,6 +233,12 @@ class ModelConfig:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"ModelConfig: {field} must be in [0, {self.vocab_size}), got {token_id}")
 
+    @property
+    def rotated_dim(self) -> int:
+        """Width of what the rotary positions turn, of every head."""
+        attention = self.attention
+        return attention.rope_dim if isinstance(attention, MlaConfig) else attention.head_dim
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) has experts instead of a dense MLP."""
         return self.moe is not None and layer_idx >= self.moe.num_dense_layers

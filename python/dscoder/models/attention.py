@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dscoder import ops
 from dscoder.config import GqaConfig, ModelConfig
-from dscoder.models.cache import KeyValueCache
+from dscoder.models.cache import KeyValueAppend, KeyValueCache
 from dscoder.models.placement import Placement
 
 
@@ -42,7 +42,7 @@ class GqaAttention(nn.Module):
         key_TGd = self.key(x_TD).view(num_tokens, self.num_kv_heads, self.head_dim)
         value_TGd = self.value(x_TD).view(num_tokens, self.num_kv_heads, self.head_dim)
         query_THd, key_TGd = ops.rope(
-            query_THd, key_TGd, placement.cos_Tf, placement.sin_Tf, placement.rows_T, interleaved=False
+            query_THd, key_TGd, placement.cos_Lf, placement.sin_Lf, placement.angles_T, interleaved=False
         )
         cache, append = placement.cache, placement.append
         if isinstance(cache, KeyValueCache) and append is not None:
@@ -74,13 +74,14 @@ class GqaAttention(nn.Module):
     ) -> Tensor:
         # One op for any documents: a mask would cost the square of the window, a call per document waits for
         # the device and compiles anew for every number of them (docs/models.md).
-        num_sharing = self.num_heads // self.num_kv_heads
+        num_sharing, ends = self.num_heads // self.num_kv_heads, placement.cu_seqlens
+        assert ends is not None
         out_THd, _ = ops.mla_prefill(
             query_THd,
             key_TGd.repeat_interleave(num_sharing, dim=1),
             value_TGd.repeat_interleave(num_sharing, dim=1),
-            placement.cu_seqlens,
-            placement.cu_seqlens,
+            ends,
+            ends,
             causal=True,
             scale=self.head_dim**-0.5,
         )
@@ -89,19 +90,19 @@ class GqaAttention(nn.Module):
     def _attend_cached(self, query_THd: Tensor, placement: Placement) -> Tensor:
         cache, append = placement.cache, placement.append
         assert isinstance(cache, KeyValueCache)
-        assert append is not None
+        assert isinstance(append, KeyValueAppend)
+        assert append.mask_B1SL is not None
         num_rows, length = placement.num_sequences, placement.length
         key_BLGd, value_BLGd = cache.read(self.layer_idx, append)
         num_sharing = self.num_heads // self.num_kv_heads
         # The heads that share a key stand as extra positions: keys and values are not repeated.
         query = query_THd.view(num_rows, length, self.num_kv_heads, num_sharing, self.head_dim)
         query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        seen_BSL = torch.arange(key_BLGd.shape[1], device=query.device) <= append.positions_BS[:, :, None]
         out = F.scaled_dot_product_attention(
             query,
             key_BLGd.transpose(1, 2).to(query.dtype),
             value_BLGd.transpose(1, 2).to(query.dtype),
-            attn_mask=seen_BSL[:, None].repeat(1, 1, num_sharing, 1),
+            attn_mask=append.mask_B1SL.to(query.dtype),
         )
         out = out.view(num_rows, self.num_kv_heads, num_sharing, length, self.head_dim)
         out_TD: Tensor = self.out(out.permute(0, 3, 1, 2, 4).reshape(query_THd.shape).flatten(1))

@@ -31,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dscoder import ops
 from dscoder.config import GqaConfig, MlaConfig, ModelConfig
+from dscoder.models.yarn import rotations
 
 PAGE_SIZE = 64
 
@@ -43,21 +45,40 @@ class Append:
     positions_BS: Tensor  # int64; of the padding too
     slots_T: Tensor  # int64 [B * S], entry of the storage
     num_new_B: Tensor | None  # int32; None: all S columns count
-    end_lens_B: Tensor  # int32, lengths with all S columns counted in, padding too
     is_first: bool  # no row holds a token yet
     max_len: int  # no row is longer than this afterwards, padding included
-    page_table_BN: Tensor | None = None  # of latents: int32, wide enough for end_lens_B
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAppend(Append):
+    """What attention over latents reads, in all layers."""
+
+    end_lens_B: Tensor  # int32, lengths with all S columns counted in, padding too
+    page_table_BN: Tensor  # int32, wide enough for them
+    plan: Tensor | None  # of mla_decode, where kernels run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyValueAppend(Append):
+    """What attention over keys and values reads, in all layers."""
+
+    # 0 where a column sees an entry, else -inf; S: a column for each head that shares a key. None: is_first.
+    mask_B1SL: Tensor | None
 
 
 class Cache(ABC):
-    """The lengths of the rows, and the checks that both caches share."""
+    """The lengths of the rows, the angles of all positions, and the checks that both caches share."""
 
     num_pages = 0  # pages that rows may be assigned; 0: every row has its own memory from the start
     seq_lens_B: Tensor  # int32
 
-    def __init__(self, *, num_sequences: int, max_positions: int, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, *, num_sequences: int, max_positions: int, device: torch.device | str
+    ) -> None:
         self.max_positions = max_positions
         self.seq_lens_B = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        positions_L = torch.arange(max_positions, device=device)
+        self.cos_Lf, self.sin_Lf = rotations(config.rope, config.rotated_dim, positions_L)
         self._max_len = 0
 
     @property
@@ -158,7 +179,8 @@ class LatentCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__(num_sequences=num_sequences, max_positions=max_positions, device=device)
+        super().__init__(config, num_sequences=num_sequences, max_positions=max_positions, device=device)
+        self._num_heads = attention.num_heads
         num_row_pages = self.num_pages_of(max_positions)
         shape = (num_sequences, num_row_pages)
         self.num_pages = num_sequences * num_row_pages if num_pages is None else num_pages
@@ -205,21 +227,32 @@ class LatentCache(Cache):
         super()._narrow(first, last)
         self.page_table_BN = self.page_table_BN[first:last]
 
-    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> Append:
+    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> LatentAppend:
         max_len = self._max_len + positions_BS.shape[1]
         table_BN = self.page_table_BN
         num_missing = self.num_pages_of(max_len) - table_BN.shape[1]
         if num_missing > 0:
             table_BN = F.pad(table_BN, (0, num_missing), value=self.num_pages)
+        end_lens_B = self.seq_lens_B + positions_BS.shape[1]
+        plan = None
+        # Only kernels follow a plan.
+        if self._max_len > 0 and positions_BS.numel() and not end_lens_B.is_cpu:
+            plan = ops.mla_decode_plan(
+                end_lens_B,
+                num_new=positions_BS.shape[1],
+                num_heads=self._num_heads,
+                max_rows=table_BN.shape[1] * PAGE_SIZE,
+            )
         pages_BS = table_BN.gather(1, positions_BS // PAGE_SIZE)
-        return Append(
+        return LatentAppend(
             positions_BS=positions_BS,
             slots_T=torch.add(positions_BS % PAGE_SIZE, pages_BS, alpha=PAGE_SIZE).flatten(),
             num_new_B=num_new_B,
-            end_lens_B=self.seq_lens_B + positions_BS.shape[1],
+            end_lens_B=end_lens_B,
             is_first=self._max_len == 0,
             max_len=max_len,
             page_table_BN=table_BN,
+            plan=plan,
         )
 
 
@@ -240,10 +273,11 @@ class KeyValueCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__(num_sequences=num_sequences, max_positions=max_positions, device=device)
+        super().__init__(config, num_sequences=num_sequences, max_positions=max_positions, device=device)
         shape = (num_sequences * max_positions + 1, attention.num_kv_heads, attention.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._num_sharing = attention.num_heads // attention.num_kv_heads
         self._set_rows(0, num_sequences)
 
     def num_pages_of(self, num_tokens: int) -> int:
@@ -298,20 +332,27 @@ class KeyValueCache(Cache):
         self._starts_B1 = self._starts_B1[first:last]
         self._first_row += first
 
-    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> Append:
+    def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> KeyValueAppend:
         max_len = self._max_len + positions_BS.shape[1]
         slots_BS = positions_BS + self._starts_B1
         if max_len > self.max_positions:
             spare = self.keys[0].shape[0] - 1
             slots_BS = torch.where(positions_BS < self.max_positions, slots_BS, spare)
-        return Append(
+        return KeyValueAppend(
             positions_BS=positions_BS,
             slots_T=slots_BS.flatten(),
             num_new_B=num_new_B,
-            end_lens_B=self.seq_lens_B + positions_BS.shape[1],
             is_first=self._max_len == 0,
             max_len=max_len,
+            mask_B1SL=None if self._max_len == 0 else self._mask(positions_BS, max_len),
         )
+
+    def _mask(self, positions_BS: Tensor, max_len: int) -> Tensor:
+        entries_L = torch.arange(min(max_len, self.max_positions), device=positions_BS.device)
+        is_hidden_BSL = entries_L > positions_BS[:, :, None]
+        # A number, not a truth value, which attention would turn into one in every layer.
+        mask_BSL = self.keys[0].new_zeros(is_hidden_BSL.shape).masked_fill_(is_hidden_BSL, -torch.inf)
+        return mask_BSL[:, None].repeat(1, 1, self._num_sharing, 1)
 
 
 def cache_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

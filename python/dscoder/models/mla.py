@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dscoder import ops
 from dscoder.config import MlaConfig, ModelConfig
-from dscoder.models.cache import LatentCache
+from dscoder.models.cache import LatentAppend, LatentCache
 from dscoder.models.norm import RMSNorm
 from dscoder.models.placement import Placement
 from dscoder.models.yarn import softmax_scale
@@ -56,67 +56,90 @@ class LatentAttention(nn.Module):
         self.out = linear(num_heads * attention.value_dim, width)
 
     def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
-        """x_TD -> [T, D]; with a cache its latents are stored, and the stored ones are attended."""
-        shape = self.shape
-        query = (
+        """x_TD -> [T, D]; with a cache its latents are stored, and the stored ones are attended.
+
+        Into rows that hold tokens there is no gradient.
+        """
+        query_TX = (
             self.query_up(self.query_norm(self.query_down(x_TD)))
             if self.has_query_latent
             else self.query(x_TD)
         )
-        nope_THn, rope_THr = query.view(len(x_TD), shape.num_heads, shape.qk_dim).split(
-            [shape.nope_dim, shape.rope_dim], dim=-1
-        )
-        latent_TC, key_Tr = self.latent_down(x_TD).split([shape.kv_lora_rank, shape.rope_dim], dim=-1)
-        latent_TC = self.latent_norm(latent_TC)
-        rope_THr, key_T1r = ops.rope(
-            rope_THr, key_Tr[:, None], placement.cos_Tf, placement.sin_Tf, placement.rows_T, interleaved=True
-        )
+        query_THd = query_TX.view(len(x_TD), self.shape.num_heads, self.shape.qk_dim)
+        latent_Td = self.latent_down(x_TD)
         cache, append = placement.cache, placement.append
-        if isinstance(cache, LatentCache) and append is not None:
-            cache.write(self.layer_idx, torch.cat([latent_TC, key_T1r[:, 0]], dim=-1), append)
-            if not append.is_first:
-                return self._attend_latents(nope_THn, rope_THr, placement)
-        return self._attend_expanded(nope_THn, rope_THr, latent_TC, key_T1r, placement)
+        if isinstance(cache, LatentCache) and append is not None and not append.is_first:
+            out_TX = self._attend_cached(query_THd, latent_Td, placement)
+        else:
+            out_TX = self._attend_expanded(query_THd, latent_Td, placement)
+        out_TD: Tensor = self.out(out_TX)
+        return out_TD
 
-    def _attend_expanded(
-        self, nope_THn: Tensor, rope_THr: Tensor, latent_TC: Tensor, key_T1r: Tensor, placement: Placement
-    ) -> Tensor:
-        shape = self.shape
+    def _attend_expanded(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
+        shape, cache, append = self.shape, placement.cache, placement.append
+        query_THd, row_Td = ops.latent_rope(
+            query_THd,
+            latent_Td,
+            self.latent_norm.weight,
+            placement.cos_Lf,
+            placement.sin_Lf,
+            placement.angles_T,
+            eps=LATENT_NORM_EPS,
+        )
+        if isinstance(cache, LatentCache) and append is not None:
+            cache.write(self.layer_idx, row_Td, append)
+        latent_TC, key_Tr = torch.split(row_Td, [shape.kv_lora_rank, shape.rope_dim], dim=-1)
         expanded = self.latent_up(latent_TC).view(
-            len(latent_TC), shape.num_heads, shape.nope_dim + shape.value_dim
+            len(row_Td), shape.num_heads, shape.nope_dim + shape.value_dim
         )
         key_THn, value_THv = expanded.split([shape.nope_dim, shape.value_dim], dim=-1)
+        ends = placement.cu_seqlens
+        assert ends is not None
         out_THv, _ = ops.mla_prefill(
-            torch.cat([nope_THn, rope_THr], dim=-1),
-            torch.cat([key_THn, key_T1r.expand(-1, shape.num_heads, -1)], dim=-1),
+            query_THd,
+            torch.cat([key_THn, key_Tr[:, None].expand(-1, shape.num_heads, -1)], dim=-1),
             value_THv,
-            placement.cu_seqlens,
-            placement.cu_seqlens,
+            ends,
+            ends,
             causal=True,
             scale=self.scale,
         )
-        out_TD: Tensor = self.out(out_THv.flatten(1))
-        return out_TD
+        return out_THv.flatten(1)
 
-    def _attend_latents(self, nope_THn: Tensor, rope_THr: Tensor, placement: Placement) -> Tensor:
+    @torch.no_grad()
+    def _attend_cached(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
+        """Every product writes where the next step reads: no copies between the kernels."""
         shape, cache, append = self.shape, placement.cache, placement.append
         assert isinstance(cache, LatentCache)
-        assert append is not None
-        assert append.page_table_BN is not None
-        up = self.latent_up.weight.view(shape.num_heads, -1, shape.kv_lora_rank)
+        assert isinstance(append, LatentAppend)
+        num_tokens, num_heads, rank = len(query_THd), shape.num_heads, shape.kv_lora_rank
+        up = self.latent_up.weight.to(query_THd.dtype).view(num_heads, -1, rank)
         key_up_HnC, value_up_HvC = up[:, : shape.nope_dim], up[:, shape.nope_dim :]
-        absorbed_THC = torch.bmm(nope_THn.transpose(0, 1), key_up_HnC).transpose(0, 1)
-        query_THd = torch.cat([absorbed_THC, rope_THr], dim=-1)
+        absorbed_THd = query_THd.new_empty(num_tokens, num_heads, shape.cache_dim)
+        nope_HTn = query_THd[..., : shape.nope_dim].transpose(0, 1)
+        torch.bmm(nope_HTn, key_up_HnC, out=absorbed_THd[..., :rank].transpose(0, 1))
+        pages = cache.pages[self.layer_idx]
+        ops.latent_append(
+            query_THd,
+            latent_Td,
+            self.latent_norm.weight,
+            placement.cos_Lf,
+            placement.sin_Lf,
+            placement.angles_T,
+            eps=LATENT_NORM_EPS,
+            target=ops.AppendTarget(slots_T=append.slots_T, cache_PLd=pages, query_out_THd=absorbed_THd),
+        )
         # Columns, padding included, count as present: a token is causally left of its row's padding.
         out_BSHC, _ = ops.mla_decode(
-            query_THd.view(placement.num_sequences, placement.length, shape.num_heads, shape.cache_dim),
-            cache.pages[self.layer_idx],
+            absorbed_THd.view(placement.num_sequences, placement.length, num_heads, shape.cache_dim),
+            pages,
             append.page_table_BN,
             append.end_lens_B,
-            value_dim=shape.kv_lora_rank,
+            value_dim=rank,
             scale=self.scale,
+            plan=append.plan,
         )
-        out_HTC = out_BSHC.flatten(0, 1).transpose(0, 1)
-        out_THv = torch.bmm(out_HTC, value_up_HvC.transpose(1, 2)).transpose(0, 1)
-        out_TD: Tensor = self.out(out_THv.flatten(1))
-        return out_TD
+        out_HTC = out_BSHC.view(num_tokens, num_heads, rank).transpose(0, 1)
+        out_THv = query_THd.new_empty(num_tokens, num_heads, shape.value_dim)
+        torch.bmm(out_HTC, value_up_HvC.transpose(1, 2), out=out_THv.transpose(0, 1))
+        return out_THv.flatten(1)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dscoder.config import MlaConfig, ModelConfig
+from dscoder.config import ModelConfig
 from dscoder.models.cache import Append, Cache
 from dscoder.models.yarn import rotations
 from dscoder.ops.library import check_devices, check_tensor
@@ -22,10 +22,10 @@ class Placement:
 
     num_sequences: int  # B
     length: int  # S
-    cos_Tf: Tensor  # float32 [T, r / 2]
-    sin_Tf: Tensor
-    rows_T: Tensor  # int64, 0 .. T - 1: each token's row of cos and sin
-    cu_seqlens: Tensor  # int32 [documents + 1]
+    cos_Lf: Tensor  # float32 [L, r / 2]: the angles of the cache's positions, else of each token
+    sin_Lf: Tensor
+    angles_T: Tensor  # int64: each token's row of cos and sin
+    cu_seqlens: Tensor | None  # int32 [documents + 1]; None where the cache is what is attended
     is_packed: bool
     cache: Cache | None
     append: Append | None
@@ -68,6 +68,14 @@ def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return rows_T - cu_seqlens[documents_T]
 
 
+def positions(tokens_BS: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """int64 [T]: each token's position in its document."""
+    num_sequences, length = tokens_BS.shape
+    if cu_seqlens is not None:
+        return document_positions(cu_seqlens, num_sequences * length)
+    return torch.arange(length, device=tokens_BS.device).repeat(num_sequences)
+
+
 def chosen_sequences(tokens_BS: Tensor, share: float) -> Tensor:
     """bool [B]: about `share` of all sequences, told by a hash of their tokens.
 
@@ -99,17 +107,17 @@ def place(
     num_sequences, length = tokens_BS.shape
     num_tokens, device = num_sequences * length, tokens_BS.device
     append = None if cache is None else cache.begin(tokens_BS, num_new_B)
-    rows_T = torch.arange(num_tokens, device=device)
-    if append is not None:
-        positions_T = append.positions_BS.flatten()
-    elif cu_seqlens is not None:
-        positions_T = document_positions(cu_seqlens, num_tokens)
+    if cache is not None and append is not None:
+        cos_Lf, sin_Lf = cache.cos_Lf, cache.sin_Lf
+        angles_T = append.positions_BS.flatten()
+        if append.max_len > cache.max_positions:  # padding
+            angles_T = angles_T.clamp(max=cache.max_positions - 1)
     else:
-        positions_T = torch.arange(length, device=device).repeat(num_sequences)
-    attention = config.attention
-    rotated_dim = attention.rope_dim if isinstance(attention, MlaConfig) else attention.head_dim
-    cos_Tf, sin_Tf = rotations(config.rope, rotated_dim, positions_T)
-    row_ends = torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
+        cos_Lf, sin_Lf = rotations(config.rope, config.rotated_dim, positions(tokens_BS, cu_seqlens))
+        angles_T = torch.arange(num_tokens, device=device)
+    ends = cu_seqlens
+    if ends is None and (append is None or append.is_first):
+        ends = torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
     never_dropped_T = None
     if drops_tokens and config.moe is not None:
         chosen_B = chosen_sequences(tokens_BS, config.moe.never_dropped_share)
@@ -117,10 +125,10 @@ def place(
     return Placement(
         num_sequences=num_sequences,
         length=length,
-        cos_Tf=cos_Tf,
-        sin_Tf=sin_Tf,
-        rows_T=rows_T,
-        cu_seqlens=row_ends if cu_seqlens is None else cu_seqlens,
+        cos_Lf=cos_Lf,
+        sin_Lf=sin_Lf,
+        angles_T=angles_T,
+        cu_seqlens=ends,
         is_packed=cu_seqlens is not None,
         cache=cache,
         append=append,
