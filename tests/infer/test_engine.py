@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dscoder.config import ModelConfig, preset
-from dscoder.config.generate import SamplingConfig
+from dscoder.config.generate import BatchConfig, SamplingConfig
 from dscoder.infer.engine import Engine
 from dscoder.infer.request import Completion, Event, Request
 from dscoder.models.init import init_weights
@@ -105,18 +105,36 @@ def test_finished_rows_leave_the_batch(scripted: Build, tokenizer) -> None:
     assert model.batch_sizes == [(3, 1), (3, 1), (2, 1), (2, 1), (1, 1), (1, 1), (1, 1)]
 
 
-def test_more_requests_than_rows_run_in_waves_and_keep_their_order(scripted: Build, tokenizer) -> None:
+def test_more_requests_than_rows_take_turns_and_keep_their_order(scripted: Build, tokenizer) -> None:
     model = scripted("0abcdef")
-    completions = Engine(model, tokenizer, max_batch=2).generate([ask(prompt) for prompt in "d0ebc"])
+    completions = Engine(model, tokenizer, batch=BatchConfig(max_batch=2)).generate(
+        [ask(prompt) for prompt in "d0ebc"]
+    )
     assert [c.text for c in completions] == ["ef", "abcdef", "f", "cdef", "def"]
     assert max(rows for rows, _ in model.batch_sizes) == 2
 
 
-def test_prompts_are_computed_in_chunks(scripted: Build, tokenizer) -> None:
+def test_a_row_that_is_free_is_taken_at_once(scripted: Build, tokenizer) -> None:
     model = scripted("0abcdef")
-    completions = Engine(model, tokenizer, prefill_chunk=4).generate([ask("xxxxxxxxxe"), ask("d")])
-    assert [c.text for c in completions] == ["f", "ef"]
-    assert model.batch_sizes[:3] == [(2, 4), (2, 4), (2, 2)]
+    Engine(model, tokenizer, batch=BatchConfig(max_batch=2)).generate([ask("0"), ask("f"), ask("d")])
+    assert model.batch_sizes == [(2, 1)] * 4 + [(1, 1)] * 3
+
+
+def test_prompts_are_computed_in_chunks_while_others_decode(scripted: Build, tokenizer) -> None:
+    model = scripted("0abcdef")
+    engine = Engine(model, tokenizer, batch=BatchConfig(prefill_chunk=4))
+    completions = engine.generate([ask("0"), ask("xxxxxxxxxe")])
+    assert [c.text for c in completions] == ["abcdef", "f"]
+    assert model.batch_sizes[:6] == [(1, 4), (1, 1), (1, 4), (1, 1), (1, 1), (2, 1)]
+
+
+def test_prompts_that_fit_in_one_forward_are_computed_together(scripted: Build, tokenizer) -> None:
+    model = scripted("0abcdef")
+    engine = Engine(model, tokenizer, batch=BatchConfig(prefill_chunk=8))
+    completions = engine.generate([ask("xxxe"), ask("xd"), ask("xxxxxc"), ask("xxb")])
+    assert [c.text for c in completions] == ["f", "ef", "def", "cdef"]
+    # Three and one token beside each other; with five the padding would be too much.
+    assert [shape for shape in model.batch_sizes if shape[1] > 1] == [(2, 3), (1, 5), (1, 2)]
 
 
 def tiny(name: str, **fields: object) -> ModelConfig:
@@ -148,7 +166,7 @@ def test_a_batch_gives_what_each_request_gives_alone(
         )
         for i, prompt in enumerate(PROMPTS)
     ]
-    together = Engine(model, tokenizer, prefill_chunk=7).generate(requests)
+    together = Engine(model, tokenizer, batch=BatchConfig(prefill_chunk=7)).generate(requests)
     for request, completion in zip(requests, together, strict=True):
         [alone] = Engine(model, tokenizer).generate([request])
         assert alone.tokens == completion.tokens
@@ -231,7 +249,16 @@ def test_requests_are_checked(fields: dict[str, object], message: str) -> None:
         Request(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"max_batch": 0}, {"prefill_chunk": 0}])
-def test_engine_sizes_are_checked(scripted: Build, tokenizer, fields: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"max_batch and prefill_chunk must be >= 1, got .*0"):
-        Engine(scripted("0a"), tokenizer, **fields)
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("max_batch", 0, "max_batch and prefill_chunk must be >= 1, got 0 and 2048"),
+        ("prefill_chunk", 0, "max_batch and prefill_chunk must be >= 1, got 32 and 0"),
+        ("cache_tokens", -1, "cache_tokens must be >= 0, got -1"),
+        ("memory_share", 0.0, r"memory_share must be in \(0, 1\], got 0.0"),
+        ("memory_share", 1.5, r"memory_share must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_engine_sizes_are_checked(field: str, value: float, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        BatchConfig(**{field: value})

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dscoder.checkpoint import save_pretrained
 from dscoder.config import preset
+from dscoder.config.generate import BatchConfig
 from dscoder.infer.engine import Engine
 from dscoder.infer.request import Request
 from dscoder.models.transformer import Transformer
@@ -31,7 +32,7 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(tokenizer, tmp_path:
     ]
     requests = [Request(prompt=prompt, max_new_tokens=NUM_NEW) for prompt in prompts]
     for prompt, completion in zip(
-        prompts, Engine(model, tokenizer, prefill_chunk=32).generate(requests), strict=True
+        prompts, Engine(model, tokenizer, batch=BatchConfig(prefill_chunk=32)).generate(requests), strict=True
     ):
         answer = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=tokenizer.eos_id

@@ -28,24 +28,43 @@ GREEDY = SamplingConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How many requests run at once, and in how much memory."""
+
+    max_batch: int = 32  # requests decoding together
+    prefill_chunk: int = 2048  # tokens of prompts computed in one forward; decoding waits for no more
+    cache_tokens: int = 0  # that the cache holds, all requests together; 0: as many as they need
+    memory_share: float = 0.9  # of a GPU's free memory, for the cache at most
+    cuda_graphs: bool = True  # decode by replaying graphs, on a GPU
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.prefill_chunk < 1:
+            raise ValueError(
+                f"BatchConfig: max_batch and prefill_chunk must be >= 1, "
+                f"got {self.max_batch} and {self.prefill_chunk}"
+            )
+        if self.cache_tokens < 0:
+            raise ValueError(f"BatchConfig: cache_tokens must be >= 0, got {self.cache_tokens}")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"BatchConfig: memory_share must be in (0, 1], got {self.memory_share}")
+
+
+DEFAULT_BATCH = BatchConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Which model generates, where, and how many requests at once."""
 
     model: str  # a directory in the published layout, or a hub id
     dtype: str = "auto"  # auto: as stored
     device: str = "auto"  # auto: the GPU if there is one
-    max_batch: int = 8
-    prefill_chunk: int = 512  # positions of a prompt computed in one forward pass
+    batch: BatchConfig = DEFAULT_BATCH
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"EngineConfig: dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}"
-            )
-        if self.max_batch < 1 or self.prefill_chunk < 1:
-            raise ValueError(
-                f"EngineConfig: max_batch and prefill_chunk must be >= 1, "
-                f"got {self.max_batch} and {self.prefill_chunk}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dscoder.checkpoint import load_pretrained
 from dscoder.config.evaluate import HeldOutConfig
-from dscoder.config.generate import GenerateConfig
+from dscoder.config.generate import BatchConfig, GenerateConfig
 from dscoder.data.sources import hash_sources, is_held_out, read_documents
 from dscoder.eval.infilling import Hole, is_exact, line_end_holes, score_infilling, single_line_holes
 from dscoder.eval.perplexity import bits_per_byte
@@ -46,7 +46,7 @@ def held_out_holes(config: HeldOutConfig) -> dict[str, list[Hole]]:
 def fill_holes(model: Transformer, holes: Sequence[Hole], *, config: HeldOutConfig) -> list[str]:
     """One greedy line for each hole."""
     tokenizer = Tokenizer.load(config.model)
-    engine = Engine(model, tokenizer, max_batch=config.max_batch)
+    engine = Engine(model, tokenizer, batch=BatchConfig(max_batch=config.max_batch))
     how = GenerateConfig(
         max_new_tokens=config.max_new_tokens,
         single_line=True,

@@ -1,22 +1,28 @@
-"""Batched generation over the cache: prompts of any lengths in, text as it comes and completions out.
+"""Generation in continuous batches: prompts of any lengths in, text as it comes and completions out.
 
-Requests run in waves of at most `max_batch` rows. A wave's prompts are computed together, in chunks; a
-row that is finished leaves the batch. What a request gets does not depend on its wave: rows never mix, and
-the sampler draws by the request's own seed and step.
+Requests join the batch as rows and pages of the cache become free and leave it when they end
+(`scheduler.py`); the model computes them by chunks of prompts and steps of one token (`runner.py`). What a
+request gets does not depend on the others: rows never mix, and the sampler draws by the request's own seed
+and step.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from dscoder.checkpoint import load_pretrained
-from dscoder.config.generate import EngineConfig
+from dscoder.config import MlaConfig
+from dscoder.config.generate import DEFAULT_BATCH, BatchConfig, EngineConfig
+from dscoder.infer.pages import PagePool, Room, plan_room
 from dscoder.infer.request import Completion, Event, FinishReason, Request
-from dscoder.infer.sampler import Draw, sample
-from dscoder.infer.stream import TextStream
-from dscoder.models.cache import Cache, allocate_cache
+from dscoder.infer.runner import Runner, cuda_graphs
+from dscoder.infer.sampler import draw_numbers
+from dscoder.infer.scheduler import Job, Scheduler
+from dscoder.infer.stream import TextStream, remember_tokens
+from dscoder.models.cache import cache_token_bytes
 from dscoder.models.transformer import Transformer
 from dscoder.runtime.device import resolve_device
 from dscoder.text.tokenizer import Tokenizer
@@ -24,20 +30,42 @@ from dscoder.text.tokenizer import Tokenizer
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class _Row:
-    """One request under way."""
+class _Text:
+    """What one request has written so far."""
 
-    def __init__(self, request_idx: int, request: Request, *, tokenizer: Tokenizer, room: int) -> None:
+    def __init__(
+        self,
+        request_idx: int,
+        request: Request,
+        *,
+        decode: Callable[[list[int]], str],
+        eos_id: int | None,
+        room: int,
+    ) -> None:
         self.request_idx = request_idx
         self.request = request
         self.tokens: list[int] = []
         self.budget = min(request.max_new_tokens, room)
         self._budget_reason: FinishReason = "length" if request.max_new_tokens <= room else "context"
-        self._eos_id = tokenizer.eos_id
-        self._stream = TextStream(partial(tokenizer.decode, skip_special=True), stop=request.stop)
+        self._eos_id = eos_id
+        self._stream = TextStream(decode, stop=request.stop)
 
-    def draw(self) -> Draw:
-        return Draw(request_idx=self.request_idx, step=len(self.tokens), sampling=self.request.sampling)
+    @property
+    def last_token(self) -> int:
+        """The one that the next is drawn after."""
+        return self.tokens[-1] if self.tokens else self.request.prompt[-1]
+
+    def piece(self, start: int, length: int) -> Sequence[int]:
+        """Tokens of the prompt and what follows it."""
+        known = [*self.request.prompt, *self.tokens] if self.tokens else self.request.prompt
+        return known[start : start + length]
+
+    def job(self) -> Job:
+        """What the scheduler has to know; the last token drawn is never read back."""
+        num_tokens = len(self.request.prompt)
+        return Job(
+            request_idx=self.request_idx, num_tokens=num_tokens, most_tokens=num_tokens + self.budget - 1
+        )
 
     def accept(self, token: int) -> Event:
         """Take one token; the event carries the completion if it is the last."""
@@ -66,22 +94,20 @@ class _Row:
 
 
 class Engine:
-    """Runs requests through a model; holds no state between calls."""
+    """Runs requests through a model; between calls it keeps no more than memory and graphs to use again."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 8, prefill_chunk: int = 512
+        self, model: Transformer, tokenizer: Tokenizer, *, batch: BatchConfig = DEFAULT_BATCH
     ) -> None:
-        if max_batch < 1 or prefill_chunk < 1:
-            raise ValueError(
-                f"Engine: max_batch and prefill_chunk must be >= 1, got {max_batch} and {prefill_chunk}"
-            )
         self.model = model
         self.tokenizer = tokenizer
         self.max_positions = model.config.max_positions
-        self._max_batch = max_batch
-        self._prefill_chunk = prefill_chunk
+        self._batch = batch
+        self._decode = remember_tokens(partial(tokenizer.decode, skip_special=True))
         # The embedding may have padding rows: ids that stand for no text are never drawn.
         self._num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
+        self._kept: Runner | None = None  # with captured graphs, while no stream has it
+        self._max_tokens = 0  # that its cache was allowed to hold
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
@@ -89,7 +115,11 @@ class Engine:
         device = resolve_device(config.device)
         tokenizer = Tokenizer.load(config.model)
         model = load_pretrained(config.model, dtype=_DTYPES[config.dtype], device=device)
-        return cls(model, tokenizer, max_batch=config.max_batch, prefill_chunk=config.prefill_chunk)
+        return cls(model, tokenizer, batch=config.batch)
+
+    def release(self) -> None:
+        """Give back the memory that is kept on a GPU for the next call."""
+        self._kept = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completion of each request, in the order of the requests."""
@@ -100,8 +130,8 @@ class Engine:
         """Events as they happen; those of one request put together are its text, the last has the whole.
 
         Raises:
-            ValueError: before anything runs, a prompt too long for the model or with an id it lacks; while
-                it runs, logits that are not finite.
+            ValueError: before anything runs, a prompt too long for the model or with an id it lacks, or a
+                request too long for the cache's memory; while it runs, logits that are not finite.
         """
         for request_idx, request in enumerate(requests):
             self._check(request_idx, request)
@@ -121,81 +151,111 @@ class Engine:
             )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Event]:
+        texts = [self._text(request_idx, request) for request_idx, request in enumerate(requests)]
+        yield from (text.finish() for text in texts if text.budget == 0)
+        jobs = [text.job() for text in texts if text.budget > 0]
+        if not jobs:
+            return
+        runner = self._take_runner(jobs)
         # Token dropping is for training; whoever generates between training steps gets the mode back.
         was_training = self.model.training
         self.model.eval()
         try:
-            for first in range(0, len(requests), self._max_batch):
-                yield from self._run_wave(first, requests[first : first + self._max_batch])
+            scheduler = Scheduler(
+                jobs,
+                pool=PagePool(runner.room.num_pages or 0),
+                memory=runner.cache,
+                num_rows=runner.room.num_rows,
+                prefill_chunk=self._batch.prefill_chunk,
+            )
+            while not scheduler.is_done:
+                yield from self._advance(scheduler, runner, texts)
         finally:
             self.model.train(was_training)
+            self._kept = runner if runner.is_captured else None
 
-    def _run_wave(self, first: int, requests: Sequence[Request]) -> Iterator[Event]:
-        rows = [
-            _Row(first + i, request, tokenizer=self.tokenizer, room=self.max_positions - len(request.prompt))
-            for i, request in enumerate(requests)
-        ]
-        yield from (row.finish() for row in rows if row.budget == 0)
-        rows = [row for row in rows if row.budget > 0]
-        if not rows:
-            return
-        cache = self._allocate(rows)
-        hidden_BD = self._prefill(rows, cache)
-        while True:
-            events = self._draw(rows, hidden_BD)
-            yield from events
-            kept = [i for i, event in enumerate(events) if event.completion is None]
-            if not kept:
-                return
-            if len(kept) < len(rows):
-                cache.select(torch.tensor(kept, device=hidden_BD.device))
-                rows = [rows[i] for i in kept]
-            hidden_BD = self._step(rows, cache)
-
-    def _allocate(self, rows: Sequence[_Row]) -> Cache:
-        weight = self.model.head.weight
-        return allocate_cache(
-            self.model.config,
-            num_sequences=len(rows),
-            # The last token drawn is never read back.
-            max_positions=max(len(row.request.prompt) + row.budget - 1 for row in rows),
-            dtype=weight.dtype,
-            device=weight.device,
+    def _text(self, request_idx: int, request: Request) -> _Text:
+        return _Text(
+            request_idx,
+            request,
+            decode=self._decode,
+            eos_id=self.tokenizer.eos_id,
+            room=self.max_positions - len(request.prompt),
         )
 
-    @torch.inference_mode()
-    def _prefill(self, rows: Sequence[_Row], cache: Cache) -> Tensor:
-        """Compute the prompts; returns hidden_BD, the state after the last token of each."""
-        device = self.model.head.weight.device
-        length_B = torch.tensor([len(row.request.prompt) for row in rows])
-        longest = int(length_B.max())
-        prompt_BS = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row_idx, row in enumerate(rows):
-            prompt_BS[row_idx, : len(row.request.prompt)] = torch.tensor(row.request.prompt)
-        last_BD = None
-        for start in range(0, longest, self._prefill_chunk):
-            tokens_BS = prompt_BS[:, start : start + self._prefill_chunk]
-            num_new_B = (length_B - start).clamp(0, tokens_BS.shape[1])
-            hidden_BSD = self.model.features(
-                tokens_BS.to(device), cache=cache, num_new_B=num_new_B.to(device, torch.int32)
-            ).hidden_BSD
-            end_BD = hidden_BSD[torch.arange(len(rows)), (num_new_B - 1).clamp(min=0)]
-            # A row without tokens in this chunk has its state from an earlier one.
-            is_new_B1 = (num_new_B > 0).to(device)[:, None]
-            last_BD = end_BD if last_BD is None else torch.where(is_new_B1, end_BD, last_BD)
-        assert last_BD is not None
-        return last_BD
+    def _advance(self, scheduler: Scheduler, runner: Runner, texts: Sequence[_Text]) -> list[Event]:
+        """Compute one chunk of prompts, if any wait, and one step of those that decode."""
+        scheduler.admit()
+        chunk = scheduler.next_chunk()
+        if chunk:
+            pieces = [texts[job.request_idx].piece(job.num_cached, length) for job, length in chunk]
+            runner.prefill([job for job, _ in chunk], pieces)
+        for job, length in chunk:
+            job.num_cached += length
+        jobs = scheduler.next_step()
+        if not jobs:
+            return []
+        scheduler.compact(runner.batch_size(scheduler.num_running))
+        writing = [texts[job.request_idx] for job in jobs]
+        is_sampled = any(text.request.sampling.temperature > 0 for text in writing)
+        answer_2B = runner.step(
+            jobs,
+            [text.last_token for text in writing],
+            [draw_numbers(text.request.sampling, len(text.tokens)) for text in writing]
+            if is_sampled
+            else None,
+        )
+        # The one transfer of a step: the check and the result.
+        peaks, tokens = answer_2B.tolist()
+        events = []
+        for job, text in zip(jobs, writing, strict=True):
+            if not math.isfinite(peaks[job.row]):
+                raise ValueError(
+                    f"generate: the logits of request {job.request_idx} at step {len(text.tokens)} must be "
+                    f"finite, got a largest value of {peaks[job.row]}"
+                )
+            event = text.accept(int(tokens[job.row]))
+            job.num_cached += 1
+            job.num_tokens += 1
+            if event.completion is not None:
+                scheduler.finish(job)
+            events.append(event)
+        return events
 
-    @torch.inference_mode()
-    def _step(self, rows: Sequence[_Row], cache: Cache) -> Tensor:
-        """Feed each row's last token; returns hidden_BD."""
+    def _take_runner(self, jobs: Sequence[Job]) -> Runner:
+        """The kept one if it will do, else another; no other stream has it meanwhile."""
+        lengths = [job.most_tokens for job in jobs]
+        runner, self._kept = self._kept, None
+        is_fit = runner is not None and runner.is_current and max(lengths) <= self._max_tokens
+        if runner is not None and is_fit and runner.room.holds(self._plan(lengths)):
+            runner.clear()
+            return runner
+        runner = None  # its memory is free
+        self._max_tokens = self._measure_memory()
         device = self.model.head.weight.device
-        tokens_B1 = torch.tensor([row.tokens[-1:] for row in rows], device=device)
-        return self.model.features(tokens_B1, cache=cache).hidden_BSD[:, -1]
+        capture = cuda_graphs(device) if self._uses_graphs else None
+        return Runner(self.model, room=self._plan(lengths), num_ids=self._num_ids, capture=capture)
 
-    @torch.inference_mode()
-    def _draw(self, rows: Sequence[_Row], hidden_BD: Tensor) -> list[Event]:
-        """Draw one token a row."""
-        logits_BV = self.model.head(hidden_BD)[:, : self._num_ids]
-        tokens = sample(logits_BV, [row.draw() for row in rows])
-        return [row.accept(token) for row, token in zip(rows, tokens, strict=True)]
+    @property
+    def _uses_graphs(self) -> bool:
+        return self._batch.cuda_graphs and self.model.head.weight.is_cuda
+
+    def _plan(self, lengths: Sequence[int]) -> Room:
+        return plan_room(
+            lengths,
+            max_batch=self._batch.max_batch,
+            max_tokens=self._max_tokens,
+            is_paged=isinstance(self.model.config.attention, MlaConfig),
+            is_kept=self._uses_graphs,
+        )
+
+    def _measure_memory(self) -> int:
+        """The most tokens that a cache may hold."""
+        weight = self.model.head.weight
+        if self._batch.cache_tokens:
+            return self._batch.cache_tokens
+        if not weight.is_cuda:
+            return sys.maxsize
+        torch.cuda.empty_cache()
+        num_free, _ = torch.cuda.mem_get_info(weight.device)
+        return int(self._batch.memory_share * num_free) // cache_token_bytes(self.model.config, weight.dtype)

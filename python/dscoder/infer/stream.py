@@ -10,6 +10,22 @@ _REPLACEMENT = "\ufffd"  # what decoding puts in place of an unfinished characte
 _LONGEST_CHARACTER = 4  # bytes of one UTF-8 character, so at most so many tokens
 
 
+def remember_tokens(decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
+    """`decode`, with the text of single tokens kept: nearly all that a `Detokenizer` asks for."""
+    known: dict[int, str] = {}
+
+    def decode_once(tokens: list[int]) -> str:
+        if len(tokens) > 1:
+            return decode(tokens)
+        [token] = tokens
+        text = known.get(token)
+        if text is None:
+            text = known[token] = decode(tokens)
+        return text
+
+    return decode_once
+
+
 class Detokenizer:
     """Incremental decoding; `decode` maps token ids to text and concatenates their bytes."""
 
