@@ -222,6 +222,16 @@ def test_a_copy_has_memory_of_its_own_in_handles_too(x: Tensor) -> None:
     assert (copy.args[2], copy.kwargs, copy.num_leaves) == (3, {"scale": 2.0}, 1)
 
 
+def test_what_is_shared_is_counted_and_not_copied(
+    enabled: BenchmarkFixture, clock: MadeUpClock, x: Tensor
+) -> None:
+    weights = torch.ones(100)
+    problem = Problem(args=(x,), shared=(weights,))
+    assert problem.copy().shared[0] is weights
+    measure(enabled, clock, CASE, problem, double, {})
+    assert clock.num_bytes == x.nbytes * 2 + weights.nbytes
+
+
 def test_integers_are_compared_bit_for_bit() -> None:
     wanted = (torch.tensor([5, 7]), torch.tensor([1.0, 2.0]))
     check_results((torch.tensor([5, 7]), torch.tensor([1.0, 2.0 + 1e-6])), wanted, torch.float32)

@@ -79,6 +79,31 @@ def test_a_share_is_left_out_where_a_cache_served(
     assert (found.get("share"), found.get("bound")) == (share, bound)
 
 
+def test_text_has_tokens_a_second() -> None:
+    assert kept(num_tokens=128)["tokens/s"] == 128.0
+    assert "tokens/s" not in kept()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "has_kernel"),
+    [((), False), (("mla_decode",), True), (("mla_decode", "rope"), True), (("mla_decode", "add"), False)],
+)
+def test_what_is_no_op_names_the_kernels_that_it_stands_on(
+    kernels: tuple[str, ...], has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results.native, "has_kernels", lambda: True)
+    monkeypatch.setattr(results.native, "kernel_ops", lambda: frozenset({"mla_decode", "rope"}))
+    monkeypatch.setattr(results, "device_name", str)
+    found = results.record(
+        Case(op="step", step="forward", shape="B=1", dtype=torch.float32, kernels=kernels),
+        device=torch.device("cuda"),
+        ours=Timing(seconds=1.0, method="graph"),
+        peers={},
+        ceilings=Ceilings(flops_per_second=2e12, bytes_per_second=4e9),
+    )
+    assert found["has_kernel"] is has_kernel
+
+
 def test_a_run_is_held_against_the_best_ceilings_of_all_of_it() -> None:
     records = [kept(num_bytes=4e9), kept(num_bytes=2e9), kept(flops=1e12), {"op": "fim"}]
     records[1]["ceiling_GB/s"], records[2]["ceiling_TFLOP/s"] = 8.0, 4.0

@@ -24,13 +24,15 @@ class Problem:
     """What every contender is called with.
 
     In a step with a backward pass the first `num_leaves` arguments take gradients, and `grads` are the
-    gradients of the results that have some, in order.
+    gradients of the results that have some, in order. `shared` is what the contenders touch besides: a
+    model's weights, of which there is no second copy.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     num_leaves: int = 0
     grads: tuple[Tensor, ...] = ()
+    shared: tuple[Tensor, ...] = ()
 
     def copy(self) -> "Problem":
         """The same values in memory of their own."""
@@ -38,7 +40,7 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         """All that a call touches, save its results."""
-        return _tensors((self.args, self.grads))
+        return _tensors((self.args, self.grads, self.shared))
 
 
 def _copied(value: Any) -> Any:

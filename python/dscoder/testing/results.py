@@ -27,6 +27,8 @@ class Case:
     routing: str | None = None
     flops: float = 0.0
     num_bytes: float = 0.0
+    num_tokens: int = 0  # that come out of a call, where it makes text
+    kernels: tuple[str, ...] = ()  # the ops whose kernels decide, where the case is no op itself
 
     def names(self) -> dict[str, str]:
         """What tells the case from others in a record."""
@@ -70,10 +72,13 @@ def record(
         kept["TFLOP/s"] = _rounded(case.flops / ours.seconds / 1e12)
     if case.num_bytes:
         kept["GB/s"] = _rounded(case.num_bytes / ours.seconds / 1e9)
+    if case.num_tokens:
+        kept["tokens/s"] = _rounded(case.num_tokens / ours.seconds)
     kept["ceiling_TFLOP/s"] = _rounded(ceilings.flops_per_second / 1e12)
     kept["ceiling_GB/s"] = _rounded(ceilings.bytes_per_second / 1e9)
     kept |= _standing(kept, is_warm=is_warm)
-    kept["has_kernel"] = device.type == "cuda" and native.has_kernels() and case.op in native.kernel_ops()
+    wanted = set(case.kernels or (case.op,))
+    kept["has_kernel"] = device.type == "cuda" and native.has_kernels() and wanted <= native.kernel_ops()
     kept["peers"] = {name: _beside(timing, ours) for name, timing in peers.items()}
     return kept
 
