@@ -14,19 +14,13 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benchmarks.peers.transformers_model import HAS_TRANSFORMERS, their_model
 from benchmarks.shapes import DEVICE
-from dscoder.checkpoint.config_hf import config_to_hf
-from dscoder.checkpoint.names import pieces
 from dscoder.config import ModelConfig, preset
 from dscoder.models import Transformer, count_parameters
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
 from dscoder.testing.results import Case
-
-try:
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-except ImportError:  # a peer like the others: left out where it is not installed
-    DeepseekV2Config = DeepseekV2ForCausalLM = None
 
 # One dense and one expert layer at V2-Lite's widths; a small vocabulary, whose products are the same in both.
 V2_LITE_SLICE = replace(preset("v2_lite"), num_layers=2, vocab_size=8192, bos_id=0, eos_id=1)
@@ -40,16 +34,6 @@ STEPS: dict[str, tuple[ModelConfig, int, int, list[tuple[str, str]]]] = {
     ),
     "v2_lite_slice": (V2_LITE_SLICE, 1, 256, [("sdpa", "grouped_mm"), ("eager", "grouped_mm")]),
 }
-
-
-def their_model(ours: Transformer) -> nn.Module:
-    data = config_to_hf(ours.config, dtype=torch.float32)
-    theirs = DeepseekV2ForCausalLM(DeepseekV2Config(**data, experts_implementation="grouped_mm"))
-    parameters, state = dict(ours.named_parameters()), theirs.state_dict()
-    with torch.no_grad():
-        for piece in pieces(ours.config, stacked_experts=True):
-            state[piece.name].copy_(piece.view(parameters[piece.parameter]))
-    return theirs.train()
 
 
 def loss_of(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
@@ -67,11 +51,11 @@ def test_training_step(measure: Callable[..., None], benchmark: BenchmarkFixture
     config, num_rows, length, implementations = STEPS[name]
     if benchmark.disabled:
         pytest.skip("a training step is too long for a test run")
-    ours = Transformer(config).train()
-    if DeepseekV2ForCausalLM is None:
+    ours = Transformer(config, device=DEVICE).train()
+    if not HAS_TRANSFORMERS:
         implementations = []
-    theirs = their_model(ours) if implementations else None
-    models = [model.to(DEVICE) for model in (ours, theirs) if model is not None]
+    theirs = their_model(ours).train() if implementations else None
+    models = [model for model in (ours, theirs) if model is not None]
     rng = cases.generator(name)
     tokens_BS = torch.randint(0, config.vocab_size, (num_rows, length), generator=rng).to(DEVICE)
 

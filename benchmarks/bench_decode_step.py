@@ -1,0 +1,174 @@
+"""One decoding step of a whole model, embedding to token, beside transformers' DeepseekV2ForCausalLM.
+
+Random weights, the same ones for both; every row holds a context of random latents and gets one more token.
+On a GPU V2-Lite as it is, in bfloat16: the clock captures the step in a CUDA graph, ours and theirs if it can
+be, and `call_us` is ours without one. On a CPU a tiny model, and a slice of V2-Lite.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from benchmarks.decode_bytes import decode_bytes, experts_hit
+from benchmarks.peers.transformers_model import HAS_TRANSFORMERS, cache_of, decode_step, their_model
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU
+from dscoder.config import ModelConfig, preset
+from dscoder.models import Transformer
+from dscoder.models.cache import LatentCache, allocate_cache
+from dscoder.models.init import init_weights, materialise
+from dscoder.testing import cases
+from dscoder.testing.launches import launches_of, num_kernels
+from dscoder.testing.measure import Problem
+from dscoder.testing.peer import Peer, Run
+from dscoder.testing.results import Case
+
+CONTEXT = 1024  # tokens of a row, the new one among them
+ROTATED_STD = 0.3  # of the cached keys; the latents come out of a norm
+# Whose kernels a step on a GPU stands on.
+KERNELS = ("mla_decode", "moe_gate", "moe_experts")
+# One dense and one expert layer at V2-Lite's widths; a small vocabulary.
+V2_LITE_SLICE = replace(preset("v2_lite"), num_layers=2, vocab_size=8192, bos_id=0, eos_id=1)
+MODELS: dict[str, tuple[ModelConfig, tuple[int, ...]]] = (  # and the numbers of rows
+    {"v2_lite": (preset("v2_lite"), (1, 128))}
+    if IS_ON_GPU
+    else {"tiny_moe": (preset("tiny_moe"), (1, 128)), "v2_lite_slice": (V2_LITE_SLICE, (1, 8))}
+)
+CASES = [(name, num_rows) for name, (_, batches) in MODELS.items() for num_rows in batches]
+
+
+class Subject:
+    """A model with random weights, made on the device, and transformers' on the same ones."""
+
+    def __init__(self, name: str) -> None:
+        begin = time.perf_counter()
+        self.name = name
+        self.model = Transformer(MODELS[name][0], device="meta").eval().requires_grad_(False)
+        materialise(self.model, dtype=DTYPE, device=DEVICE)
+        init_weights(self.model, seed=0)
+        if IS_ON_GPU:
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - begin  # that making the weights took
+
+    @cached_property
+    def theirs(self) -> nn.Module:
+        """Made when a peer asks for it: a run of ours alone does not."""
+        return their_model(self.model).eval()
+
+    def cache(self, num_rows: int) -> LatentCache:
+        """Rows of CONTEXT - 1 tokens that nobody wrote."""
+        config = self.model.config
+        cache = allocate_cache(
+            config, num_sequences=num_rows, max_positions=CONTEXT, dtype=DTYPE, device=DEVICE
+        )
+        assert isinstance(cache, LatentCache)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        for pool in cache.pages:
+            pool.normal_(generator=generator)
+            pool[..., config.attention.kv_lora_rank :] *= ROTATED_STD
+        cache.seq_lens_B.fill_(CONTEXT - 1)
+        return cache
+
+
+@pytest.fixture(scope="module")
+def subjects() -> Iterator[Callable[[str], Subject]]:
+    """One model at a time: a second one of V2-Lite's size would be in the way."""
+    kept: list[Subject] = []
+
+    def subject(name: str) -> Subject:
+        if not kept or kept[0].name != name:
+            kept.clear()
+            kept.append(Subject(name))
+        return kept[0]
+
+    yield subject
+    kept.clear()
+
+
+def our_step(model: Transformer, cache: LatentCache) -> Peer:
+    """Timed too: one launch that sets the lengths back, so that every call is the same."""
+
+    def prepare(tokens_B1: Tensor) -> Run:
+        @torch.inference_mode()
+        def call() -> tuple[Tensor, Tensor]:
+            rows = cache.rows(0, len(tokens_B1), max_len=CONTEXT - 1)
+            logits_BV = model(tokens_B1, cache=rows)[:, -1]
+            token_B = logits_BV.argmax(dim=-1)
+            cache.seq_lens_B.fill_(CONTEXT - 1)
+            return token_B, logits_BV
+
+        return Run(call=call, read=lambda raw: raw[1])
+
+    return Peer(prepare=prepare)
+
+
+def their_steps(subject: Subject, cache: LatentCache, *, has_compiled: bool) -> dict[str, Peer]:
+    """Those of transformers' expert implementations that fit: "batched_mm" copies weights for every token."""
+    if not HAS_TRANSFORMERS:
+        return {}
+    num_rows = cache.num_sequences
+    experts = ["grouped_mm", *(["batched_mm"] if num_rows == 1 else []), *([] if IS_ON_GPU else ["eager"])]
+    names = {f"transformers {name}": (name, False) for name in experts}
+    if has_compiled:
+        names |= {f"transformers {name} compiled": (name, True) for name in experts[-1:]}
+
+    def prepare(experts: str, is_compiled: bool) -> Callable[[Tensor], Run]:
+        def run(tokens_B1: Tensor) -> Run:
+            # The last page belongs to no row; those of a row lie one after the other.
+            rows = [pool[:-1].view(num_rows, -1, pool.shape[-1]) for pool in cache.pages]
+            latent_width = subject.model.config.attention.kv_lora_rank
+            theirs = cache_of(subject.theirs, rows, latent_width=latent_width, length=CONTEXT - 1)
+            return decode_step(subject.theirs, theirs, tokens_B1, experts=experts, is_compiled=is_compiled)
+
+        return run
+
+    return {name: Peer(prepare=prepare(*names[name])) for name in names}
+
+
+@pytest.mark.parametrize("has_compiled", [False, True] if IS_ON_GPU else [False])
+@pytest.mark.parametrize(("name", "num_rows"), CASES)
+def test_step(
+    measure: Callable[..., None],
+    benchmark: BenchmarkFixture,
+    subjects: Callable[[str], Subject],
+    request: pytest.FixtureRequest,
+    name: str,
+    num_rows: int,
+    has_compiled: bool,
+) -> None:
+    if benchmark.disabled and name != "tiny_moe":
+        pytest.skip("a large model is too long for a test run")
+    if has_compiled and request.config.getoption("--check-ours", default=False):
+        pytest.skip("ours is measured already")
+    subject = subjects(name)
+    cache = subject.cache(num_rows)
+    vocab_size = subject.model.config.vocab_size
+    tokens_B1 = torch.randint(0, vocab_size, (num_rows, 1), generator=cases.generator(name)).to(DEVICE)
+    ours = our_step(subject.model, cache)
+    call = ours.prepare(tokens_B1).call
+    case = Case(
+        op="decode_step",
+        step="forward",
+        model=name,
+        shape=f"B={num_rows} context={CONTEXT}",
+        dtype=DTYPE,
+        num_tokens=num_rows,
+        num_bytes=decode_bytes(
+            subject.model.config,
+            num_rows=num_rows,
+            context=CONTEXT,
+            num_hit=experts_hit(call),
+            dtype=DTYPE,
+        ),
+        kernels=KERNELS,
+    )
+    problem = Problem(args=(tokens_B1,), shared=(*subject.model.parameters(), *cache.pages))
+    measure(case, problem, ours, their_steps(subject, cache, has_compiled=has_compiled))
+    benchmark.extra_info["weights_s"] = round(subject.seconds, 2)
+    if IS_ON_GPU:
+        benchmark.extra_info["launches"] = num_kernels(launches_of(subject.model, call))
