@@ -15,7 +15,7 @@ RESULTS = Path("benchmarks/results")
 ACCEPTED = "accepted.json"
 CPU = "cpu"  # the folder of results without a GPU
 MACHINE = ("device", "torch", "cuda", "driver", "python", "commit", "is_dirty")
-FIGURES = ("us", "call_us", "TFLOP/s", "GB/s", "share", "ceiling_TFLOP/s", "ceiling_GB/s")
+FIGURES = ("us", "call_us", "tokens/s", "TFLOP/s", "GB/s", "share", "ceiling_TFLOP/s", "ceiling_GB/s")
 KEY = ("op", "step", "model", "routing", "shape", "dtype")  # what tells one result from another
 
 Key = tuple[str, ...]

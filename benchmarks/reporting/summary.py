@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.records import Result, is_result, key_of
-from benchmarks.reporting.targets import best_peer, read_accepted, read_targets, slower, standings
+from benchmarks.reporting.targets import (
+    best_peer,
+    place_of,
+    read_accepted,
+    read_targets,
+    slower,
+    standings,
+)
 
 MAX_FAILURES = 12
 MAX_STEPS = 24
@@ -96,7 +103,7 @@ def _targets(results: Sequence[Result], device: str) -> str:
     rows = []
     for standing in standings(read_targets(), results, device):
         target, result = standing.target, standing.result
-        got = f"{target.value(result):g} ({result.get('model')}, {result.get('routing')})" if result else ""
+        got = f"{target.value(result):g} ({place_of(result)})" if result else ""
         wanted = f"{target.unit}: must {target.must:g}, aim {target.aim:g}"
         rows.append((target.name, wanted, standing.verdict, got))
     return columns([("target", "wanted", "verdict", "slowest"), *rows]) if rows else ""

@@ -4,13 +4,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.reporting.records import Key, Result, Run, newest_results
-from benchmarks.reporting.targets import read_targets, slower, standings
+from benchmarks.reporting.targets import place_of, read_targets, slower, standings
 
 PLOTS = ("roofline.png", "ratios.png")
 TOOL_NAMES = ("memcheck", "synccheck", "racecheck")
-FIGURES = ("us", "call_us", "TFLOP/s", "GB/s", "share")
+HEADS = {
+    "us": "us",
+    "call_us": "us of a call",
+    "tokens/s": "tokens/s",
+    "TFLOP/s": "TFLOP/s",
+    "GB/s": "GB/s",
+    "share": "% of ceiling",
+}
 NUMBER = re.compile(r"[\d,]+(\.\d+)?|failed")  # a peer that failed stands among numbers
-HEADS = {"us": "us", "call_us": "us of a call", "TFLOP/s": "TFLOP/s", "GB/s": "GB/s", "share": "% of ceiling"}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -75,7 +81,7 @@ def _targets(results: Sequence[Result], device: str) -> str:
     for standing in standings(read_targets(), results, device):
         target, result = standing.target, standing.result
         got = f"{target.value(result):g}" if result else ""
-        case = f"{result.get('model')}, {result.get('routing', 'one routing')}" if result else ""
+        case = place_of(result) if result else ""
         rows.append(
             (target.name, target.unit, f"{target.must:g}", f"{target.aim:g}", got, standing.verdict, case)
         )
@@ -99,7 +105,7 @@ def _op_section(op: str, newest: Mapping[Key, tuple[Result, Run]]) -> str:
         key=lambda pair: tuple(pair[0].get(name, "") for name in ("model", "shape", "step", "routing"))
     )
     peers = sorted({name for result, _ in found for name in result.get("peers", {})})
-    figures = [name for name in FIGURES if any(name in result for result, _ in found)]
+    figures = [name for name in HEADS if any(name in result for result, _ in found)]
     header = ["shape", "model", "routing", "step", "dtype", *(HEADS[name] for name in figures), "bound", "by"]
     rows = [
         [

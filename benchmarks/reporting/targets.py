@@ -26,7 +26,7 @@ class Target:
     device: str
     op: str
     step: str
-    unit: str  # us: less is better; GB/s, TFLOP/s, ratio: more is
+    unit: str  # us: less is better; GB/s, TFLOP/s, tokens/s, ratio: more is
     must: float
     aim: float
     cases: frozenset[Case]
@@ -78,6 +78,11 @@ def case_of(result: Result) -> Case:
     return (str(result.get("model", "")), str(result.get("shape", "")), str(result.get("routing", "")))
 
 
+def place_of(result: Result) -> str:
+    """Model and routing, as far as `result` has them."""
+    return ", ".join(str(result[name]) for name in ("model", "routing") if name in result)
+
+
 def read_targets(path: Path = TARGETS) -> list[Target]:
     """All targets."""
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +96,7 @@ def read_targets(path: Path = TARGETS) -> list[Target]:
 
 def _cases(groups: Iterable[Mapping[str, Any]]) -> Iterator[Case]:
     for group in groups:
-        for shape, routing in product(group["shapes"], group["routings"]):
+        for shape, routing in product(group["shapes"], group.get("routings", [""])):
             yield (group["model"], shape, routing)
 
 

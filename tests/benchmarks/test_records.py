@@ -17,6 +17,7 @@ from benchmarks.reporting.targets import (
     Target,
     accept,
     best_peer,
+    place_of,
     read_accepted,
     read_targets,
     slower,
@@ -83,6 +84,7 @@ def every_case(make_result: Make, place: int, **figures: Any) -> list[dict[str, 
 
 
 GATE, PERMUTE = 0, 3  # forward; their places among the targets
+ONE_ROW = "B=1 context=1024"
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -100,6 +102,19 @@ def test_less_time_is_better(make_result: Make, us: float, verdict: str) -> None
 def test_more_bandwidth_is_better(make_result: Make, speed: float, verdict: str) -> None:
     results = every_case(make_result, PERMUTE, **{"GB/s": speed})
     assert verdicts(results)["moe_permute forward T=8192"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "verdict"),
+    [(500, "aim met"), (499, "must met"), (250, "must met"), (249, "missed")],
+)
+def test_more_tokens_are_better(make_result: Make, tokens_per_second: float, verdict: str) -> None:
+    result = make_result("decode_step", **{"tokens/s": tokens_per_second}, model="v2_lite", shape=ONE_ROW)
+    del result["routing"]
+    found = verdicts([result])
+    assert found["decode_step forward B=1"] == verdict
+    assert found["decode_step forward B=128"] == "not measured"
+    assert place_of(result) == "v2_lite"
 
 
 @pytest.mark.parametrize("num_missing", [1, 7])
@@ -148,7 +163,8 @@ LISTED = """
 import json, torch
 from dscoder.testing import results
 results.measured_device = lambda: torch.device("cuda")
-from benchmarks import bench_grouped_gemm as gemm, bench_moe_experts as experts, shapes
+from benchmarks import bench_decode_step as decode, bench_grouped_gemm as gemm
+from benchmarks import bench_moe_experts as experts, shapes
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
@@ -172,6 +188,9 @@ for op, step, width in (
         (model, shapes.LAYERS[model].shape(num_tokens, width=width), routing)
         for model, num_tokens, routing, _ in shapes.routed_cases(step)
     ]
+found["decode_step forward"] = [
+    (model, f"B={num_rows} context={decode.CONTEXT}", "") for model, num_rows in decode.CASES
+]
 print(json.dumps(found))
 """
 
@@ -206,7 +225,8 @@ def test_every_case_of_a_target_is_measured() -> None:
 
 def test_every_target_is_one_of_an_op_and_can_be_met() -> None:
     targets = read_targets()
-    assert {target.op for target in targets} <= native.kernel_ops() | {"moe_permute", "moe_unpermute"}
+    others = {"moe_permute", "moe_unpermute", "decode_step"}
+    assert {target.op for target in targets} <= native.kernel_ops() | others
     for target in targets:
         assert target.verdict(target.aim) == "aim met"
         assert target.verdict(target.must) == "must met"
