@@ -1,0 +1,1 @@
+"""Programs that nobody has read, run under limits: one (`run`), many (`pool`), in twenty languages."""
