@@ -32,6 +32,7 @@ FAMILIES: dict[str, set[str]] = {
     "comm": {"core"},
     "attention": {"core"},
     "layer": {"core"},
+    "sandbox": set(),
     "bind": {"core", "text", "moe", "gemm", "comm", "attention", "layer"},
 }
 MAX_LINES = {".py": 400, ".cpp": 450, ".cu": 450, ".cuh": 450, ".h": 450}

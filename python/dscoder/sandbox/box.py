@@ -1,8 +1,8 @@
 """The walls: the bubblewrap command line, the user ids, and the supervisor's start and end.
 
 Seen from inside, the supervisor is user 0 and the program user 1000. Started by root, 1000 is a user id that
-nobody else has, so neither a file, a process nor a limit is shared with the host. Started by anybody else, both
-are user 1000, and the supervisor hides itself (guard.py).
+nobody else has, so neither a file, a process nor a limit is shared with the host. Started by anybody else,
+both are user 1000. In either case the supervisor hides its memory and descriptors.
 """
 
 import json
@@ -11,24 +11,26 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from dscoder.sandbox.cgroup import Group
 from dscoder.sandbox.job import Job
 
 INSIDE_USER = 1000
+_SUPERVISOR_INSIDE = "/supervisor"
 _SHM_FOLDER = "/dev/shm"
 MEMORY_FOLDERS = ("/tmp", _SHM_FOLDER)
 # Root's sandboxes take user ids from here on, by process id; the second range is for a host that maps few.
 _USER_RANGES = ((1_610_612_736, 1 << 22), (20_000, 1 << 14))
 _SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 # What honest programs read of /etc. No passwords, no host name, no resolver.
-_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "ssl/certs", "mono", "R")
+_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "mono", "R")
 _ETC_PATTERNS = ("java-*-openjdk", "php*", "lua*")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _MAX_COMPLAINT = 2000
@@ -93,9 +95,13 @@ def private_user(pid: int, ranges: str) -> int:
     raise SandboxError(f"no user id for a sandbox: root here may use none of its ranges {_USER_RANGES}")
 
 
-def interpreter() -> Path:
-    """The interpreter of the supervisor: this process's own, for the code it is handed is compiled by it."""
-    return Path(sys.executable).resolve()
+@cache
+def supervisor() -> Path:
+    """The program that runs the others, installed beside the extension, which need not be loaded."""
+    extension = find_spec("dscoder._C")
+    if extension is None or extension.origin is None:
+        raise SandboxError("the sandbox needs dscoder's compiled parts, and none are installed")
+    return Path(extension.origin).with_name("dscoder-supervisor")
 
 
 def _etc_entries() -> list[Path]:
@@ -118,8 +124,7 @@ def mounts(view: View, *, disk: int) -> list[str]:
         arguments += ["--symlink", f"/proc/self/{target}", f"/dev/{name}"]
     for folder in MEMORY_FOLDERS:
         arguments += ["--size", str(disk), "--perms", "1777", "--tmpfs", folder]
-    shown = {Path(sys.base_prefix).resolve(), *view.shown}
-    outside = [path for path in (*_etc_entries(), *sorted(shown)) if not path.is_relative_to("/usr")]
+    outside = [path for path in (*_etc_entries(), *view.shown) if not path.is_relative_to("/usr")]
     parents = {parent for path in outside for parent in path.parents} - {
         Path("/"),
         Path("/tmp"),
@@ -131,6 +136,7 @@ def mounts(view: View, *, disk: int) -> list[str]:
         arguments += ["--ro-bind", str(path), str(path)]
     for path in view.masked:
         arguments += ["--size", str(_EMPTY_SIZE), "--perms", "0555", "--tmpfs", str(path)]
+    arguments += ["--ro-bind", str(supervisor()), _SUPERVISOR_INSIDE]
     return [*arguments, "--proc", "/proc", "--remount-ro", "/"]
 
 
@@ -148,7 +154,7 @@ def command_line(bubblewrap: str, job: Job, view: View, *, files: tuple[int, int
         *("--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"),
         *("--seccomp", str(seccomp), "--info-fd", str(news), "--userns-block-fd", str(go_ahead)),
         *(*mounts(view, disk=int(job.limits.disk)), "--chdir", "/"),
-        *("--", str(interpreter()), "-I", "-S", "-B", "-c", job.bootstrap()),
+        *("--", _SUPERVISOR_INSIDE),
     ]
 
 

@@ -1,15 +1,11 @@
-"""What the launcher tells the supervisor, and the report that comes back."""
+"""What the launcher tells the supervisor (csrc/sandbox/job.h), and the report that comes back."""
 
-import marshal
 import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 
-import dscoder.sandbox.guard
-import dscoder.sandbox.supervisor
 from dscoder.sandbox.verdict import Limits, Phase, Stopped
 
 FOLDER = "/tmp/program"  # the working directory under full isolation
@@ -17,12 +13,20 @@ STOPPED: Mapping[str, Stopped] = MappingProxyType(
     {"-": "", "time": "time", "memory": "memory", "output": "output"}
 )
 _HEAD_SIZE = 200  # bytes of a record's first line, at most
-# The job is all of stdin: the code to run and what to call it with.
-_BOOTSTRAP = (
-    "import marshal\n"
-    "codes, job = marshal.loads(open(0, 'rb', closefd=False).read())\n"
-    "for code in codes: exec(code)\n"
-)
+
+
+def _number(value: float) -> bytes:
+    return struct.pack("<Q", int(value))
+
+
+def _text(content: str | bytes) -> bytes:
+    raw = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
+    return _number(len(raw)) + raw
+
+
+def _list(items: Iterable[bytes]) -> bytes:
+    encoded = list(items)
+    return _number(len(encoded)) + b"".join(encoded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +53,6 @@ class Job:
     is_pid_1: bool
     filter: bytes  # seccomp filter still to be installed; empty if bubblewrap does
     join: tuple[str, ...]  # control groups, by their files of processes, that the supervisor puts itself into
-    is_guarded: bool  # whether the supervisor shares its user with the program
 
     def deadline(self) -> float:
         """Seconds after which a supervisor that has not reported never will."""
@@ -59,46 +62,43 @@ class Job:
         """Bytes of the longest honest report."""
         return len(self.steps) * (2 * self.limits.output + _HEAD_SIZE) + 4
 
-    def bootstrap(self) -> str:
-        """The argument of `python -c`."""
-        return _BOOTSTRAP + ("guard(job)\n" if self.is_guarded else "") + "main(job)\n"
-
     def encode(self) -> bytes:
         """What the supervisor reads from stdin."""
-        modules = [dscoder.sandbox.supervisor.__file__]
-        if self.is_guarded:
-            modules.insert(0, dscoder.sandbox.guard.__file__)
-        job = {
-            "files": [*self.files],
-            "steps": [self._step(step) for step in self.steps],
-            "folder": self.folder,
-            "memory_folders": self.memory_folders,
-            "user": self.user,
-            "is_pid_1": self.is_pid_1,
-            "filter": self.filter,
-            "join": self.join,
-        }
-        return marshal.dumps(([_compiled(module) for module in modules], job))
+        return b"".join(
+            [
+                _text(self.folder),
+                _list(map(_text, self.memory_folders)),
+                _list(map(_text, self.join)),
+                _text(self.filter),
+                _number(self.user),
+                _number(self.is_pid_1),
+                _list(_text(name) + _text(content) for name, content in self.files),
+                _list(self._step(step) for step in self.steps),
+            ]
+        )
 
-    def _step(self, step: Step) -> dict[str, object]:
+    def _step(self, step: Step) -> bytes:
         limits = self.limits
-        return {
-            "argv": list(step.argv),
-            "env": dict(step.env),
-            "stdin": step.stdin,
-            "time": float(step.time),
-            "cpu_time": math.ceil(limits.cpu_time or step.time) + 1,
-            "memory": int(limits.memory),
-            "address_space": int(limits.memory) if step.is_bounded_in_address_space else 0,
-            "output": int(limits.output),
-            "processes": int(limits.processes),
-            "disk": int(limits.disk),
-        }
-
-
-@cache
-def _compiled(path: str) -> object:
-    return compile(Path(path).read_bytes(), Path(path).name, "exec", dont_inherit=True)
+        # One second of grace: the wall clock ends most programs, and says so.
+        cpu_seconds = math.ceil(limits.cpu_time if limits.cpu_time is not None else step.time + 1)
+        numbers = (
+            step.time * 1e6,
+            cpu_seconds,
+            limits.memory,
+            limits.memory if step.is_bounded_in_address_space else 0,
+            limits.output,
+            limits.processes,
+            limits.disk,
+        )
+        env = (f"{name}={value}" for name, value in step.env.items())
+        return b"".join(
+            [
+                _list(map(_text, step.argv)),
+                _list(map(_text, env)),
+                _text(step.stdin),
+                *map(_number, numbers),
+            ]
+        )
 
 
 def _take(report: bytes) -> tuple[Phase, bytes]:
@@ -111,8 +111,8 @@ def _take(report: bytes) -> tuple[Phase, bytes]:
         exit_code=int(code) if int(code) >= 0 else None,
         signal=-int(code) if int(code) < 0 else None,
         stopped=STOPPED[stopped],
-        wall=float(wall),
-        cpu=float(cpu),
+        wall=int(wall) / 1e6,
+        cpu=int(cpu) / 1e6,
         peak_memory=int(peak),
         stdout=rest[:num_out],
         stderr=rest[num_out : num_out + num_err],

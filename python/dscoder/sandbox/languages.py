@@ -1,8 +1,8 @@
 """The twenty languages as data: what runs each, and how its failures look.
 
 In a command `@name` is the path of that executable, `{main}` the main file, `{stem}` its name without the
-ending, `{heap}` the megabytes a runtime that sizes its own heap may take; `{args}` and `{compiler_args}` stand
-for the program's.
+ending, `{heap}` the megabytes a runtime that sizes its own heap may take; `{args}` and `{compiler_args}` are
+the program's.
 """
 
 import re

@@ -1,9 +1,9 @@
 """One program, under limits, to a Verdict.
 
-Under "full" isolation the program has no network, its own user, process, ipc and mount namespaces, a read-only
-system, a private /tmp of bounded size, no environment and no descriptor but its three streams. A seccomp
-filter, rlimits and, where the system allows, control groups bound it, and all of its processes are dead before
-the verdict. "rlimits" is for machines that refuse namespaces, and only ever used when asked for by name.
+Under "full" isolation the program has no network, its own user, process, ipc and mount namespaces, a
+read-only system, a private /tmp of bounded size, no environment and no descriptor but its three streams. A
+seccomp filter, rlimits and, where the system allows, control groups bound it, and all of its processes are
+dead before the verdict. "rlimits" is for machines that refuse namespaces, and only used when asked for.
 """
 
 from contextlib import ExitStack
@@ -73,7 +73,6 @@ def _job(program: Program, toolchain: Toolchain, limits: Limits) -> Job:
         is_pid_1=True,
         filter=b"",
         join=(),
-        is_guarded=not box.is_root(),
     )
 
 
@@ -95,7 +94,7 @@ def _execute(
             return ending, group.num_killed()
         user = weak.user()
         if user:
-            for path in (*toolchain.paths.values(), box.interpreter()):
+            for path in toolchain.paths.values():
                 weak.check_reachable(path.resolve())
         job = replace(
             job,
@@ -105,7 +104,6 @@ def _execute(
             is_pid_1=False,
             filter=_filter(False),
             join=tuple(str(file) for file in group.member_files()),
-            is_guarded=True,
         )
         return weak.execute(job, cancel=cancel), group.num_killed()
 

@@ -1,4 +1,4 @@
-"""What this machine can run: the executables of each language, their versions, and command lines from them."""
+"""What this machine can run: the executables of each language, their versions, and the command lines."""
 
 import re
 import shutil
@@ -128,7 +128,11 @@ def installation_of(path: Path) -> Path:
 
 def _view(language: str, paths: Sequence[Path]) -> View:
     folders = {installation_of(path) for path in paths} | {path.parent for path in paths}
-    shown = tuple(sorted(folder for folder in folders if not folder.is_relative_to(_SYSTEM_ROOT)))
+    outside = sorted(folder for folder in folders if not folder.is_relative_to(_SYSTEM_ROOT))
+    # A folder below another that is shown needs no showing.
+    shown = tuple(
+        folder for folder in outside if not any(folder.is_relative_to(o) for o in outside if o != folder)
+    )
     if language != "python":
         return View(shown=shown)
     # The same standard library on every machine, and a start that does not depend on what is installed.

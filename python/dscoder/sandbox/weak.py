@@ -1,8 +1,8 @@
 """Isolation "rlimits": what is left where namespaces are refused, for those who ask for it by name.
 
 The same supervisor in a session and a temporary folder of its own, under rlimits, the seccomp filter and,
-where the system allows, control groups. The program sees the host's files and processes with the rights of its
-user: one that nobody else has if root started it, else the caller.
+where the system allows, control groups. The program sees the host's files and processes with the rights of
+its user: one that nobody else has if root started it, else the caller.
 """
 
 import os
@@ -54,7 +54,7 @@ def new_folder(owner: int) -> Iterator[str]:
 def execute(job: Job, *, cancel: int | None) -> Ending:
     """Run a job to its end."""
     deadline = time.monotonic() + job.deadline()
-    command = [str(box.interpreter()), "-I", "-S", "-B", "-c", job.bootstrap()]
+    command = [str(box.supervisor())]
     content, complaints = box.memory_file("job", job.encode()), box.memory_file("stderr", b"")
     try:
         process = box.start(command, content, complaints, ())
