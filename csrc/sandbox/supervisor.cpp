@@ -123,9 +123,12 @@ bool run(const Step& step, const Job& job) {
     const int code = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
     std::string head = "step " + std::to_string(code) + " " + watch.stopped;
     for (const uint64_t value : {wall_us, watch.usage.cpu_us, watch.usage.peak_bytes,
-                                 uint64_t{watch.written[0].size()}, uint64_t{watch.written[1].size()}})
-        head += " " + std::to_string(value);
-    write_all(STDOUT_FILENO, head + "\n");
+                                 uint64_t{watch.written[0].size()}, uint64_t{watch.written[1].size()}}) {
+        head += ' ';
+        head += std::to_string(value);
+    }
+    head += '\n';
+    write_all(STDOUT_FILENO, head);
     for (const auto& text : watch.written) write_all(STDOUT_FILENO, text);
     return code == 0 and not watch.is_stopped();
 }
