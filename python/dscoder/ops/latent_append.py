@@ -76,19 +76,23 @@ def _forward(
     dtype, width = accumulate_dtype(query_THd.dtype), weight_C.shape[0]
     angles = angles_at(cos_Lf, sin_Lf, positions_T, dtype=dtype, inverse=False)
     first = query_THd.shape[-1] - 2 * cos_Lf.shape[-1]
-    query_out_THd[..., width:] = rotated(query_THd[..., first:], angles)
+    # The key is one more head: one rotation costs half of two where tokens are few.
+    heads = rotated(torch.cat([query_THd[..., first:], latent_Td[:, None, width:]], dim=1), angles)
+    query_out_THd[..., width:] = heads[:, :-1]
     latent_TC, _ = normed(latent_Td[:, :width], weight_C, eps)
-    key_Tr = rotated(latent_Td[:, None, width:], angles)[:, 0]
-    _write_rows(cache_PLd, slots_T, torch.cat([latent_TC, key_Tr], dim=-1))
+    _write_rows(cache_PLd, slots_T, torch.cat([latent_TC, heads[:, -1]], dim=-1))
 
 
 def _write_rows(cache_PLd: Tensor, slots_T: Tensor, row_Td: Tensor) -> None:
-    """Without a size on the host: a token with no slot writes what the first that has one writes."""
+    """A token with no slot writes what the first that has one writes: no size has to come to the host."""
     num_pages, page_size, _ = cache_PLd.shape
     num_slots = num_pages * page_size
     if not len(slots_T) or not num_slots:
         return
     is_inside_T = (slots_T >= 0) & (slots_T < num_slots)
+    if slots_T.is_cpu and is_inside_T.all():
+        cache_PLd.index_put_((slots_T // page_size, slots_T % page_size), row_Td)
+        return
     tokens_T = torch.arange(len(slots_T), device=slots_T.device)
     source_T = torch.where(is_inside_T, tokens_T, is_inside_T.int().argmax())
     # Where no token has a slot, all of them write the first row as it was.
