@@ -119,7 +119,10 @@ def _forward_kernel(
     native._C.latent_append_forward(
         *kernel_projections(query_THd, latent_Td, weight_C),
         kernel_angles(cos_Lf, sin_Lf, positions_T),
-        *(slots_T.contiguous(), cache_PLd, query_out_THd, eps),
+        slots_T.contiguous(),
+        cache_PLd,
+        query_out_THd,
+        eps,
     )
 
 

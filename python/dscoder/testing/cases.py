@@ -96,3 +96,26 @@ def paged(
             piece = rows[slot * page_size : (slot + 1) * page_size]
             cache[page, : len(piece)] = piece
     return cache, table
+
+
+def latent_case(
+    rng: torch.Generator,
+    num_tokens: int = 7,
+    *,
+    num_heads: int = 3,
+    nope_width: int = 8,
+    rope_width: int = 4,
+    latent_width: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:
+    """Arguments of `latent_rope`: query, latent and weight, tables of twelve positions, and positions."""
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    angle = randn(rng, 12, rope_width // 2, dtype=torch.float64)
+    return (
+        randn(rng, num_tokens, num_heads, nope_width + rope_width, dtype=dtype),
+        randn(rng, num_tokens, latent_width + rope_width, dtype=dtype),
+        randn(rng, latent_width, dtype=dtype),
+        angle.cos().to(table_dtype),
+        angle.sin().to(table_dtype),
+        torch.randint(12, (num_tokens,), generator=rng, device=rng.device),
+    )
