@@ -110,6 +110,11 @@ def _etc_entries() -> list[Path]:
     return [path for path in found if path.exists()]
 
 
+def _open_folder(path: Path) -> list[str]:
+    # Of itself bubblewrap makes the folders above a mount so that only user 0 may enter them.
+    return ["--perms", "0755", "--dir", str(path)]
+
+
 def mounts(view: View, *, disk: int) -> list[str]:
     """bubblewrap's arguments for the file system. Later ones lie over earlier ones."""
     arguments = []
@@ -118,6 +123,7 @@ def mounts(view: View, *, disk: int) -> list[str]:
             arguments += ["--symlink", str(Path(folder).readlink()), folder]
         elif Path(folder).is_dir():
             arguments += ["--ro-bind", folder, folder]
+    arguments += _open_folder(Path("/dev"))
     for name in _DEVICES:
         arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
@@ -130,8 +136,8 @@ def mounts(view: View, *, disk: int) -> list[str]:
         Path("/tmp"),
         Path("/dev"),
     }
-    for parent in sorted(parents):  # bubblewrap alone would close them to all but user 0
-        arguments += ["--perms", "0755", "--dir", str(parent)]
+    for parent in sorted(parents):
+        arguments += _open_folder(parent)
     for path in outside:
         arguments += ["--ro-bind", str(path), str(path)]
     for path in view.masked:

@@ -150,7 +150,7 @@ class Pool:
     def _submit(self, program: Program, limits: Limits) -> _Ticket:
         if limits.memory > self._memory.amount:
             raise ValueError(
-                f"Pool: the memory of a program must be <= {self._memory.amount:g} bytes, all that the pool has, "
+                f"Pool: the memory of a program must be <= {self._memory.amount:g} bytes, the pool's, "
                 f"got {limits.memory:g}"
             )
         ticket = _Ticket()
