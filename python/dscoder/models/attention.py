@@ -8,6 +8,7 @@ from dscoder import ops
 from dscoder.config import GqaConfig, ModelConfig
 from dscoder.models.cache import KeyValueAppend, KeyValueCache
 from dscoder.models.placement import Placement
+from dscoder.models.residual import multiply
 
 
 class GqaAttention(nn.Module):
@@ -35,8 +36,11 @@ class GqaAttention(nn.Module):
         self.value = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
         self.out = nn.Linear(q_width, width, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
-        """x_TD -> [T, D]; with a cache its keys and values are stored, and the stored ones are attended."""
+    def forward(self, x_TD: Tensor, placement: Placement, onto_TD: Tensor | None = None) -> Tensor:
+        """x_TD -> [T, D], added to `onto_TD` in place where there is one.
+
+        With a cache its keys and values are stored, and the stored ones are attended.
+        """
         num_tokens = len(x_TD)
         query_THd = self.query(x_TD).view(num_tokens, self.num_heads, self.head_dim)
         key_TGd = self.key(x_TD).view(num_tokens, self.num_kv_heads, self.head_dim)
@@ -47,14 +51,13 @@ class GqaAttention(nn.Module):
         cache, append = placement.cache, placement.append
         if isinstance(cache, KeyValueCache) and append is not None:
             cache.write(self.layer_idx, key_TGd, value_TGd, append)
-            if not append.is_first:
-                return self._attend_cached(query_THd, placement)
-        if placement.is_packed:
+        if append is not None and not append.is_first:
+            out_THd = self._attend_cached(query_THd, placement)
+        elif placement.is_packed:
             out_THd = self._attend_packed(query_THd, key_TGd, value_TGd, placement)
         else:
             out_THd = self._attend_rows(query_THd, key_TGd, value_TGd, placement)
-        out_TD: Tensor = self.out(out_THd.flatten(1))
-        return out_TD
+        return multiply(self.out, out_THd.flatten(1), onto_TD)
 
     def _attend_rows(
         self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, placement: Placement
@@ -105,5 +108,4 @@ class GqaAttention(nn.Module):
             attn_mask=append.mask_B1SL.to(query.dtype),
         )
         out = out.view(num_rows, self.num_kv_heads, num_sharing, length, self.head_dim)
-        out_TD: Tensor = self.out(out.permute(0, 3, 1, 2, 4).reshape(query_THd.shape).flatten(1))
-        return out_TD
+        return out.permute(0, 3, 1, 2, 4).reshape(query_THd.shape)

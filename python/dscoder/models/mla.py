@@ -13,6 +13,7 @@ from dscoder.config import MlaConfig, ModelConfig
 from dscoder.models.cache import LatentAppend, LatentCache
 from dscoder.models.norm import RMSNorm
 from dscoder.models.placement import Placement
+from dscoder.models.residual import multiply
 from dscoder.models.yarn import softmax_scale
 
 # The published code never passes its rms_norm_eps to the two latent norms: they keep their default.
@@ -55,10 +56,10 @@ class LatentAttention(nn.Module):
         self.latent_up = linear(rank, num_heads * (attention.nope_dim + attention.value_dim))
         self.out = linear(num_heads * attention.value_dim, width)
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> Tensor:
-        """x_TD -> [T, D]; with a cache its latents are stored, and the stored ones are attended.
+    def forward(self, x_TD: Tensor, placement: Placement, onto_TD: Tensor | None = None) -> Tensor:
+        """x_TD -> [T, D], added to `onto_TD` in place where there is one.
 
-        Into rows that hold tokens there is no gradient.
+        With a cache its latents are stored, and the stored ones are attended.
         """
         query_TX = (
             self.query_up(self.query_norm(self.query_down(x_TD)))
@@ -72,8 +73,7 @@ class LatentAttention(nn.Module):
             out_TX = self._attend_cached(query_THd, latent_Td, placement)
         else:
             out_TX = self._attend_expanded(query_THd, latent_Td, placement)
-        out_TD: Tensor = self.out(out_TX)
-        return out_TD
+        return multiply(self.out, out_TX, onto_TD)
 
     def _attend_expanded(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
         shape, cache, append = self.shape, placement.cache, placement.append
@@ -106,7 +106,6 @@ class LatentAttention(nn.Module):
         )
         return out_THv.flatten(1)
 
-    @torch.no_grad()
     def _attend_cached(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
         """Every product writes where the next step reads: no copies between the kernels."""
         shape, cache, append = self.shape, placement.cache, placement.append

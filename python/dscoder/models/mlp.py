@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dscoder.models.residual import multiply
 from dscoder.ops.library import refuse_second_derivative
 
 
@@ -55,7 +56,6 @@ class Mlp(nn.Module):
         self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False, device=device, dtype=dtype)
         self.down = nn.Linear(mlp_width, width, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        out: Tensor = self.down(swiglu(self.gate_up(x)))
-        return out
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        """x_TD -> [T, D], added to `onto_TD` in place where there is one."""
+        return multiply(self.down, swiglu(self.gate_up(x_TD)), onto_TD)

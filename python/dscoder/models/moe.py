@@ -45,6 +45,18 @@ def drop_over_capacity(
     return idx_TK.masked_fill(is_dropped.view_as(idx_TK), DROPPED)
 
 
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight.T in float32 (or wider) whatever the weights' type, and under autocast: near-ties choose."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    is_narrow = x_TD.dtype == weight_ED.dtype != wide
+    if is_narrow and not x_TD.is_cpu and not torch.is_grad_enabled():
+        # The product of two bfloat16 numbers is exact in float32, which tensor cores add in.
+        return torch.mm(x_TD, weight_ED.t(), out_dtype=wide)
+    # Autocast would cast the product back.
+    with torch.autocast("cpu" if x_TD.is_meta else x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+
+
 class Experts(nn.Module):
     """The routed experts' weights, one matrix stack each for gate and up, and for down."""
 
@@ -89,14 +101,15 @@ class Moe(nn.Module):
             else None
         )
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
-        """x_TD -> [T, D], and the unweighted balance terms [3] while they are trained on."""
+    def forward(
+        self, x_TD: Tensor, placement: Placement, onto_TD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x_TD -> [T, D], added to `onto_TD` in place where there is one, and balance terms.
+
+        Those are [3], unweighted, and computed while they are trained on.
+        """
         config = self.config
-        # The gate decides in float32 (or wider) whatever the weights' type, and under autocast, which would
-        # cast the product back: near-ties choose experts.
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast("cpu" if x_TD.is_meta else x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
+        logits_TE = gate_logits(x_TD, self.gate.weight)
         idx_TK, weight_TK, terms_3 = self._route(logits_TE, placement)
         if placement.never_dropped_T is not None and config.capacity_factor is not None:
             idx_TK = drop_over_capacity(
@@ -108,9 +121,13 @@ class Moe(nn.Module):
             )
         handle = ops.moe_permute_maps(idx_TK, num_experts=config.num_experts)
         out_TD = ops.moe_unpermute(self.experts(x_TD, handle), weight_TK, handle)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
-        return out_TD, terms_3
+        if onto_TD is not None:
+            out_TD = onto_TD.add_(out_TD)
+        if self.shared is None:
+            return out_TD, terms_3
+        if onto_TD is not None:
+            return self.shared(x_TD, out_TD), terms_3
+        return out_TD + self.shared(x_TD), terms_3
 
     def _affinity(self, logits_TE: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The chosen experts' probabilities, or a multiple that orders all choices in the same way."""

@@ -55,13 +55,24 @@ class Layer(nn.Module):
             self.mlp = Mlp(width, config.mlp_width, device=device, dtype=dtype)
 
     def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
-        """x_TD -> [T, D], and the balance terms [3] of its experts, if any."""
+        """x_TD -> [T, D], and the balance terms [3] of its experts, if any; in place with a cache."""
+        if placement.cache is not None:
+            self._add_to(x_TD, placement)
+            return x_TD, None
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), placement)
         normed_TD = self.mlp_norm(x_TD)
         if not self.is_moe:
             return x_TD + self.mlp(normed_TD), None
         out_TD, terms_3 = self.moe(normed_TD, placement)
         return x_TD + out_TD, terms_3
+
+    def _add_to(self, x_TD: Tensor, placement: Placement) -> None:
+        self.attention(self.attention_norm(x_TD), placement, x_TD)
+        normed_TD = self.mlp_norm(x_TD)
+        if self.is_moe:
+            self.moe(normed_TD, placement, x_TD)
+        else:
+            self.mlp(normed_TD, x_TD)
 
 
 class Transformer(nn.Module):
@@ -123,7 +134,8 @@ class Transformer(nn.Module):
             cu_seqlens: int32 [documents + 1], ascending from 0 to the B * S tokens of a packed batch, the
                 end of every row among them. Attention and positions stay inside a document. The values are
                 checked on CPUs alone: a GPU would have to be waited for. None: every row is one document.
-            cache: from `allocate_cache`; the tokens are appended to its rows and attend what is there.
+            cache: from `allocate_cache`; the tokens are appended to its rows and attend what is there, and
+                nothing is differentiated.
             num_new_B: with a cache, how many of each row's tokens count; the rest is right padding, whose
                 output means nothing. None: all.
         """
@@ -136,17 +148,12 @@ class Transformer(nn.Module):
             num_new_B=num_new_B,
             drops_tokens=self.training and moe is not None and moe.capacity_factor is not None,
         )
-        x_TD = self.embed(tokens_BS).flatten(0, 1)
-        layer_terms: list[Tensor] = []
-        for layer in self.layers:
-            x_TD, terms_3 = layer(x_TD, placement)
-            if terms_3 is not None:
-                layer_terms.append(terms_3)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            hidden_BSD, layer_terms = self._run_layers(tokens_BS, placement)
         if cache is not None and placement.append is not None:
             cache.commit(placement.append)
-        hidden_BSD = self.norm(x_TD).view(*tokens_BS.shape, self.config.width)
         if moe is None or not layer_terms:
-            zero = torch.zeros((), device=x_TD.device)
+            zero = torch.zeros((), device=hidden_BSD.device)
             return Features(hidden_BSD=hidden_BSD, balance=zero, balance_terms_3=None)
         by_layer = torch.stack(layer_terms)
         total_3 = by_layer.sum(dim=0)
@@ -158,3 +165,13 @@ class Transformer(nn.Module):
             + total_3[2] * weights.communication,
             balance_terms_3=by_layer.detach().mean(dim=0),
         )
+
+    def _run_layers(self, tokens_BS: Tensor, placement: Placement) -> tuple[Tensor, list[Tensor]]:
+        """hidden_BSD after the last norm, and the balance terms of each layer that has some."""
+        x_TD = self.embed(tokens_BS).flatten(0, 1)
+        layer_terms: list[Tensor] = []
+        for layer in self.layers:
+            x_TD, terms_3 = layer(x_TD, placement)
+            if terms_3 is not None:
+                layer_terms.append(terms_3)
+        return self.norm(x_TD).view(*tokens_BS.shape, self.config.width), layer_terms
