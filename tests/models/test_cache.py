@@ -64,26 +64,6 @@ def test_ragged_rows_decode_as_if_alone(model):
             torch.testing.assert_close(step_logits[row, 0], alone[-2], rtol=1e-4, atol=1e-4)
 
 
-def test_selected_rows_go_on_undisturbed(model):
-    cache = allocate_cache(model.config, num_sequences=3, max_positions=20)
-    prompt = tokens(3, 10)
-    model(prompt, cache=cache, num_new_B=lens(10, 4, 7))
-    cache.select(torch.tensor([2, 0]))
-    assert cache.seq_lens_B.tolist() == [7, 10]
-    got = model(tokens(2, 1, seed=5), cache=cache)
-    for row, (source, length) in enumerate([(2, 7), (0, 10)]):
-        history = torch.cat([prompt[source, :length], tokens(2, 1, seed=5)[row]])
-        torch.testing.assert_close(got[row, 0], model(history[None])[0, -1], rtol=1e-4, atol=1e-4)
-
-
-def test_rows_can_be_selected_by_a_mask(model):
-    cache = allocate_cache(model.config, num_sequences=3, max_positions=8)
-    model(tokens(3, 4), cache=cache, num_new_B=lens(1, 2, 3))
-    cache.select(torch.tensor([True, False, True]))
-    assert cache.seq_lens_B.tolist() == [1, 3]
-    assert cache.num_sequences == 2
-
-
 def test_a_row_can_be_filled_to_the_last_position(model):
     # 65 positions: the last one alone on its page; padding points beyond both the row and its pages.
     cache = allocate_cache(model.config, num_sequences=2, max_positions=65)

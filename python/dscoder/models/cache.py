@@ -140,10 +140,6 @@ class Cache(ABC):
         """Row `target` becomes what row `source` is, `num_tokens` long; `source` is still to be cleared."""
 
     @abstractmethod
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` (indices, each at most once, or a mask), in that order."""
-
-    @abstractmethod
     def _narrow(self, first: int, last: int) -> None:
         """Turn a fresh copy of a cache into the view of some of its rows."""
         self.seq_lens_B = self.seq_lens_B[first:last]
@@ -213,11 +209,6 @@ class LatentCache(Cache):
         self.page_table_BN[target] = self.page_table_BN[source]
         self.seq_lens_B[target] = num_tokens
 
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` (indices, each at most once, or a mask), in that order; no page is copied."""
-        self.seq_lens_B = self.seq_lens_B[rows]
-        self.page_table_BN = self.page_table_BN[rows]
-
     def write(self, layer_idx: int, entry_Td: Tensor, append: Append) -> None:
         """Store the entries [B * S, C + r] of one layer."""
         pool = self.pages[layer_idx]
@@ -278,7 +269,8 @@ class KeyValueCache(Cache):
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._num_sharing = attention.num_heads // attention.num_kv_heads
-        self._set_rows(0, num_sequences)
+        self._first_row = 0
+        self._starts_B1 = torch.arange(num_sequences, device=device)[:, None] * max_positions
 
     def num_pages_of(self, num_tokens: int) -> int:
         """0: rows have their own memory."""
@@ -296,17 +288,6 @@ class KeyValueCache(Cache):
             by_row[target, :num_tokens] = by_row[source, :num_tokens]
         self.seq_lens_B[target] = num_tokens
 
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` (indices, each at most once, or a mask), in that order; kept rows are copied."""
-
-        def keep(entries: Tensor) -> Tensor:
-            return torch.cat([self._by_row(entries)[rows].flatten(0, 1), entries[-1:]])
-
-        self.keys = [keep(entries) for entries in self.keys]
-        self.values = [keep(entries) for entries in self.values]
-        self.seq_lens_B = self.seq_lens_B[rows]
-        self._set_rows(0, self.num_sequences)
-
     def write(self, layer_idx: int, key_TGd: Tensor, value_TGd: Tensor, append: Append) -> None:
         """Store the keys and values [B * S, heads, head_dim] of one layer."""
         for entries, new in ((self.keys[layer_idx], key_TGd), (self.values[layer_idx], value_TGd)):
@@ -321,11 +302,6 @@ class KeyValueCache(Cache):
     def _by_row(self, entries: Tensor) -> Tensor:
         by_row = entries[:-1].view(-1, self.max_positions, *entries.shape[1:])
         return by_row[self._first_row : self._first_row + self.num_sequences]
-
-    def _set_rows(self, first: int, last: int) -> None:
-        rows_B = torch.arange(first, last, device=self.seq_lens_B.device)
-        self._first_row = first
-        self._starts_B1 = (rows_B * self.max_positions)[:, None]
 
     def _narrow(self, first: int, last: int) -> None:
         super()._narrow(first, last)
