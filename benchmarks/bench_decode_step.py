@@ -1,8 +1,9 @@
-"""One decoding step of a whole model, embedding to token, beside transformers' DeepseekV2ForCausalLM.
+"""A whole model that decodes, beside transformers' DeepseekV2ForCausalLM: its step, and all of generate.
 
-Random weights, the same ones for both; every row holds a context of random latents and gets one more token.
-On a GPU V2-Lite as it is, in bfloat16: the clock captures the step in a CUDA graph, ours and theirs if it can
-be, and `call_us` is ours without one. On a CPU a tiny model, and a slice of V2-Lite.
+Random weights, the same ones for both. A step goes from the embedding to the token: every row holds a context
+of random latents and gets one more. On a GPU V2-Lite as it is, in bfloat16: the clock captures the step in a
+CUDA graph, ours, and theirs if it can be, and `call_us` is ours without one. On a CPU a tiny model, and a
+slice of V2-Lite.
 """
 
 import time
@@ -19,8 +20,13 @@ from benchmarks.decode_bytes import decode_bytes, experts_hit
 from benchmarks.peers.transformers_model import HAS_TRANSFORMERS, cache_of, decode_step, their_model
 from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU
 from dscoder.config import ModelConfig, preset
+from dscoder.infer.engine import Engine
+from dscoder.infer.pages import Room
+from dscoder.infer.request import Request
+from dscoder.infer.runner import Runner, cuda_graphs
+from dscoder.infer.scheduler import Job
 from dscoder.models import Transformer
-from dscoder.models.cache import LatentCache, allocate_cache
+from dscoder.models.cache import PAGE_SIZE, LatentCache, allocate_cache
 from dscoder.models.init import init_weights, materialise
 from dscoder.testing import cases
 from dscoder.testing.launches import launches_of, num_kernels
@@ -29,6 +35,7 @@ from dscoder.testing.peer import Peer, Run
 from dscoder.testing.results import Case
 
 CONTEXT = 1024  # tokens of a row, the new one among them
+NEW_TOKENS = 32  # that generate makes of a prompt of the rest
 ROTATED_STD = 0.3  # of the cached keys; the latents come out of a norm
 # Whose kernels a step on a GPU stands on.
 KERNELS = ("mla_decode", "moe_gate", "moe_experts")
@@ -88,6 +95,18 @@ def subjects() -> Iterator[Callable[[str], Subject]]:
 
     yield subject
     kept.clear()
+
+
+class NoText:
+    """A tokenizer for texts that nobody reads, and that never end by themselves."""
+
+    eos_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def decode(self, tokens: list[int], *, skip_special: bool) -> str:
+        return " " * len(tokens)
 
 
 def our_step(model: Transformer, cache: LatentCache) -> Peer:
@@ -172,3 +191,152 @@ def test_step(
     benchmark.extra_info["weights_s"] = round(subject.seconds, 2)
     if IS_ON_GPU:
         benchmark.extra_info["launches"] = num_kernels(launches_of(subject.model, call))
+
+
+def runner_step(model: Transformer, num_rows: int, *, has_graphs: bool) -> Peer:
+    """What the engine runs to decode: tokens from the host, a graph replayed; largest logits are compared.
+
+    Timed too: one launch that sets the lengths back.
+    """
+
+    def prepare(tokens_B1: Tensor) -> Run:
+        num_pages = CONTEXT // PAGE_SIZE
+        room = Room(num_rows=num_rows, max_positions=CONTEXT, num_pages=num_rows * num_pages)
+        capture = cuda_graphs(DEVICE) if has_graphs else None
+        runner = Runner(model, room=room, num_ids=model.config.vocab_size, capture=capture)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        for pool in runner.cache.pages:
+            pool.normal_(generator=generator)
+        jobs = [
+            Job(
+                request_idx=row,
+                num_tokens=CONTEXT,
+                most_tokens=CONTEXT,
+                num_cached=CONTEXT - 1,
+                row=row,
+            )
+            for row in range(num_rows)
+        ]
+        for row in range(num_rows):
+            runner.cache.assign(row, range(row * num_pages, (row + 1) * num_pages))
+        tokens = tokens_B1[:, 0].tolist()
+
+        def call() -> Tensor:
+            runner.cache.seq_lens_B.fill_(CONTEXT - 1)
+            return runner.step(jobs, tokens, None)
+
+        return Run(call=call, read=lambda answer_2B: answer_2B[0])
+
+    return Peer(prepare=prepare)
+
+
+@pytest.mark.parametrize(("name", "num_rows"), CASES)
+def test_runner(
+    measure: Callable[..., None],
+    benchmark: BenchmarkFixture,
+    subjects: Callable[[str], Subject],
+    name: str,
+    num_rows: int,
+) -> None:
+    if benchmark.disabled and name != "tiny_moe":
+        pytest.skip("a large model is too long for a test run")
+    model = subjects(name).model
+    tokens_B1 = torch.randint(0, model.config.vocab_size, (num_rows, 1), generator=cases.generator(name))
+    case = Case(
+        op="decode_step",
+        step="runner",
+        model=name,
+        shape=f"B={num_rows} context={CONTEXT}",
+        dtype=DTYPE,
+        num_tokens=num_rows,
+        kernels=KERNELS,
+    )
+    peers = {"without graphs": runner_step(model, num_rows, has_graphs=False)} if IS_ON_GPU else {}
+    problem = Problem(args=(tokens_B1,), shared=tuple(model.parameters()))
+    measure(case, problem, runner_step(model, num_rows, has_graphs=IS_ON_GPU), peers)
+
+
+def our_generate(model: Transformer) -> Peer:
+    def prepare(prompts_BS: Tensor) -> Run:
+        engine = Engine(model, NoText(model.config.vocab_size))
+        requests = [
+            Request(prompt=tuple(prompt), max_new_tokens=NEW_TOKENS) for prompt in prompts_BS.tolist()
+        ]
+
+        def call() -> Tensor:
+            return torch.tensor([completion.tokens for completion in engine.generate(requests)])
+
+        return Run(call=call, read=comparable)
+
+    return Peer(prepare=prepare)
+
+
+def their_generate(subject: Subject, *, cache: str) -> Peer:
+    """With a static cache on a GPU it compiles the steps and captures them, before it is timed."""
+
+    def prepare(prompts_BS: Tensor) -> Run:
+        prompts_BS = prompts_BS.to(DEVICE)
+        theirs = subject.theirs
+
+        def call() -> Tensor:
+            theirs.set_attn_implementation("sdpa")
+            theirs.set_experts_implementation("grouped_mm")
+            tokens = theirs.generate(
+                prompts_BS,
+                attention_mask=torch.ones_like(prompts_BS),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                cache_implementation=cache,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            return tokens[:, prompts_BS.shape[1] :].cpu()
+
+        return Run(call=call, read=comparable)
+
+    return Peer(prepare=prepare)
+
+
+def comparable(tokens_BS: Tensor) -> Tensor:
+    """In bfloat16 two tokens may be as likely, and the texts part: how many there are is what is compared."""
+    return torch.tensor(tokens_BS.shape) if IS_ON_GPU else tokens_BS
+
+
+@pytest.mark.parametrize("has_compiled", [False, True] if IS_ON_GPU else [False])
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_generate(
+    measure: Callable[..., None],
+    benchmark: BenchmarkFixture,
+    subjects: Callable[[str], Subject],
+    request: pytest.FixtureRequest,
+    name: str,
+    num_rows: int,
+    has_compiled: bool,
+) -> None:
+    if benchmark.disabled:
+        pytest.skip("a text is too long for a test run")
+    if has_compiled and request.config.getoption("--check-ours", default=False):
+        pytest.skip("ours is measured already")
+    subject = subjects(name)
+    model, length = subject.model, CONTEXT - NEW_TOKENS
+    prompts_BS = torch.randint(
+        0, model.config.vocab_size, (num_rows, length), generator=cases.generator(name)
+    )
+    case = Case(
+        op="decode_step",
+        step="generate",
+        model=name,
+        shape=f"B={num_rows} prompt={length} new={NEW_TOKENS}",
+        dtype=DTYPE,
+        num_tokens=num_rows * NEW_TOKENS,
+        kernels=KERNELS,
+    )
+    peers = {}
+    if HAS_TRANSFORMERS:
+        peers["transformers"] = their_generate(subject, cache="dynamic")
+        if has_compiled:
+            peers["transformers static"] = their_generate(subject, cache="static")
+    problem = Problem(args=(prompts_BS,), shared=tuple(model.parameters()))
+    measure(case, problem, our_generate(model), peers)
