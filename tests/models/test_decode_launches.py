@@ -17,7 +17,7 @@ from dscoder.testing.launches import Launch, launches_of, num_kernels, table
 NUM_ROWS = 128
 CONTEXT = 1024
 # Upper bounds: a step may take fewer, and then they are lowered.
-ONCE, DENSE_LAYER, EXPERT_LAYER = 41, 21, 31
+ONCE, DENSE_LAYER, EXPERT_LAYER = 13, 14, 22
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,6 @@ def test_the_step_is_whole(launches: list[Launch]) -> None:
     assert ops.count("dscoder.moe_experts") == 2
     assert ops.count("dscoder.mla_decode") == 3
     assert ops[-1] == "aten.argmax"
-    assert {"embed", "layers.0.mlp.down", "layers.1.moe", "layers.2.attention.out", "norm", "head"} <= {
+    assert {"embed", "layers.0.mlp", "layers.1.moe", "layers.2.attention", "norm", "head"} <= {
         one.module for one in launches
     }
