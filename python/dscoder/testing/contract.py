@@ -57,6 +57,43 @@ ROW_KERNELS = {
 }
 
 
+# The rotary family: every access of heads and rows is a whole word, two units of a thread in flight, and the
+# angles of a word are one word of each table (two where a unit is a pair of words; half a word in float32).
+_FLOATS = ("float", "__nv_bfloat16", "__half")
+ROTARY_KERNELS = {
+    **{
+        f"rope_kernel<Neighbours<{dtype}>>": Kernel(
+            registers=48, wants={"LDG.E.128": 2 if dtype == "float" else 6, "STG.E.128": 2}
+        )
+        for dtype in _FLOATS
+    },
+    **{
+        f"rope_kernel<Halves<{dtype}>>": Kernel(
+            registers=80, wants={"LDG.E.128": 8 if dtype == "float" else 12, "STG.E.128": 4}
+        )
+        for dtype in _FLOATS
+    },
+    # Five blocks an SM, four in float32: loads of 32 to 40 KiB under way.
+    **{
+        f"{name}<{dtype}>": Kernel(
+            registers=64 if dtype == "float" else 48,
+            wants={"LDG.E.128": 12, "STG.E.128": 5, "SHFL.BFLY": 5},
+        )
+        for name in ("latent_rope_kernel", "latent_append_kernel")
+        for dtype in _FLOATS
+    },
+    **{
+        f"latent_rope_backward_kernel<{dtype}>": Kernel(
+            registers=112,
+            shared=16384,
+            wants={"LDG.E.128": 12, "STG.E.128": 5, "SHFL.BFLY": 5, "STS.128": 4},
+        )
+        for dtype in _FLOATS
+    },
+    "latent_weight_gradient_kernel": Kernel(registers=32, shared=1024, wants={"LDG.E": 4}),
+}
+
+
 def _grouped_gemm(job: str, tile: int, registers: int, *, transposed: str = "") -> dict[str, Kernel]:
     """Rows of a grouped product on mma.sync, for both types; `transposed`: which operands lie with n or m
     contiguous ("a", "b").
@@ -167,6 +204,7 @@ GEMM_SM90_KERNELS = {
 }
 KERNELS = {
     **ROW_KERNELS,
+    **ROTARY_KERNELS,
     **GEMM_KERNELS,
     **GEMM_SM90_KERNELS,
     "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
