@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
 from dscoder.models import Transformer
-from dscoder.models.moe import Moe, drop_over_capacity
+from dscoder.models.moe import Moe, drop_over_capacity, gate_logits
 from dscoder.models.placement import chosen_sequences, place
 
 CONFIG = MoeConfig(
@@ -240,3 +240,16 @@ def test_autocast_does_not_round_what_the_gate_decides_on(monkeypatch: pytest.Mo
 def test_a_layer_without_memory_has_a_shape() -> None:
     moe = Moe(8, CONFIG, device=torch.device("meta"))
     assert moe(torch.empty(6, 8, device="meta"), place_tokens(1, 6))[0].shape == (6, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_gate_decides_in_float32_or_wider(device: str, with_gradient: bool, dtype: torch.dtype) -> None:
+    x_TD, weight_ED = (torch.ones(shape, device=device, dtype=dtype) for shape in ((6, 40), (4, 40)))
+    with torch.set_grad_enabled(with_gradient):
+        logits_TE = gate_logits(x_TD * 1.0078125, weight_ED)
+    assert logits_TE.dtype == torch.promote_types(dtype, torch.float32)
+    assert logits_TE.shape == (6, 4)
+    if device == "cpu":
+        assert (logits_TE == 40.3125).all()  # which bfloat16 does not hold

@@ -61,19 +61,19 @@ class LatentAttention(nn.Module):
 
         With a cache its latents are stored, and the stored ones are attended.
         """
-        query_TX = (
+        query = (
             self.query_up(self.query_norm(self.query_down(x_TD)))
             if self.has_query_latent
             else self.query(x_TD)
         )
-        query_THd = query_TX.view(len(x_TD), self.shape.num_heads, self.shape.qk_dim)
+        query_THd = query.view(len(x_TD), self.shape.num_heads, self.shape.qk_dim)
         latent_Td = self.latent_down(x_TD)
         cache, append = placement.cache, placement.append
         if isinstance(cache, LatentCache) and append is not None and not append.is_first:
-            out_TX = self._attend_cached(query_THd, latent_Td, placement)
+            out_THv = self._attend_cached(query_THd, latent_Td, placement)
         else:
-            out_TX = self._attend_expanded(query_THd, latent_Td, placement)
-        return multiply(self.out, out_TX, onto_TD)
+            out_THv = self._attend_expanded(query_THd, latent_Td, placement)
+        return multiply(self.out, out_THv.flatten(1), onto_TD)
 
     def _attend_expanded(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
         shape, cache, append = self.shape, placement.cache, placement.append
@@ -104,7 +104,7 @@ class LatentAttention(nn.Module):
             causal=True,
             scale=self.scale,
         )
-        return out_THv.flatten(1)
+        return out_THv
 
     def _attend_cached(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
         """Every product writes where the next step reads: no copies between the kernels."""
@@ -141,4 +141,4 @@ class LatentAttention(nn.Module):
         out_HTC = out_BSHC.view(num_tokens, num_heads, rank).transpose(0, 1)
         out_THv = query_THd.new_empty(num_tokens, num_heads, shape.value_dim)
         torch.bmm(out_HTC, value_up_HvC.transpose(1, 2), out=out_THv.transpose(0, 1))
-        return out_THv.flatten(1)
+        return out_THv
