@@ -164,7 +164,7 @@ import json, torch
 from dscoder.testing import results
 results.measured_device = lambda: torch.device("cuda")
 from benchmarks import bench_decode_step as decode, bench_grouped_gemm as gemm
-from benchmarks import bench_moe_experts as experts, shapes
+from benchmarks import bench_mla_decode as latent, bench_moe_experts as experts, shapes
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
@@ -188,6 +188,8 @@ for op, step, width in (
         (model, shapes.LAYERS[model].shape(num_tokens, width=width), routing)
         for model, num_tokens, routing, _ in shapes.routed_cases(step)
     ]
+found["mla_decode forward"] = [(call[0], latent.shape_of(*call), "") for call in latent.CALLS]
+found["mla_decode plan and forward"] = [(call[0], latent.shape_of(*call), "") for call in latent.SHORT]
 found["decode_step forward"] = [
     (model, f"B={num_rows} context={decode.CONTEXT}", "") for model, num_rows in decode.CASES
 ]

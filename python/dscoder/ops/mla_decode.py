@@ -100,7 +100,7 @@ def mla_decode_plan(seq_lens_B: Tensor, *, num_new: int, num_heads: int, max_row
     `max_rows` the N * L rows that its page table has room for: longer sequences count as that long. Lengths
     are read on the device, and how many parts there are follows from the sizes and the GPU alone: captured
     in a CUDA graph, the plan follows the lengths of each replay. It serves every call on the same lengths,
-    as the layers of one step are. One made for other lengths gives wrong results, and reads nothing wild.
+    as the layers of one step are. One made for other lengths gives the same results, less evenly dealt out.
 
     Returns:
         plan (int32, [parts + 1 + B, 2]): where each part begins, (sequence, block of 64 rows), then (B, 0);
@@ -277,8 +277,10 @@ def _forward_kernel(
     partial_out = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, value_dim, dtype=torch.float32)
     partial_lse = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, dtype=torch.float32)
     native._C.mla_decode_forward(
-        *(aligned(q_BSHd), cache_PLd, page_table_BN, seq_lens_B.contiguous(), plan.contiguous()),
-        *(out_BSHC, lse_BSH, partial_out, partial_lse, scale, arch),
+        *(aligned(q_BSHd), cache_PLd, page_table_BN, seq_lens_B.contiguous(), aligned(plan)),
+        *(out_BSHC, lse_BSH, partial_out, partial_lse),
+        scale,
+        arch,
     )
     return out_BSHC, lse_BSH
 
