@@ -95,7 +95,7 @@ void exec(const Step& step, const Job& job, const int (&streams)[3]) {
     checked(chdir(job.folder.c_str()), "chdir");
     if (job.user != 0) become(static_cast<uid_t>(job.user));
     bound(step);
-    if (not job.filter.empty()) install_filter(job.filter);
+    install_filter(job.filter);
     const auto argv = pointers(step.argv), env = pointers(step.env);
     checked(execve(argv[0], argv.data(), env.data()), "exec " + step.argv[0]);
 }

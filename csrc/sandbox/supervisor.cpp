@@ -147,6 +147,8 @@ void supervise() {
     checked(prctl(PR_SET_DUMPABLE, 0), "prctl dumpable");
     if (not job.is_pid_1) checked(prctl(PR_SET_CHILD_SUBREAPER, 1), "prctl subreaper");
     write_files(job);
+    // Of bubblewrap's doing, but lost on the way to the program's user and back.
+    if (job.is_pid_1) checked(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl pdeathsig");
     for (const auto& step : job.steps)
         if (not run(step, job)) break;
     write_all(STDOUT_FILENO, "end\n");

@@ -146,19 +146,18 @@ def mounts(view: View, *, disk: int) -> list[str]:
     return [*arguments, "--proc", "/proc", "--remount-ro", "/"]
 
 
-def command_line(bubblewrap: str, job: Job, view: View, *, files: tuple[int, int, int]) -> list[str]:
-    """The whole command. `files`: descriptors of the filter, of bubblewrap's news, and that it waits for."""
+def command_line(bubblewrap: str, job: Job, view: View, *, news: int, go_ahead: int) -> list[str]:
+    """The whole command. Descriptors: where bubblewrap tells its process id, and what it waits for then."""
     namespaces = [f"--unshare-{name}" for name in ("user", "pid", "ipc", "uts", "net", "cgroup-try")]
     capabilities = ["--cap-drop", "ALL"]
     if job.user:
         # To become the program's user and to kill what runs under it. The program has none of them.
         for name in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             capabilities += ["--cap-add", name]
-    seccomp, news, go_ahead = files
     return [
         *(bubblewrap, *namespaces, *capabilities),
         *("--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"),
-        *("--seccomp", str(seccomp), "--info-fd", str(news), "--userns-block-fd", str(go_ahead)),
+        *("--info-fd", str(news), "--userns-block-fd", str(go_ahead)),
         *(*mounts(view, disk=int(job.limits.disk)), "--chdir", "/"),
         *("--", _SUPERVISOR_INSIDE),
     ]
@@ -174,11 +173,15 @@ def memory_file(name: str, content: bytes) -> int:
     return file
 
 
-def _read_all(file: int) -> bytes:
-    chunks = []
-    while chunk := os.read(file, _CHUNK):
-        chunks.append(chunk)
-    return b"".join(chunks)
+def _read_all(file: int, deadline: float) -> bytes:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    chunks: list[bytes] = []
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        chunks.append(os.read(file, _CHUNK))
+        if not chunks[-1]:
+            return b"".join(chunks)
+    raise SandboxError("bubblewrap did not start in time")
 
 
 def map_users(pid: int, *, is_root: bool) -> None:
@@ -192,6 +195,13 @@ def map_users(pid: int, *, is_root: bool) -> None:
         (folder / "setgroups").write_text("deny")
     (folder / "uid_map").write_text(users)
     (folder / "gid_map").write_text(groups)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a supervisor or bubblewrap, and by that all that is inside."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def collect(
@@ -215,8 +225,7 @@ def collect(
             if not chunk or len(report) > job.report_size():
                 break
     if is_overdue or is_cancelled or len(report) > job.report_size():
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
     process.stdout.close()
     process.wait()
     complaint = os.pread(complaints, _MAX_COMPLAINT, 0).decode(errors="replace").strip()
@@ -240,38 +249,35 @@ def start(
     )
 
 
-def _admit(news: int, go_ahead: int, group: Group, *, is_root: bool) -> bool:
-    """Between bubblewrap's first fork and its going on; False if it died before."""
-    text = _read_all(news)
-    if not text:
-        return False
-    pid = int(json.loads(text)["child-pid"])
-    group.add(pid)
-    map_users(pid, is_root=is_root)
-    os.write(go_ahead, b"1")
-    return True
+def _admit(news: int, go_ahead: int, group: Group, *, deadline: float) -> None:
+    """Between bubblewrap's first fork and its going on. If it is dead already, its complaint says why."""
+    text = _read_all(news, deadline)
+    if text:
+        pid = int(json.loads(text)["child-pid"])
+        group.add(pid)
+        map_users(pid, is_root=is_root())
+        os.write(go_ahead, b"1")
 
 
-def execute(job: Job, view: View, group: Group, *, seccomp: bytes, cancel: int | None) -> Ending:
+def execute(job: Job, view: View, group: Group, *, cancel: int | None) -> Ending:
     """Run a job under full isolation to its end."""
     bubblewrap = find_bubblewrap()
     deadline = time.monotonic() + job.deadline()
-    files = [memory_file("job", job.encode()), memory_file("stderr", b""), memory_file("seccomp", seccomp)]
+    content, complaints = memory_file("job", job.encode()), memory_file("stderr", b"")
     (news, news_end), (wait_end, go_ahead) = os.pipe(), os.pipe()
-    files += [news, news_end, wait_end, go_ahead]
+    open_files = {content, complaints, news, news_end, wait_end, go_ahead}
     try:
-        passed = (files[2], news_end, wait_end)
-        process = start(command_line(bubblewrap, job, view, files=passed), files[0], files[1], passed)
+        command = command_line(bubblewrap, job, view, news=news_end, go_ahead=wait_end)
+        process = start(command, content, complaints, (news_end, wait_end))
         for end in (news_end, wait_end):
             os.close(end)
-            files.remove(end)
+            open_files.remove(end)
         try:
-            _admit(news, go_ahead, group, is_root=is_root())
+            _admit(news, go_ahead, group, deadline=deadline)
         except BaseException:
-            process.kill()
-            process.wait()
+            _kill(process)
             raise
-        return collect(process, files[1], job=job, deadline=deadline, cancel=cancel)
+        return collect(process, complaints, job=job, deadline=deadline, cancel=cancel)
     finally:
-        for file in files:
+        for file in open_files:
             os.close(file)

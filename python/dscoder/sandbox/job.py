@@ -12,6 +12,7 @@ FOLDER = "/tmp/program"  # the working directory under full isolation
 STOPPED: Mapping[str, Stopped] = MappingProxyType(
     {"-": "", "time": "time", "memory": "memory", "output": "output"}
 )
+GRACE = 10.0  # seconds beyond its limits that a supervisor may take to report
 _HEAD_SIZE = 200  # bytes of a record's first line, at most
 
 
@@ -51,12 +52,12 @@ class Job:
     memory_folders: tuple[str, ...]  # file systems in memory, counted as such
     user: int  # the program's user id, seen from inside; 0: the supervisor's own
     is_pid_1: bool
-    filter: bytes  # seccomp filter still to be installed; empty if bubblewrap does
+    filter: bytes  # what seccomp.py makes
     join: tuple[str, ...]  # control groups, by their files of processes, that the supervisor puts itself into
 
     def deadline(self) -> float:
         """Seconds after which a supervisor that has not reported never will."""
-        return sum(step.time for step in self.steps) + 10.0
+        return sum(step.time for step in self.steps) + GRACE
 
     def report_size(self) -> int:
         """Bytes of the longest honest report."""

@@ -71,8 +71,23 @@ def _job(program: Program, toolchain: Toolchain, limits: Limits) -> Job:
         memory_folders=box.MEMORY_FOLDERS,
         user=box.INSIDE_USER if box.is_root() else 0,
         is_pid_1=True,
-        filter=b"",
+        filter=_filter(True),
         join=(),
+    )
+
+
+def _weakened(job: Job, *, folder: str, user: int, join: tuple[str, ...]) -> Job:
+    """The job without namespaces: what bubblewrap would do is left to the supervisor, or left out."""
+    own = {"HOME": folder, "TMPDIR": folder}
+    return replace(
+        job,
+        steps=[replace(step, env={**step.env, **own}) for step in job.steps],
+        folder=folder,
+        memory_folders=(),
+        user=user,
+        is_pid_1=False,
+        filter=_filter(False),
+        join=join,
     )
 
 
@@ -90,22 +105,26 @@ def _execute(
             )
         )
         if isolation == "full":
-            ending = box.execute(job, toolchain.view, group, seccomp=_filter(True), cancel=cancel)
+            ending = box.execute(job, toolchain.view, group, cancel=cancel)
             return ending, group.num_killed()
         user = weak.user()
         if user:
             for path in toolchain.paths.values():
                 weak.check_reachable(path.resolve())
-        job = replace(
-            job,
-            folder=stack.enter_context(weak.new_folder(user)),
-            memory_folders=(),
-            user=user,
-            is_pid_1=False,
-            filter=_filter(False),
-            join=tuple(str(file) for file in group.member_files()),
-        )
+        folder = stack.enter_context(weak.new_folder(user))
+        files = tuple(str(file) for file in group.member_files())
+        job = _weakened(job, folder=folder, user=user, join=files)
         return weak.execute(job, cancel=cancel), group.num_killed()
+
+
+def _explain(complaint: str, num_oom_killed: int) -> str:
+    if num_oom_killed:
+        complaint += f"; {num_oom_killed} processes were killed for want of memory"
+    if complaint.startswith("bwrap:"):
+        complaint += (
+            "; where namespaces are refused, isolation 'rlimits' runs without them, and is much weaker"
+        )
+    return complaint
 
 
 def _phases(ending: Ending, num_oom_killed: int) -> list[Phase]:
@@ -117,8 +136,7 @@ def _phases(ending: Ending, num_oom_killed: int) -> list[Phase]:
     try:
         phases = read_report(ending.report)
     except ValueError as error:
-        oom = f"; {num_oom_killed} processes killed for want of memory" if num_oom_killed else ""
-        raise SandboxError(f"{ending.complaint or error}{oom}") from error
+        raise SandboxError(_explain(ending.complaint or str(error), num_oom_killed)) from error
     if not phases:
         raise SandboxError("the supervisor ran nothing")
     return phases
