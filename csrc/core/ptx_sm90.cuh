@@ -32,11 +32,17 @@ __device__ __forceinline__ void order_before_async_reads() {
 #endif
 }
 
-// Named barrier `id` of num_threads threads. The executor has none: its copies are played apart from
-// products.
+// Named barrier `id` of num_threads threads, of which some only tell that they were there. The executor has
+// none: its copies are played apart from products.
 __device__ __forceinline__ void meet([[maybe_unused]] int id, [[maybe_unused]] int num_threads) {
 #ifndef DSC_HOST_EXECUTOR
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void tell([[maybe_unused]] int id, [[maybe_unused]] int num_threads) {
+#ifndef DSC_HOST_EXECUTOR
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 #endif
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/check.h"
+#include "core/dtype.h"
 
 #ifdef __CUDACC__
 #include <cuda.h>
@@ -38,6 +39,27 @@ struct TensorMapSpec {
     std::array<uint64_t, kMaxMapRank - 1> strides;  // bytes, of dimension i + 1
     std::array<uint32_t, kMaxMapRank> box;          // elements
 };
+
+// A tensor of `type`, dimensions from the innermost; strides and boxes in elements.
+template <size_t kRank>
+TensorMapSpec map_spec(const char* op, const char* name, const void* base, FloatType type,
+                       const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank - 1>& strides,
+                       const std::array<int, kRank>& box) {
+    TensorMapSpec spec{.op = op,
+                       .name = name,
+                       .base = base,
+                       .is_bfloat16 = type == FloatType::kBfloat16,
+                       .rank = static_cast<int>(kRank),
+                       .sizes = {},
+                       .strides = {},
+                       .box = {}};
+    for (size_t i = 0; i < kRank; ++i) {
+        spec.sizes[i] = static_cast<uint64_t>(sizes[i]);
+        spec.box[i] = static_cast<uint32_t>(box[i]);
+        if (i + 1 < kRank) spec.strides[i] = static_cast<uint64_t>(strides[i]) * 2;
+    }
+    return spec;
+}
 
 inline void check_tensor_map(const TensorMapSpec& spec) {
     const auto at = [&](int i) {

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "core/ptx_sm90.cuh"
-#include "gemm/grouped_gemm_epilogue.cuh"
 #include "core/quad_words.cuh"
+#include "gemm/grouped_gemm_epilogue.cuh"
 #include "gemm/swiglu.cuh"
 #include "gemm/warpgroup_tile_sm90.cuh"
 

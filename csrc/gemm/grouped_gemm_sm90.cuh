@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_tiles(const TensorMaps& maps, const Job& jo
         DSC_LOOP
         for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
             uint64_t* const full = &barriers.full[place.stage];
-            wait_for_phase<EmptyBarrier>(&barriers.empty[place.stage], place.phase ^ 1);
+            wait_for_phase<EmptyBarrier, kSm90IsProven>(&barriers.empty[place.stage], place.phase ^ 1);
             FullBarrier::arrive_and_expect_tx(full, S::kStageBytes);
             load_operand(a, ring + place.stage * S::kBytesA, full, k_block, shares_a, rank);
             load_operand(b, ring + S::kStages * S::kBytesA + place.stage * S::kBytesB, full, k_block,

@@ -8,28 +8,14 @@
 //   - each thread orders its zeros before later reads by the tensor cores (fence.proxy.async), then all
 //     threads of the warpgroup meet, and only then is the product issued;
 //   - the stage is released after the product, so the next copy comes after the zeros too.
-// A line is one row, whatever the swizzle does within it. Each warpgroup blanks its own half of `a` and all
+// A line is one row. Each warpgroup blanks its own half of `a` and all
 // of `b`; where the other one has begun to read `b`, it reads a zero before and after. The build contract
 // looks for this order in the machine code.
 #pragma once
 
-#include "core/ptx_sm90.cuh"
 #include "gemm/grouped_jobs_sm90.cuh"
 
 namespace dsc {
-
-// Lines from `first` on in each block of kTileK lines.
-template <int kNumBlocks>
-__device__ __forceinline__ void blank_lines(char* blocks, int first) {
-    const int num_words = (kTileK - first) * (kLineBytes / kWordBytes);
-    for (int i = threadIdx.x % kWarpgroup; i < num_words; i += kWarpgroup) {
-        DSC_UNROLL
-        for (int block = 0; block < kNumBlocks; ++block) {
-            char* const line = blocks + block * (kTileK * kLineBytes) + first * kLineBytes;
-            reinterpret_cast<Word*>(line)[i] = Word{};
-        }
-    }
-}
 
 // Out: what grad_w holds, the elements' type or float.
 template <typename S, typename Out>
@@ -79,8 +65,8 @@ struct WeightGradientSm90 {
         char* const a = ring + stage * S::kBytesA + warpgroup * (S::kBytesA / kNumConsumers);
         char* const b = ring + S::kStages * S::kBytesA + stage * S::kBytesB;
         keep_order();
-        blank_lines<S::kWarpgroupM / kTileK>(a, num_lines);
-        blank_lines<S::kN / kTileK>(b, num_lines);
+        blank_lines<S::kWarpgroupM / kTileK, kTileK>(a, num_lines);
+        blank_lines<S::kN / kTileK, kTileK>(b, num_lines);
         order_before_async_reads();
         meet(kNumCutlassBarriers + kBlankBarrier + warpgroup, kWarpgroup);
     }

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <cuda.h>
-#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 #include <cute/arch/cluster_sm90.hpp>
@@ -21,15 +20,10 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
+#include "core/barriers_sm90.cuh"
 #include "gemm/warpgroup_tile_sm90.cuh"
 
 namespace dsc {
-
-// A loop that the compiler leaves one.
-#define DSC_LOOP _Pragma("unroll 1")
-
-using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
-using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
 static_assert(kNormalHint == static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL) and
               kOnceHint == static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST) and
@@ -93,22 +87,6 @@ struct RingPlace {
         phase ^= 1;
     }
 };
-
-// Until the phase of this parity is over. While no GPU has run these kernels, a wait of about a second ends
-// them with an error, so that a mistake does not hang the device.
-template <typename Barrier>
-__device__ __forceinline__ void wait_for_phase(const uint64_t* barrier, uint32_t parity) {
-    constexpr int64_t kMostCycles = int64_t{1} << 31;
-    if constexpr (kSm90IsProven) {
-        Barrier::wait(barrier, parity);
-    } else {
-        if (Barrier::try_wait(barrier, parity)) return;
-        const int64_t start = clock64();
-        while (not Barrier::try_wait(barrier, parity)) {
-            if (clock64() - start > kMostCycles) __trap();
-        }
-    }
-}
 
 // One lane for each block of the cluster: the stage may be written again as far as this warp goes.
 __device__ __forceinline__ void release_stage(uint64_t* empty) {
@@ -182,7 +160,7 @@ __device__ __forceinline__ void multiply_tile(WarpgroupSums<S>& sums, char* ring
     int previous = 0;
     DSC_LOOP
     for (int k_block = 0; k_block < num_k_blocks; ++k_block) {
-        wait_for_phase<FullBarrier>(&barriers.full[place.stage], place.phase);
+        wait_for_phase<FullBarrier, kSm90IsProven>(&barriers.full[place.stage], place.phase);
         prepare(place.stage, k_block);
         warpgroup_fence_operand(acc);
         warpgroup_arrive();

@@ -2,6 +2,7 @@
 // boxes and of sums. Nothing here needs a GPU or CuTe, so the host executor can play the rest.
 #pragma once
 
+#include "core/lines_sm90.cuh"
 #include "core/tensor_map.h"
 #include "core/warp.h"
 #include "gemm/tile_product_sm80.cuh"
@@ -9,19 +10,13 @@
 namespace dsc {
 
 // Named barriers, above those that CUTLASS keeps for itself.
-constexpr int kNumCutlassBarriers = 8;
 enum : uint32_t { kSkewBarrier, kBlankBarrier };  // kBlankBarrier + warpgroup
 
-constexpr int kLineBytes = 128;  // of the swizzle, and kTileK elements
+static_assert(kTileK == kLineElements);
 constexpr int kCluster = kSm90Cluster;
-constexpr int kWarpgroup = 128;   // threads
 constexpr int kNumConsumers = 2;  // warpgroups
 constexpr int kNumThreadsSm90 = (1 + kNumConsumers) * kWarpgroup;
 static_assert(kNumThreadsSm90 == kSm90Threads);
-// What L2 is told of a copy: nothing, that it is read once, that it is read again.
-constexpr uint64_t kNormalHint = 0x1000000000000000, kOnceHint = 0x12F0000000000000,
-                   kAgainHint = 0x14F0000000000000;
-constexpr int kRingAlignment = 1024;  // eight lines: the swizzle repeats
 
 // What a block computes at a time.
 template <typename T_, int kM_, int kN_, int kStages_, Major kMajorA_, Major kMajorB_>
@@ -62,11 +57,6 @@ constexpr int rank_of(Form form) {
     if (form == Form::kGateUp) return 5;
     return form == Form::kRows or form == Form::kRowDepth ? 2 : 3;
 }
-
-// Where a box begins, dimensions in the order of its map's.
-struct BoxPlace {
-    int at[5];
-};
 
 // kLines of 128 bytes in each stage, brought as boxes that follow each other in shared memory; half of the
 // boxes are a block's part of what the cluster shares.

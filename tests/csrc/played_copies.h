@@ -1,8 +1,8 @@
 // The copy engine of sm_90, played on the CPU: one box of a tensor map into a ring in memory.
 #pragma once
 
+#include "core/lines_sm90.cuh"
 #include "core/tensor_map.h"
-#include "gemm/warpgroup_tile_sm90.cuh"
 
 namespace dsc::tests {
 

@@ -14,21 +14,16 @@
 #include "gemm/grouped_gemm_wgrad_sm90.cuh"
 #include "gemm/grouped_maps_sm90.h"
 #include "played_copies.h"
+#include "played_values.h"
 
 namespace dsc {
 namespace {
 
 using T = __nv_bfloat16;
-using Bits = std::vector<uint16_t>;
-constexpr uint16_t kPoison = 0x7fff;  // NaN
+using tests::Bits;
+using tests::float_of;
+using tests::kPoison;
 constexpr FloatType kType = FloatType::kBfloat16;
-
-float float_of(uint16_t bits) {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-}
 
 bool leaves_rows = false;  // a planted mistake: rows past an expert's last stay in the weight gradient
 

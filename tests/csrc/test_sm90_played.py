@@ -5,58 +5,26 @@ engine wrote back through CuTe's layouts. sm90_jobs.cpp (any C++ compiler) runs 
 host executor, the products played too, and compares them with float64.
 """
 
-import hashlib
-import importlib.metadata
-import os
-import shutil
-import subprocess
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
+from dscoder.testing.played import CXX, NVCC, host_program, layout_program, run
 from dscoder.testing.tile_pairs import Job, RowsJob, WeightGradient
-
-ROOT = Path(__file__).resolve().parents[2]
-HERE, CSRC, BUILD = ROOT / "tests" / "csrc", ROOT / "csrc", ROOT / "build" / "played"
-NVCC = shutil.which("nvcc")
-CXX = shutil.which(os.environ.get("CXX", "g++"))
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the layouts are not compiled")
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler: the jobs are not compiled")
 
 
-def compiled(*command: str | Path) -> Path:
-    """The program that the command makes, by the hash of the command and of all it may include."""
-    sources = [*CSRC.glob("core/*.*h"), *CSRC.glob("gemm/*.*h"), *CSRC.glob("host/*.*"), *HERE.glob("*.h")]
-    state = hashlib.sha256(" ".join(map(str, command)).encode())
-    for path in sorted([*sources, *(part for part in command if isinstance(part, Path))]):
-        state.update(path.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
-    program = BUILD / state.hexdigest()[:16]
-    if not program.exists():
-        half_done = BUILD / f"{program.name}.{os.getpid()}"
-        subprocess.run([*command, "-o", half_done], check=True)
-        half_done.rename(program)
-    return program
-
-
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *arguments], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def layouts() -> Path:
-    cutlass = importlib.metadata.distribution("nvidia-cutlass").locate_file("cutlass_library/source/include")
-    includes = [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(cutlass)]
-    options = ["-std=c++20", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", *includes]
-    return compiled(NVCC or "nvcc", *options, HERE / "sm90_layouts.cu")
+    return layout_program("sm90_layouts.cu")
 
 
 @pytest.fixture(scope="module")
 def jobs() -> Path:
-    options = ["-std=c++20", "-O2", "-DDSC_HOST_EXECUTOR", "-fno-strict-aliasing", f"-I{CSRC}", f"-I{HERE}"]
-    return compiled(CXX or "g++", *options, HERE / "sm90_jobs.cpp", *sorted(CSRC.glob("host/*.cpp")))
+    return host_program("sm90_jobs.cpp")
 
 
 @needs_nvcc

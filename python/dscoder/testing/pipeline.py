@@ -79,6 +79,26 @@ class NamedBarrier:
         return lambda: self.round >= met
 
 
+def play(roles: list[Role], flying: list[Callable[[], None]], rng: random.Random) -> None:
+    """Until all roles are done and all that flies has landed; BrokenError where none can go on."""
+    begun = [(role, next(role, None)) for role in roles]
+    waiting = [(role, waits) for role, waits in begun if waits is not None]
+    while waiting or flying:
+        ready = [i for i, (_, waits) in enumerate(waiting) if waits()]
+        choice = rng.randrange(len(ready) + len(flying)) if ready or flying else None
+        if choice is None:
+            raise BrokenError(f"deadlock: {len(waiting)} roles wait")
+        if choice >= len(ready):
+            flying.pop(choice - len(ready))()
+            continue
+        role = waiting[ready[choice]][0]
+        following = next(role, None)
+        if following is None:
+            del waiting[ready[choice]]
+        else:
+            waiting[ready[choice]] = (role, following)
+
+
 @dataclass(kw_only=True, slots=True)
 class Stage:
     """A stage of a block's ring, and what lies in it."""
@@ -259,26 +279,9 @@ class Cluster:
         for target in range(CLUSTER) if self.design.releases_peer else [rank]:
             self.blocks[target][stage].empty.arrive()
 
-    # ---- all of them, in an order drawn from the seed ----
-
     def run(self) -> None:
-        """Until all roles are done; BrokenError where none can go on."""
-        begun = [(role, next(role, None)) for role in self.roles()]
-        waiting = [(role, waits) for role, waits in begun if waits is not None]
-        while waiting or self.flying:
-            ready = [i for i, (_, waits) in enumerate(waiting) if waits()]
-            choice = self.random.randrange(len(ready) + len(self.flying)) if ready or self.flying else None
-            if choice is None:
-                raise BrokenError(f"deadlock: {len(waiting)} roles wait")
-            if choice >= len(ready):
-                self.flying.pop(choice - len(ready))()
-                continue
-            role = waiting[ready[choice]][0]
-            following = next(role, None)
-            if following is None:
-                del waiting[ready[choice]]
-            else:
-                waiting[ready[choice]] = (role, following)
+        """All roles, in an order drawn from the seed."""
+        play(self.roles(), self.flying, self.random)
 
     def check_end(self) -> None:
         """All roles stand at the same place, and every product was made."""
