@@ -12,7 +12,15 @@ from torch import Tensor
 from dscoder import ops
 from dscoder.testing.cases import generator, randn
 from dscoder.testing.compare import assert_close, assert_same
-from dscoder.testing.decode import VALUE_DIM, WIDTH, DecodeCase, decode_case, plan_for
+from dscoder.testing.decode import (
+    SCALE,
+    VALUE_DIM,
+    WIDTH,
+    DecodeCase,
+    assert_decodes,
+    decode_case,
+    plan_for,
+)
 from dscoder.testing.poison import with_strides
 
 UseKernels = Callable[..., None]
@@ -88,6 +96,24 @@ def test_kernels_agree_with_the_reference(
     use_parts(num_parts)
     plan = plan_for(case) if has_plan else None
     assert_agree(ops.mla_decode(*case, **OPTIONS, plan=plan), wanted)
+
+
+@pytest.mark.parametrize("num_parts", [1, 5])
+@pytest.mark.parametrize("scale", [SCALE, 1.0])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_kernels_are_exact_enough(
+    use_kernels: UseKernels,
+    use_parts: Callable[[int], None],
+    dtype: torch.dtype,
+    scale: float,
+    num_parts: int,
+    rng: torch.Generator,
+) -> None:
+    """As on a GPU: sequence by sequence, held to torch's own error in the same dtype."""
+    case = case_of(rng, [300, 1, 0, 64, 2, 65], num_new=2, num_heads=16, dtype=dtype)
+    use_kernels(*OPS)
+    use_parts(num_parts)
+    assert_decodes(ops.mla_decode(*case, value_dim=VALUE_DIM, scale=scale), case, scale=scale)
 
 
 @pytest.mark.parametrize("num_parts", [1, 7])
