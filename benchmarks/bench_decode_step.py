@@ -36,6 +36,7 @@ from dscoder.testing.results import Case
 
 CONTEXT = 1024  # tokens of a row, the new one among them
 NEW_TOKENS = 32  # that generate makes of a prompt of the rest
+GPU_BYTES = 48e9  # weights, two caches of 128 rows, and what the clocks flush
 ROTATED_STD = 0.3  # of the cached keys; the latents come out of a norm
 # Whose kernels a step on a GPU stands on.
 KERNELS = ("mla_decode", "moe_gate", "moe_experts")
@@ -47,12 +48,15 @@ MODELS: dict[str, tuple[ModelConfig, tuple[int, ...]]] = (  # and the numbers of
     else {"tiny_moe": (preset("tiny_moe"), (1, 128)), "v2_lite_slice": (V2_LITE_SLICE, (1, 8))}
 )
 CASES = [(name, num_rows) for name, (_, batches) in MODELS.items() for num_rows in batches]
+TEXTS = [(name, num_rows) for name in MODELS for num_rows in (1, 8)]
 
 
 class Subject:
     """A model with random weights, made on the device, and transformers' on the same ones."""
 
     def __init__(self, name: str) -> None:
+        if IS_ON_GPU and torch.cuda.mem_get_info()[0] < GPU_BYTES:
+            pytest.skip(f"needs {GPU_BYTES / 1e9:.0f} GB of free GPU memory")
         begin = time.perf_counter()
         self.name = name
         self.model = Transformer(MODELS[name][0], device="meta").eval().requires_grad_(False)
@@ -149,36 +153,28 @@ def their_steps(subject: Subject, cache: LatentCache, *, has_compiled: bool) -> 
     return {name: Peer(prepare=prepare(*names[name])) for name in names}
 
 
-@pytest.mark.parametrize("has_compiled", [False, True] if IS_ON_GPU else [False])
-@pytest.mark.parametrize(("name", "num_rows"), CASES)
-def test_step(
-    measure: Callable[..., None],
-    benchmark: BenchmarkFixture,
-    subjects: Callable[[str], Subject],
-    request: pytest.FixtureRequest,
-    name: str,
-    num_rows: int,
-    has_compiled: bool,
+Measure = Callable[..., None]
+Subjects = Callable[[str], Subject]
+
+
+def measure_step(
+    measure: Measure, benchmark: BenchmarkFixture, subject: Subject, num_rows: int, *, has_compiled: bool
 ) -> None:
-    if benchmark.disabled and name != "tiny_moe":
-        pytest.skip("a large model is too long for a test run")
-    if has_compiled and request.config.getoption("--check-ours", default=False):
-        pytest.skip("ours is measured already")
-    subject = subjects(name)
-    cache = subject.cache(num_rows)
-    vocab_size = subject.model.config.vocab_size
-    tokens_B1 = torch.randint(0, vocab_size, (num_rows, 1), generator=cases.generator(name)).to(DEVICE)
-    ours = our_step(subject.model, cache)
+    model, cache = subject.model, subject.cache(num_rows)
+    vocab_size = model.config.vocab_size
+    rng = cases.generator(subject.name)
+    tokens_B1 = torch.randint(0, vocab_size, (num_rows, 1), generator=rng).to(DEVICE)
+    ours = our_step(model, cache)
     call = ours.prepare(tokens_B1).call
     case = Case(
         op="decode_step",
         step="forward",
-        model=name,
+        model=subject.name,
         shape=f"B={num_rows} context={CONTEXT}",
         dtype=DTYPE,
         num_tokens=num_rows,
         num_bytes=decode_bytes(
-            subject.model.config,
+            model.config,
             num_rows=num_rows,
             context=CONTEXT,
             num_hit=experts_hit(call),
@@ -186,11 +182,20 @@ def test_step(
         ),
         kernels=KERNELS,
     )
-    problem = Problem(args=(tokens_B1,), shared=(*subject.model.parameters(), *cache.pages))
+    problem = Problem(args=(tokens_B1,), shared=(*model.parameters(), *cache.pages))
     measure(case, problem, ours, their_steps(subject, cache, has_compiled=has_compiled))
     benchmark.extra_info["weights_s"] = round(subject.seconds, 2)
     if IS_ON_GPU:
-        benchmark.extra_info["launches"] = num_kernels(launches_of(subject.model, call))
+        benchmark.extra_info["launches"] = num_kernels(launches_of(model, call))
+
+
+@pytest.mark.parametrize(("name", "num_rows"), CASES)
+def test_step(
+    measure: Measure, benchmark: BenchmarkFixture, subjects: Subjects, name: str, num_rows: int
+) -> None:
+    if benchmark.disabled and name != "tiny_moe":
+        pytest.skip("a large model is too long for a test run")
+    measure_step(measure, benchmark, subjects(name), num_rows, has_compiled=False)
 
 
 def runner_step(model: Transformer, num_rows: int, *, has_graphs: bool) -> Peer:
@@ -232,11 +237,7 @@ def runner_step(model: Transformer, num_rows: int, *, has_graphs: bool) -> Peer:
 
 @pytest.mark.parametrize(("name", "num_rows"), CASES)
 def test_runner(
-    measure: Callable[..., None],
-    benchmark: BenchmarkFixture,
-    subjects: Callable[[str], Subject],
-    name: str,
-    num_rows: int,
+    measure: Measure, benchmark: BenchmarkFixture, subjects: Subjects, name: str, num_rows: int
 ) -> None:
     if benchmark.disabled and name != "tiny_moe":
         pytest.skip("a large model is too long for a test run")
@@ -303,31 +304,14 @@ def comparable(tokens_BS: Tensor) -> Tensor:
     return torch.tensor(tokens_BS.shape) if IS_ON_GPU else tokens_BS
 
 
-@pytest.mark.parametrize("has_compiled", [False, True] if IS_ON_GPU else [False])
-@pytest.mark.parametrize("num_rows", [1, 8])
-@pytest.mark.parametrize("name", MODELS)
-def test_generate(
-    measure: Callable[..., None],
-    benchmark: BenchmarkFixture,
-    subjects: Callable[[str], Subject],
-    request: pytest.FixtureRequest,
-    name: str,
-    num_rows: int,
-    has_compiled: bool,
-) -> None:
-    if benchmark.disabled:
-        pytest.skip("a text is too long for a test run")
-    if has_compiled and request.config.getoption("--check-ours", default=False):
-        pytest.skip("ours is measured already")
-    subject = subjects(name)
+def measure_generate(measure: Measure, subject: Subject, num_rows: int, *, has_compiled: bool) -> None:
     model, length = subject.model, CONTEXT - NEW_TOKENS
-    prompts_BS = torch.randint(
-        0, model.config.vocab_size, (num_rows, length), generator=cases.generator(name)
-    )
+    rng = cases.generator(subject.name)
+    prompts_BS = torch.randint(0, model.config.vocab_size, (num_rows, length), generator=rng)
     case = Case(
         op="decode_step",
         step="generate",
-        model=name,
+        model=subject.name,
         shape=f"B={num_rows} prompt={length} new={NEW_TOKENS}",
         dtype=DTYPE,
         num_tokens=num_rows * NEW_TOKENS,
@@ -340,3 +324,36 @@ def test_generate(
             peers["transformers static"] = their_generate(subject, cache="static")
     problem = Problem(args=(prompts_BS,), shared=tuple(model.parameters()))
     measure(case, problem, our_generate(model), peers)
+
+
+@pytest.mark.parametrize(("name", "num_rows"), TEXTS)
+def test_generate(
+    measure: Measure, benchmark: BenchmarkFixture, subjects: Subjects, name: str, num_rows: int
+) -> None:
+    if benchmark.disabled:
+        pytest.skip("a text is too long for a test run")
+    measure_generate(measure, subjects(name), num_rows, has_compiled=False)
+
+
+@pytest.fixture
+def beside_compiled(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> None:
+    """Skips where nothing is compiled, or where ours alone is measured, which it has been already."""
+    if benchmark.disabled or not IS_ON_GPU:
+        pytest.skip("compiling a model takes minutes")
+    if request.config.getoption("--check-ours", default=False):
+        pytest.skip("ours is measured already")
+
+
+# Last, since compiling takes minutes: their records replace those of the tests above.
+@pytest.mark.usefixtures("beside_compiled")
+@pytest.mark.parametrize(("name", "num_rows"), CASES)
+def test_step_beside_compiled(
+    measure: Measure, benchmark: BenchmarkFixture, subjects: Subjects, name: str, num_rows: int
+) -> None:
+    measure_step(measure, benchmark, subjects(name), num_rows, has_compiled=True)
+
+
+@pytest.mark.usefixtures("beside_compiled")
+@pytest.mark.parametrize(("name", "num_rows"), TEXTS)
+def test_generate_beside_compiled(measure: Measure, subjects: Subjects, name: str, num_rows: int) -> None:
+    measure_generate(measure, subjects(name), num_rows, has_compiled=True)
