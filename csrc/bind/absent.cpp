@@ -47,4 +47,8 @@ void register_gemm(py::module_& module) {
     define_absent(module, "grouped_swiglu", {"grouped_swiglu_forward", "grouped_swiglu_backward"});
 }
 
+void register_mla_decode(py::module_& module) {
+    define_absent(module, "mla_decode", {"mla_decode_plan", "mla_decode_forward"});
+}
+
 }  // namespace dsc

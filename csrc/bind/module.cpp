@@ -40,6 +40,7 @@ void register_moe_permute(py::module_& module);
 void register_gemm(py::module_& module);
 void register_gemm_plan(py::module_& module);
 void register_rope(py::module_& module);
+void register_mla_decode(py::module_& module);
 void register_mla_decode_plan(py::module_& module);
 void register_text(py::module_& module);
 
@@ -58,6 +59,7 @@ PYBIND11_MODULE(DSC_MODULE, module) {
     dsc::register_gemm(module);
     dsc::register_gemm_plan(module);
     dsc::register_rope(module);
+    dsc::register_mla_decode(module);
     dsc::register_mla_decode_plan(module);
     dsc::register_text(module);
 }

@@ -163,6 +163,20 @@ def grouped_gemm_plan(
     num_sms: int,
     arch: str = "auto",
 ) -> dict[str, str | int]: ...
+def mla_decode_plan(seq_lens: Tensor, plan: Tensor, max_rows: int) -> None: ...
+def mla_decode_forward(
+    q: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    plan: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    scale: float,
+    arch: str,
+) -> None: ...
 def mla_decode_num_parts(num_new: int, num_heads: int, num_sms: int) -> int: ...
 def mla_decode_plan_of(seq_lens: Sequence[int], num_parts: int, max_rows: int) -> list[tuple[int, int]]: ...
 def mla_decode_sm80_plan(num_new: int, num_heads: int, max_shared_bytes: int) -> dict[str, int]: ...
