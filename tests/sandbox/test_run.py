@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dscoder.sandbox import box, cgroup, job
 from dscoder.sandbox import run as run_module
 from dscoder.sandbox.run import run
 from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
-from tests.sandbox.conftest import SMALL
+from tests.sandbox.conftest import SMALL, living
 
 pytestmark = pytest.mark.usefixtures("full_isolation")
 
@@ -197,6 +198,22 @@ def test_a_supervisor_that_dies_is_no_wrong_answer(monkeypatch: pytest.MonkeyPat
     started[0].kill()
     thread.join()
     assert_no_answer(seen[0], "report")
+
+
+def test_programs_die_with_the_process_that_asked_for_them(tmp_path: Path) -> None:
+    source = f"""
+from dscoder.sandbox.run import run
+from dscoder.sandbox.verdict import Program
+run(Program(source="import time\\ntime.sleep(60)", args=("{tmp_path}",)))
+"""
+    with subprocess.Popen([sys.executable, "-c", source]) as asking:
+        while len(living(str(tmp_path))) < 2:  # the asking process and the program
+            time.sleep(0.05)
+        asking.kill()
+    deadline = time.monotonic() + 5.0
+    while living(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert living(str(tmp_path)) == []
 
 
 def test_a_program_that_cannot_start_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
