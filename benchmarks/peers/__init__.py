@@ -4,6 +4,7 @@ Every peer takes the arguments of our op (`dscoder.ops`) and gives its result, w
     moe_gate      experts with equal probabilities may come in another order
     moe_permute   the rows alone, in our order; "maps" is moe_permute_maps without the tokens of rows
     mla_*         the attention alone, no log-sum-exp
+    latent_append returns what it wrote to, the cache and the queries
 A peer whose step is "backward" is differentiable: run it on inputs that require gradients.
 
 `peers` leaves out what is not installed. What is installed and does not work raises when it is prepared; what
@@ -94,6 +95,12 @@ TABLE = (
     Row("mla_prefill", "forward", "flashinfer", "flashinfer.prefill", flashinfer.mla_prefill),
     Row("rope", "backward", "torch", "torch", eager.eager(eager_attention.rope)),
     Row("rope", "backward", "torch.compile", "triton", compiled(eager_attention.rope)),
+    Row("rope", "forward", "flashinfer", "flashinfer.rope", flashinfer.rope),
+    Row("latent_rope", "backward", "torch", "torch", eager.eager(eager_attention.latent_rope)),
+    Row("latent_rope", "backward", "torch.compile", "triton", compiled(eager_attention.latent_rope)),
+    Row("latent_append", "forward", "torch", "torch", eager.eager(eager_attention.latent_append)),
+    Row("latent_append", "forward", "torch.compile", "triton", compiled(eager_attention.latent_append)),
+    Row("latent_append", "forward", "vllm", "vllm._custom_ops", vllm.latent_append),
 )
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.common import require
+from dscoder.ops import AppendTarget
 from dscoder.testing.peer import Run
 
 
@@ -51,6 +52,41 @@ def rope(
         return both.to(x.dtype)
 
     return rotated(q_THr), rotated(k_TGr)
+
+
+def latent_rope(
+    query_THd: Tensor, latent_Td: Tensor, weight_C: Tensor, *angles: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """torch's fused norm, `rope` as above, and two concatenations."""
+    width = len(weight_C)
+    first = query_THd.shape[-1] - latent_Td.shape[-1] + width
+    turned, key_T1r = rope(query_THd[..., first:], latent_Td[:, None, width:], *angles)
+    normed = F.rms_norm(latent_Td[:, :width], (width,), weight_C, eps)
+    return (
+        torch.cat([query_THd[..., :first], turned], dim=-1),
+        torch.cat([normed, key_T1r[:, 0]], dim=-1),
+    )
+
+
+def latent_append(
+    query_THd: Tensor,
+    latent_Td: Tensor,
+    weight_C: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    target: AppendTarget,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The same for the query's rotated part alone, written with an indexed store; all slots are inside."""
+    width = len(weight_C)
+    first = query_THd.shape[-1] - latent_Td.shape[-1] + width
+    angles = (cos_Lf, sin_Lf, positions_T)
+    turned, row_Td = latent_rope(query_THd[..., first:], latent_Td, weight_C, *angles, eps=eps)
+    target.query_out_THd[..., width:] = turned
+    target.cache_PLd.flatten(0, 1)[target.slots_T] = row_Td
+    return target.cache_PLd, target.query_out_THd
 
 
 def mla_prefill(

@@ -1,8 +1,8 @@
-"""flashinfer's latent attention, FA3 backend on Hopper, forward only.
+"""flashinfer's latent attention, FA3 backend on Hopper, and its rotation, forward only.
 
-Read: flashinfer/mla/_core.py and flashinfer/prefill.py at commit fb28d72 (0.6.18, August 2026); what
-flashinfer/mla/_batch_mla/_wrapper.py has become since takes the same arguments by name. `plan`, one for all
-layers of a step, waits for the GPU and is not timed.
+Read: flashinfer/mla/_core.py, flashinfer/prefill.py and flashinfer/rope.py at commit fb28d72 (0.6.18, August
+2026); what flashinfer/mla/_batch_mla/_wrapper.py has become since takes the same arguments by name. `plan`,
+one for all layers of a step, waits for the GPU and is not timed.
 
 Not compared: `fused_topk_deepseek` (sigmoid, bias, a group's two best experts: V3's rule) and
 `trtllm_gen_routing` (sm_100 on).
@@ -97,3 +97,25 @@ def mla_prefill(
         return wrapper.run(q_THd, k_THd, v_THv, return_lse=True)
 
     return Run(call=call, read=lambda raw: raw[0])
+
+
+def rope(
+    module: Any,
+    q_THr: Tensor,
+    k_TGr: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    *,
+    interleaved: bool = True,
+) -> Run:
+    """`apply_rope_with_cos_sin_cache`, out of place; the joined table is made beforehand."""
+    width, tables = q_THr.shape[-1], torch.cat([cos_Lf, sin_Lf], dim=-1)
+
+    def call() -> tuple[Tensor, Tensor]:
+        q, k = module.apply_rope_with_cos_sin_cache(
+            positions_T, q_THr.flatten(1), k_TGr.flatten(1), width, tables, is_neox=not interleaved
+        )
+        return q.view(q_THr.shape), k.view(k_TGr.shape)
+
+    return Run(call=call)

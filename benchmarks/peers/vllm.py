@@ -1,4 +1,4 @@
-"""vLLM's expert kernels: CUDA, forward only.
+"""vLLM's expert kernels, and its cache write: CUDA, forward only.
 
 Read: vllm/_custom_ops.py and, below vllm/model_executor/layers/fused_moe/, router/grouped_topk_router.py,
 moe_align_block_size.py and moe_permute_unpermute.py, main of summer 2026 (with MoEPermuteScratch).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.common import largest_first, maps_of_segments, require
-from dscoder.ops import PermuteHandle
+from dscoder.ops import AppendTarget, PermuteHandle
 from dscoder.testing.peer import Run
 
 BLOCK_SIZE = 64  # rows an expert's segment is padded to, vLLM's own choice for many tokens
@@ -116,5 +116,49 @@ def unpermute(kernels: Any, y_MD: Tensor, weight_TK: Tensor, handle: PermuteHand
         out_TD = y_MD.new_empty(len(weight_TK), y_MD.shape[1])
         kernels.moe_unpermute(out_TD, y_MD, weight_TK, row_M, starts)
         return out_TD
+
+    return Run(call=call)
+
+
+def latent_append(
+    custom_ops: Any,
+    query_THd: Tensor,
+    latent_Td: Tensor,
+    weight_C: Tensor,
+    cos_Lf: Tensor,
+    sin_Lf: Tensor,
+    positions_T: Tensor,
+    target: AppendTarget,
+    *,
+    eps: float,
+) -> Run:
+    """`rms_norm`, then rotation and cache write in one launch, `concat_and_cache_mla_rope_fused`.
+
+    It rotates in place, so query and key are copied first, the query to beside its latent part, where
+    vLLM's model concatenates it later. Its tables are of the query's dtype, made beforehand.
+    """
+    width, rotated = len(weight_C), 2 * cos_Lf.shape[1]
+    tables = torch.cat([cos_Lf, sin_Lf], dim=-1).to(query_THd.dtype)
+    scale = torch.ones(1, device=query_THd.device)  # for caches of float8
+    latent_TC, key_Tr = latent_Td.split([width, rotated], dim=-1)
+    query_out_THr = target.query_out_THd[..., width:]
+
+    def call() -> tuple[Tensor, Tensor]:
+        normed_TC = torch.empty_like(latent_TC, memory_format=torch.contiguous_format)
+        custom_ops.rms_norm(normed_TC, latent_TC.contiguous(), weight_C, eps)
+        query_out_THr.copy_(query_THd[..., -rotated:])
+        custom_ops.concat_and_cache_mla_rope_fused(
+            positions_T,
+            query_out_THr,
+            key_Tr.clone(memory_format=torch.contiguous_format),
+            normed_TC,
+            tables,
+            False,
+            target.slots_T,
+            target.cache_PLd,
+            "auto",
+            scale,
+        )
+        return target.cache_PLd, target.query_out_THd
 
     return Run(call=call)

@@ -333,9 +333,54 @@ def flash_attention_3_cached(
     return out, lse.transpose(1, 2), torch.empty(0), torch.empty(0)
 
 
+# ---- rotation ----
+
+
+def rotated(x: Tensor, angles: Tensor, *, is_neox: bool) -> Tensor:
+    """Heads [T, H, r] turned by rows of (cos, sin)."""
+    cos, sin = (part.unsqueeze(1) for part in angles.chunk(2, dim=-1))
+    a, b = x.chunk(2, dim=-1) if is_neox else (x[..., ::2], x[..., 1::2])
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat(pairs, dim=-1) if is_neox else torch.stack(pairs, dim=-1).flatten(-2)
+
+
+def flashinfer_rope(
+    positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`flashinfer.rope.apply_rope_with_cos_sin_cache`: heads flattened, tables float32."""
+    assert cos_sin_cache.dtype == torch.float32
+    angles = cos_sin_cache[positions]
+    q, k = (rotated(x.unflatten(1, (-1, head_size)), angles, is_neox=is_neox) for x in (query, key))
+    return q.flatten(1), k.flatten(1)
+
+
+def vllm_rms_norm(out: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> None:
+    """`vllm._custom_ops.rms_norm`."""
+    assert x.is_contiguous()
+    out.copy_(torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon))
+
+
+def vllm_concat_and_cache_mla_rope_fused(
+    positions: Tensor, q_pe: Tensor, k_pe: Tensor, kv_c: Tensor, cos_sin_cache: Tensor, *rest: Any
+) -> None:
+    """`vllm._custom_ops.concat_and_cache_mla_rope_fused`: rotates in place and writes the rows."""
+    is_neox, slot_mapping, kv_cache, kv_cache_dtype, _ = rest
+    assert kv_cache_dtype == "auto"
+    assert cos_sin_cache.dtype == q_pe.dtype
+    angles = cos_sin_cache[positions]
+    q_pe.copy_(rotated(q_pe, angles, is_neox=is_neox))
+    k_pe.copy_(rotated(k_pe[:, None], angles, is_neox=is_neox)[:, 0])
+    kv_cache.flatten(0, 1)[slot_mapping] = torch.cat([kv_c, k_pe], dim=-1)
+
+
 _VLLM = "vllm.model_executor.layers.fused_moe"
 MODULES: dict[str, dict[str, Any]] = {
-    "vllm._custom_ops": {"topk_softmax": topk_softmax},
+    "vllm._custom_ops": {
+        "topk_softmax": topk_softmax,
+        "rms_norm": vllm_rms_norm,
+        "concat_and_cache_mla_rope_fused": vllm_concat_and_cache_mla_rope_fused,
+    },
+    "flashinfer.rope": {"apply_rope_with_cos_sin_cache": flashinfer_rope},
     f"{_VLLM}.router.grouped_topk_router": {"grouped_topk": grouped_topk},
     f"{_VLLM}.moe_align_block_size": {"moe_align_block_size": segments},
     f"{_VLLM}.moe_permute_unpermute": {

@@ -3,7 +3,7 @@
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +77,14 @@ def sample(op: str, step: str, name: str) -> Sample:
     return attention_sample(op, rng)
 
 
+def appended(*args: Any, eps: float) -> tuple[Tensor, Tensor]:
+    """latent_append to places of its own."""
+    *tensors, target = args
+    own = replace(target, cache_PLd=target.cache_PLd.clone(), query_out_THd=target.query_out_THd.clone())
+    ops.latent_append(*tensors, eps=eps, target=own)
+    return own.cache_PLd, own.query_out_THd
+
+
 def attention_sample(op: str, rng: torch.Generator) -> Sample:
     if op == "mla_decode":
         lengths = (70, 3, 64)
@@ -94,6 +102,18 @@ def attention_sample(op: str, rng: torch.Generator) -> Sample:
             options={"scale": 0.2},
             num_leaves=3,
         )
+    if op == "latent_rope":
+        return Sample(
+            ours=ops.latent_rope, args=cases.latent_case(rng, 11), options={"eps": 1e-3}, num_leaves=3
+        )
+    if op == "latent_append":
+        target = ops.AppendTarget(
+            slots_T=torch.tensor([7, 0, 4]),
+            cache_PLd=torch.zeros(2, 5, 20),
+            query_out_THd=torch.zeros(3, 3, 20),
+        )
+        args = (*cases.latent_case(rng, 3), target)
+        return Sample(ours=appended, args=args, options={"eps": 1e-3})
     angle = cases.randn(rng, 11, 4)
     args = (
         cases.randn(rng, 11, 3, 8),
