@@ -8,7 +8,7 @@ and step.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from dscoder.infer.request import Completion, Event, FinishReason, Request
 from dscoder.infer.runner import Runner, cuda_graphs
 from dscoder.infer.sampler import draw_numbers
 from dscoder.infer.scheduler import Job, Scheduler
-from dscoder.infer.stream import TextStream, remember_tokens
+from dscoder.infer.stream import TextStream
 from dscoder.models.cache import cache_token_bytes
 from dscoder.models.transformer import Transformer
 from dscoder.runtime.device import resolve_device
@@ -38,7 +38,7 @@ class _Text:
         request_idx: int,
         request: Request,
         *,
-        decode: Callable[[list[int]], str],
+        stream: TextStream,
         eos_id: int | None,
         room: int,
     ) -> None:
@@ -48,7 +48,7 @@ class _Text:
         self.budget = min(request.max_new_tokens, room)
         self._budget_reason: FinishReason = "length" if request.max_new_tokens <= room else "context"
         self._eos_id = eos_id
-        self._stream = TextStream(decode, stop=request.stop)
+        self._stream = stream
 
     @property
     def last_token(self) -> int:
@@ -103,7 +103,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_positions = model.config.max_positions
         self._batch = batch
-        self._decode = remember_tokens(partial(tokenizer.decode, skip_special=True))
+        self._whole_tokens: dict[int, str] = {}  # text of those that streams have seen
         # The embedding may have padding rows: ids that stand for no text are never drawn.
         self._num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
         self._kept: Runner | None = None  # with captured graphs, while no stream has it
@@ -156,7 +156,7 @@ class Engine:
         jobs = [text.job() for text in texts if text.budget > 0]
         if not jobs:
             return
-        runner = self._take_runner(jobs)
+        runner, is_sound = self._take_runner(jobs), True
         # Token dropping is for training; whoever generates between training steps gets the mode back.
         was_training = self.model.training
         self.model.eval()
@@ -170,15 +170,22 @@ class Engine:
             )
             while not scheduler.is_done:
                 yield from self._advance(scheduler, runner, texts)
+        except Exception:
+            is_sound = False  # its rows may hold NaN
+            raise
         finally:
             self.model.train(was_training)
-            self._kept = runner if runner.is_captured else None
+            self._kept = runner if is_sound and runner.is_captured else None
 
     def _text(self, request_idx: int, request: Request) -> _Text:
         return _Text(
             request_idx,
             request,
-            decode=self._decode,
+            stream=TextStream(
+                partial(self.tokenizer.decode, skip_special=True),
+                stop=request.stop,
+                whole=self._whole_tokens,
+            ),
             eos_id=self.tokenizer.eos_id,
             room=self.max_positions - len(request.prompt),
         )

@@ -10,37 +10,30 @@ _REPLACEMENT = "\ufffd"  # what decoding puts in place of an unfinished characte
 _LONGEST_CHARACTER = 4  # bytes of one UTF-8 character, so at most so many tokens
 
 
-def remember_tokens(decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
-    """`decode`, with the text of single tokens kept: nearly all that a `Detokenizer` asks for."""
-    known: dict[int, str] = {}
-
-    def decode_once(tokens: list[int]) -> str:
-        if len(tokens) > 1:
-            return decode(tokens)
-        [token] = tokens
-        text = known.get(token)
-        if text is None:
-            text = known[token] = decode(tokens)
-        return text
-
-    return decode_once
-
-
 class Detokenizer:
-    """Incremental decoding; `decode` maps token ids to text and concatenates their bytes."""
+    """Incremental decoding; `decode` maps token ids to text and concatenates their bytes.
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    `whole` remembers the text of tokens that are whole characters by themselves, nearly all of them; those
+    who share a `decode` may share it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], *, whole: dict[int, str] | None = None) -> None:
         self._decode = decode
+        self._whole = {} if whole is None else whole
         self._pending: list[int] = []  # tokens whose text is not out yet
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
+        if not self._pending and (known := self._whole.get(token)) is not None:
+            return known
         self._pending.append(token)
         text = self._decode(self._pending)
-        if not text.endswith(_REPLACEMENT):
-            self._pending = []
-            return text
-        return self._release_broken(text) if len(self._pending) >= _LONGEST_CHARACTER else ""
+        if text.endswith(_REPLACEMENT):
+            return self._release_broken(text) if len(self._pending) >= _LONGEST_CHARACTER else ""
+        if len(self._pending) == 1:
+            self._whole[token] = text
+        self._pending = []
+        return text
 
     def flush(self) -> str:
         """The rest, at the end of the text; an unfinished character becomes U+FFFD."""
@@ -62,9 +55,18 @@ class Detokenizer:
 class TextStream:
     """The text of one request: detokenised, and ended by the first stop string."""
 
-    def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(decode)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        *,
+        stop: Sequence[str] = (),
+        whole: dict[int, str] | None = None,
+    ) -> None:
+        self._detokenizer = Detokenizer(decode, whole=whole)
         self._stop = tuple(stop)
+        # What the end of a text may be that is not certain yet.
+        self._beginnings = {word[:length] for word in stop for length in range(1, len(word))}
+        self._most_held = max(map(len, self._beginnings), default=0)
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._released: list[str] = []
         self.is_stopped = False
@@ -84,8 +86,11 @@ class TextStream:
         return rest if self.is_stopped else rest + self._release(len(self._held))
 
     def _advance(self, text: str) -> str:
-        if self.is_stopped:
+        if self.is_stopped or not text:
             return ""
+        if not self._stop:
+            self._released.append(text)
+            return text
         self._held += text
         cut = _first_stop(self._held, self._stop)
         if cut is not None:
@@ -93,12 +98,19 @@ class TextStream:
             released = self._release(cut)
             self._held = ""
             return released
-        return self._release(len(self._held) - _undecided_length(self._held, self._stop))
+        return self._release(len(self._held) - self._undecided_length())
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
         self._released.append(text)
         return text
+
+    def _undecided_length(self) -> int:
+        """Length of the longest end of what is held that is a proper beginning of a stop string."""
+        for length in range(min(self._most_held, len(self._held)), 0, -1):
+            if self._held[-length:] in self._beginnings:
+                return length
+        return 0
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -109,12 +121,3 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
     """
     found = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
     return min(found)[1] if found else None
-
-
-def _undecided_length(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a stop string."""
-    longest = max((len(word) for word in stop), default=0)
-    for length in range(min(longest - 1, len(text)), 0, -1):
-        if any(len(word) > length and word.startswith(text[-length:]) for word in stop):
-            return length
-    return 0
