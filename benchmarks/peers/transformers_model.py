@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dscoder.checkpoint.config_hf import config_to_hf
 from dscoder.checkpoint.names import pieces
 from dscoder.models import Transformer
-from dscoder.testing.peer import Run
 
 try:
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, StaticCache
@@ -55,8 +54,8 @@ def cache_of(theirs: nn.Module, rows: list[Tensor], *, latent_width: int, length
 
 def decode_step(
     theirs: nn.Module, cache: "StaticCache", tokens_B1: Tensor, *, experts: str, is_compiled: bool = False
-) -> Run:
-    """One token a row -> (tokens [B], logits [B, V]), with sdpa; the logits are compared.
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What adds one token to each row: tokens [B] and logits [B, V], with sdpa.
 
     Timed: the step, and one launch that takes the cache's lengths back, so that every call is the same.
     """
@@ -71,4 +70,4 @@ def decode_step(
         torch._foreach_sub_(lengths, 1)
         return logits_BV.argmax(dim=-1), logits_BV
 
-    return Run(call=call, read=lambda raw: raw[1])
+    return call

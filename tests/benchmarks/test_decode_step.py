@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.bench_decode_step import CONTEXT, Subject, our_step, their_steps
+from benchmarks import bench_decode_step
+from benchmarks.bench_decode_step import CONTEXT, Subject, agreed, our_step, their_steps
 from benchmarks.decode_bytes import decode_bytes, experts_hit
 from dscoder.config import preset
 from dscoder.models import Transformer
@@ -85,8 +86,8 @@ def test_peers_step_over_the_same_weights_and_latents(
 ) -> None:
     pytest.importorskip("transformers")
     cache, tokens = subject.cache(num_rows), tokens[:num_rows]
-    peers = their_steps(subject, cache, has_compiled=False)
     ours = our_step(subject.model, cache).prepare(tokens)()
+    peers = their_steps(subject, cache, ours, has_compiled=False)
     for name, peer in peers.items():
         run = peer.prepare(tokens)
         assert_close(run(), ours)
@@ -100,7 +101,20 @@ def test_peers_step_over_the_same_weights_and_latents(
 
 def test_compiled_peers_are_asked_for_by_name(subject: Subject) -> None:
     pytest.importorskip("transformers")
-    plain, compiled = (set(their_steps(subject, subject.cache(1), has_compiled=one)) for one in (False, True))
-    assert len(compiled - plain) == 1
-    assert "transformers batched_mm" in plain
-    assert "transformers batched_mm" not in their_steps(subject, subject.cache(2), has_compiled=False)
+
+    def names(num_rows: int, *, has_compiled: bool = False) -> set[str]:
+        cache = subject.cache(num_rows)
+        return set(their_steps(subject, cache, torch.zeros(num_rows, 4096), has_compiled=has_compiled))
+
+    assert len(names(1, has_compiled=True) - names(1)) == 1
+    assert names(1) - names(2) == {"transformers batched_mm"}
+
+
+def test_logits_agree_by_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode_step, "MODEL_TOLERANCE", 0.1)
+    wanted = torch.ones(2, 50)
+    near, far = wanted.clone(), wanted.clone()
+    near[0, 0], far[0, 0] = 1.99, 2.01
+    assert agreed(near, wanted) is wanted
+    assert agreed(far, wanted) is far
+    assert agreed(wanted * torch.nan, wanted) is not wanted
