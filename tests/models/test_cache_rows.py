@@ -151,6 +151,14 @@ def test_a_row_that_is_not_live_changes_nothing_that_is(model):
         assert {slot // PAGE_SIZE for slot in allowed - {live_slot}} == {rows.cache.num_pages}
 
 
+def test_a_full_row_that_is_not_live_writes_into_no_other():
+    config = replace(preset("tiny_dense"), num_layers=1, vocab_size=64)
+    cache = allocate_cache(config, num_sequences=2, max_positions=8)
+    cache.seq_lens_B.copy_(torch.tensor([8, 3]))
+    append = cache.rows(0, 2, max_len=3).begin(torch.zeros(2, 1, dtype=torch.int64), None)
+    assert append.slots_T.tolist() == [16, 11]  # 16: nobody's
+
+
 def test_rows_of_latents_share_pages_and_rows_of_keys_have_their_own():
     paged = allocate_cache(preset("tiny_moe"), num_sequences=3, max_positions=130, num_pages=5)
     assert (paged.num_pages, [paged.num_pages_of(n) for n in (0, 1, 64, 65, 130)]) == (5, [0, 1, 1, 2, 3])

@@ -10,15 +10,16 @@ Used whole, a cache keeps an upper bound of its longest row on the host, and rea
 before it would refuse. Who batches continuously knows the lengths himself and uses it by views instead:
 
     cache = allocate_cache(config, num_sequences=64, max_positions=4096, num_pages=1000)
-    cache.assign(5, pages)                        # row 5 may hold len(pages) * PAGE_SIZE tokens
-    model(chunk_1S, cache=cache.rows(5, 6, max_len=0))          # its prompt, in chunks
-    model(tokens_N1, cache=cache.rows(0, N, max_len=longest), num_new_B=is_live_N)  # a step of rows 0 to N
-    cache.move(9, 5)                              # row 9 goes on as row 5, so that live rows stay in front
-    cache.clear(9)                                # row 9 holds nothing; its pages are free
+    cache.assign(5, pages)                 # row 5 may hold len(pages) * PAGE_SIZE tokens
+    model(chunk_1S, cache=cache.rows(5, 6, max_len=0))    # its prompt, in chunks; max_len: what it holds
+    model(tokens_N1, cache=cache.rows(0, N, max_len=longest), num_new_B=is_live_N)    # a step of rows 0 to N
+    cache.move(9, 5, num_tokens=n)         # row 9 goes on as row 5, so that live rows stay in front
+    cache.clear(9)                         # row 9 holds nothing; its pages are free
 
 A view shares the memory of its cache. Lengths and page table of a cache are the same tensors for its whole
 life, changed in place: a graph captured over rows 0 to N stays valid while rows come and go. A row that is
-not live has num_new_B 0, and its output means nothing.
+not live has num_new_B 0, and its output means nothing; its column is written like padding, so a row takes
+part with fewer than max_positions tokens, or cleared.
 """
 
 import copy
@@ -89,7 +90,7 @@ class Cache(ABC):
     def rows(self, first: int, last: int, *, max_len: int) -> Self:
         """Rows `first` to `last` (exclusive) as a cache for one forward, sharing memory and lengths.
 
-        `max_len` is the caller's word that none of them holds more tokens: 0 makes the forward that of new
+        `max_len` is the caller's word that no live one holds more tokens: 0 makes the forward that of new
         prompts, and with keys and values it is the width that is attended. For a CUDA graph it is the most
         that may come, max_positions - 1 for steps of one token.
         """
@@ -310,10 +311,10 @@ class KeyValueCache(Cache):
 
     def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> KeyValueAppend:
         max_len = self._max_len + positions_BS.shape[1]
-        slots_BS = positions_BS + self._starts_B1
-        if max_len > self.max_positions:
-            spare = self.keys[0].shape[0] - 1
-            slots_BS = torch.where(positions_BS < self.max_positions, slots_BS, spare)
+        # What does not fit, padding alone, must not reach the next row.
+        spare = self.keys[0].shape[0] - 1
+        is_inside_BS = positions_BS < self.max_positions
+        slots_BS = torch.where(is_inside_BS, positions_BS + self._starts_B1, spare)
         return KeyValueAppend(
             positions_BS=positions_BS,
             slots_T=slots_BS.flatten(),
