@@ -202,8 +202,51 @@ GEMM_SM90_KERNELS = {
     )
     for name, kernel in _grouped_gemm_sm90(job, tile, majors, wants).items()
 }
+
+
+def _mla_decode(rows: int, registers: int) -> dict[str, Kernel]:
+    """Latent decoding of a tile of so many query rows on mma.sync, for both types.
+
+    A stage is 32 rows of the cache: nine lines of which a thread copies a chunk each, ahead of the loop and in
+    it; 36 steps along the depth of the scores, shared by four or two warps; two along the values' rows, whose
+    fragments are turned on their way.
+    """
+    fragments, depth_parts = max(1, rows // 32), 2 if rows == 64 else 4
+    steps = 36 // depth_parts
+    products = 2 * steps * fragments + 2 * 8 * (rows // 16)
+    wants = {
+        "LDGSTS.E.BYPASS.LTC128B.128": 2 * 9,
+        "LDSM.16.M88.4": steps * (1 + fragments) + 2 * (rows // 16),
+        "LDSM.16.MT88.4": 2 * 4,
+        "VOTE.ANY": 1,
+        "STG.E.128": 2 * (rows // 8),
+        "STG.E.64": 7 * (rows // 8),
+    }
+    return {
+        f"mla_decode_sm80_kernel<Tile<{dtype}, {rows}>>": Kernel(
+            registers=registers, wants={product: products, **wants}
+        )
+        for dtype, product in (("__nv_bfloat16", "HMMA.16816.F32.BF16"), ("__half", "HMMA.16816.F32"))
+    }
+
+
+MLA_DECODE_KERNELS = {
+    **{
+        name: kernel
+        for rows, registers in ((16, 128), (32, 168), (64, 240))
+        for name, kernel in _mla_decode(rows, registers).items()
+    },
+    **{
+        f"mla_decode_combine_kernel<{dtype}>": Kernel(
+            registers=128, shared=16384, wants={"LDG.E.128": 4 * 4, "STG.E.64": 1, "SHFL.IDX": 8}
+        )
+        for dtype in ("__nv_bfloat16", "__half")
+    },
+    "mla_decode_plan_kernel": Kernel(registers=48, shared=3136, wants={"SHFL.UP": 20, "STG.E.64": 3}),
+}
 KERNELS = {
     **ROW_KERNELS,
+    **MLA_DECODE_KERNELS,
     **ROTARY_KERNELS,
     **GEMM_KERNELS,
     **GEMM_SM90_KERNELS,
