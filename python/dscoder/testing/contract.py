@@ -207,11 +207,11 @@ GEMM_SM90_KERNELS = {
 def _mla_decode(rows: int, registers: int) -> dict[str, Kernel]:
     """Latent decoding of a tile of so many query rows on mma.sync, for both types.
 
-    A stage is 32 rows of the cache: nine lines of which a thread copies a chunk each, ahead of the loop and in
-    it; 36 steps along the depth of the scores, shared by four or two warps; two along the values' rows, whose
-    fragments are turned on their way.
+    A stage is 32 rows of the cache: nine lines of which a thread copies a chunk each, ahead of the loop and
+    in it; 36 steps along the depth of the scores, shared by four or two warps; two along the values' rows,
+    whose fragments are turned on their way.
     """
-    fragments, depth_parts = max(1, rows // 32), 2 if rows == 64 else 4
+    fragments, depth_parts = 1 if rows == 16 else 2, 2 if rows == 64 else 4
     steps = 36 // depth_parts
     products = 2 * steps * fragments + 2 * 8 * (rows // 16)
     wants = {
