@@ -9,11 +9,22 @@
 
 namespace dsc {
 
+#ifdef DSC_HOST_EXECUTOR
+
 inline bool has_mla_decode_sm90() {
     return false;
 }
-inline void launch_mla_decode_sm90(const MlaDecodeParams&, cudaStream_t) {
+inline void launch_mla_decode_sm90(const MlaDecodeParams&, cudaStream_t, DecodeArch = DecodeArch::kSm90) {
     throw std::runtime_error("mla_decode: this build has no kernel of arch sm90");
 }
+
+#else
+
+bool has_mla_decode_sm90();
+// `arch`: kSm90, or one of the ways to go about it, which only tests ask for.
+void launch_mla_decode_sm90(const MlaDecodeParams& p, cudaStream_t stream,
+                            DecodeArch arch = DecodeArch::kSm90);
+
+#endif
 
 }  // namespace dsc
