@@ -1,4 +1,4 @@
-"""A byte tokenizer and a model that follows a script, so that the engine is tested in milliseconds."""
+"""A model that follows a script, so that the engine is tested in milliseconds."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,24 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dscoder.config import GqaConfig, ModelConfig
-
-
-class ByteTokenizer:
-    """Token = byte; ids from 256 are special and decode to nothing."""
-
-    bos_id: int | None = 256
-    eos_id: int | None = 257
-    fim_begin_id: int | None = 258
-    fim_hole_id: int | None = 259
-    fim_end_id: int | None = 260
-    vocab_size = 261
-
-    def encode(self, text: str, *, allow_special: bool = False, add_bos: bool = False) -> list[int]:
-        return [*([256] if add_bos else []), *text.encode()]
-
-    def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
-        special = [] if skip_special else [f"<{token}>" for token in ids if token >= 256]
-        return bytes(token for token in ids if token < 256).decode(errors="replace") + "".join(special)
+from tests.infer.stand_in import ByteTokenizer
 
 
 class ScriptedModel(nn.Module):

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU, and models small enough to run whole."""
+"""A byte tokenizer, a stand-in for CUDA graphs on the CPU, and models small enough to run whole."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,24 @@ from dscoder.infer.runner import Step
 from dscoder.models.transformer import Transformer
 
 _WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+
+
+class ByteTokenizer:
+    """Token = byte; ids from 256 are special and decode to nothing."""
+
+    bos_id: int | None = 256
+    eos_id: int | None = 257
+    fim_begin_id: int | None = 258
+    fim_hole_id: int | None = 259
+    fim_end_id: int | None = 260
+    vocab_size = 261
+
+    def encode(self, text: str, *, allow_special: bool = False, add_bos: bool = False) -> list[int]:
+        return [*([256] if add_bos else []), *text.encode()]
+
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
+        special = [] if skip_special else [f"<{token}>" for token in ids if token >= 256]
+        return bytes(token for token in ids if token < 256).decode(errors="replace") + "".join(special)
 
 
 class Tape(TorchDispatchMode):

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+from dscoder.config import preset
 from dscoder.config.generate import SamplingConfig
 from dscoder.infer.pages import Room
-from dscoder.infer.runner import Runner
+from dscoder.infer.runner import Runner, waits_for_device
 from dscoder.infer.sampler import draw_numbers
 from dscoder.infer.scheduler import Job
 from dscoder.models.cache import PAGE_SIZE, KeyValueCache, LatentCache
 from dscoder.models.transformer import Transformer
+from dscoder.runtime import native
 from tests.infer.stand_in import Tapes, tiny_model
 
 NAMES = ["tiny_dense", "tiny_moe"]
@@ -193,3 +195,25 @@ def test_weights_that_moved_are_noticed(model: Transformer) -> None:
     assert runner.is_current
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
     assert not runner.is_current
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "waits"),
+    [
+        ("coder_6_7b", torch.float32, False),  # nothing in it does
+        ("v2_lite", torch.bfloat16, False),
+        ("v2_lite", torch.float32, True),  # the kernels of latent decoding take two bytes
+        ("tiny_moe", torch.bfloat16, True),  # and rows of 576
+    ],
+)
+def test_what_the_kernels_cannot_do_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, waits: bool
+) -> None:
+    monkeypatch.setattr(native, "has_kernels", lambda: True)
+    model = Transformer(preset(name), device="meta", dtype=dtype)
+    assert waits_for_device(model) is waits
+
+
+def test_without_kernels_latents_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_kernels", lambda: False)
+    assert waits_for_device(Transformer(preset("v2_lite"), device="meta", dtype=torch.bfloat16))

@@ -18,7 +18,7 @@ from dscoder.config import MlaConfig
 from dscoder.config.generate import DEFAULT_BATCH, BatchConfig, EngineConfig
 from dscoder.infer.pages import PagePool, Room, plan_room
 from dscoder.infer.request import Completion, Event, FinishReason, Request
-from dscoder.infer.runner import Runner, cuda_graphs
+from dscoder.infer.runner import Runner, cuda_graphs, waits_for_device
 from dscoder.infer.sampler import draw_numbers
 from dscoder.infer.scheduler import Job, Scheduler
 from dscoder.infer.stream import TextStream
@@ -239,13 +239,13 @@ class Engine:
             return runner
         runner = None  # its memory is free
         self._max_tokens = self._measure_memory()
-        device = self.model.head.weight.device
-        capture = cuda_graphs(device) if self._uses_graphs else None
+        capture = cuda_graphs() if self._uses_graphs else None
         return Runner(self.model, room=self._plan(lengths), num_ids=self._num_ids, capture=capture)
 
     @property
     def _uses_graphs(self) -> bool:
-        return self._batch.cuda_graphs and self.model.head.weight.is_cuda
+        is_wanted = self._batch.cuda_graphs and self.model.head.weight.is_cuda
+        return is_wanted and not waits_for_device(self.model)
 
     def _plan(self, lengths: Sequence[int]) -> Room:
         return plan_room(

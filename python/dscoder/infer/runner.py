@@ -14,11 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dscoder.config import MlaConfig
 from dscoder.infer.pages import Room
 from dscoder.infer.sampler import NUM_DRAW_COLUMNS, draw, likeliest
 from dscoder.infer.scheduler import Job
-from dscoder.models.cache import KeyValueCache, allocate_cache
+from dscoder.models.cache import PAGE_SIZE, KeyValueCache, allocate_cache
 from dscoder.models.transformer import Transformer
+from dscoder.ops.mla_decode import kernel_refusal
+from dscoder.runtime import native
 
 # A step: logits_BV and the greedy answer_2B, the same tensors at every call if captured.
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -27,17 +30,25 @@ Capture = Callable[[Step], Step]
 _NARROWEST = 256  # tokens that a captured step attends at the least, where the width is part of the graph
 
 
-def cuda_graphs(device: torch.device) -> Capture:
+def waits_for_device(model: Transformer) -> bool:
+    """Whether a step on a GPU has to read something back, so that it cannot be captured.
+
+    The reference of latent decoding has to; it runs where the kernels cannot.
+    """
+    attention, weight = model.config.attention, model.head.weight
+    if not isinstance(attention, MlaConfig):
+        return False
+    query = weight.new_empty(1, 1, attention.num_heads, attention.cache_dim)
+    page = weight.new_empty(1, PAGE_SIZE, attention.cache_dim)
+    return not native.has_kernels() or kernel_refusal(query, page, attention.kv_lora_rank) is not None
+
+
+def cuda_graphs() -> Capture:
     """A `Capture` that makes CUDA graphs, which share their memory: one is replayed at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Step:
-        # The first call loads kernels and sizes workspaces, which capturing forbids.
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream(device).wait_stream(side)
+        step()  # loads kernels and sizes workspaces, which capturing forbids
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             outputs = step()
