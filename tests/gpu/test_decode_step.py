@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from dscoder.config import preset
-from dscoder.infer.pages import Room
-from dscoder.infer.runner import Runner, cuda_graphs
-from dscoder.infer.scheduler import Job
 from dscoder.models import Transformer
-from dscoder.models.cache import PAGE_SIZE, LatentCache, allocate_cache
+from dscoder.models.cache import LatentCache, allocate_cache
 from dscoder.testing import gpu
 from dscoder.testing.cases import randn
 from dscoder.testing.compare import assert_close
@@ -121,9 +118,7 @@ def test_a_graph_follows_tokens_lengths_and_pages(num_rows: int, rng: torch.Gene
     stepper = copied(model, cache, dtype=torch.bfloat16, device=gpu.DEVICE)
     tokens_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=gpu.DEVICE)
     lens_B = torch.ones(num_rows, dtype=torch.int32, device=gpu.DEVICE)
-    replay = cuda_graphs(torch.device(gpu.DEVICE, torch.cuda.current_device()))(
-        lambda: stepper(tokens_B1, lens_B)
-    )
+    replay = gpu.captured(lambda: stepper(tokens_B1, lens_B))
     for turn in range(4):
         tokens_B1.copy_(random_tokens(rng, num_rows, 1))
         lens_B.copy_(cache.seq_lens_B.roll(turn))
@@ -139,36 +134,3 @@ def test_a_step_never_waits(rng: torch.Generator) -> None:
     inputs = (torch.zeros(8, 1, dtype=torch.int64), cache.seq_lens_B)
     stepper(*(x.to(gpu.DEVICE) for x in inputs))  # the first call loads kernels
     gpu.assert_never_waits(stepper, *inputs)
-
-
-@pytest.mark.parametrize("num_rows", [1, 3, 8])
-def test_a_runner_with_graphs_gives_what_one_without_gives(num_rows: int, rng: torch.Generator) -> None:
-    """Three rows run as four, one of them padding; their tokens come from the runner without graphs."""
-    model = make_model(rng).to(gpu.DEVICE)
-    device = model.head.weight.device
-    num_pages = 256 // PAGE_SIZE
-    room = Room(num_rows=8, max_positions=256, num_pages=8 * num_pages)
-    plain, captured = (
-        Runner(model, room=room, num_ids=SMALL.vocab_size, capture=capture)
-        for capture in (None, cuda_graphs(device))
-    )
-    prompts = [random_tokens(rng, length).tolist() for length in LENGTHS[:num_rows]]
-    jobs = [
-        Job(request_idx=row, num_tokens=len(prompt) + 1, most_tokens=256, row=row)
-        for row, prompt in enumerate(prompts)
-    ]
-    for runner in (plain, captured):
-        for job in jobs:
-            runner.cache.assign(job.row, range(job.row * num_pages, (job.row + 1) * num_pages))
-        runner.prefill(jobs, prompts)
-    tokens = [5] * num_rows
-    for turn in range(5):
-        for job, prompt in zip(jobs, prompts, strict=True):
-            job.num_cached = len(prompt) + turn
-        wanted_2B = plain.step(jobs, tokens, None)[:, :num_rows].clone()
-        got_2B = captured.step(jobs, tokens, None)[:, :num_rows]
-        assert_close(got_2B[0], wanted_2B[0], dtype=torch.bfloat16)
-        tokens = wanted_2B[1].long().tolist()
-    assert_close(
-        captured.cache.pages[-1][: num_rows * num_pages], plain.cache.pages[-1][: num_rows * num_pages]
-    )

@@ -5,6 +5,7 @@ and is what `forward_and_backward` makes of a function. Inputs come in as plain 
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dscoder.testing.compare import assert_close, assert_same
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Step = Callable[..., tuple[Tensor, ...]]
+Outputs = TypeVar("Outputs")
 
 DEVICE = "cuda"
 # Two bytes of every poisoned value: a NaN of float32, bfloat16 and float16, a wild int32.
@@ -101,6 +103,25 @@ def assert_is_reference(step: Step, *inputs: Tensor) -> None:
     assert_agrees(step(*on_gpu), wanted)
 
 
+def captured(call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """A CUDA graph of `call()`: replays it, and gives its results, the same tensors every time."""
+    # The first call loads the kernels, which capturing forbids.
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
 def assert_replay_follows(step: Step, *runs: Sequence[Tensor]) -> None:
     """A CUDA graph of the step, replayed after each run's inputs were copied in, gives what a call gives.
 
@@ -108,20 +129,11 @@ def assert_replay_follows(step: Step, *runs: Sequence[Tensor]) -> None:
     """
     on_gpu = [_on_gpu(inputs) for inputs in runs]
     kept = [x.clone() for x in on_gpu[0]]
-    # The first call loads the kernels, which capturing forbids.
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(*kept)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*kept)
+    replay = captured(lambda: step(*kept))
     for inputs in (*on_gpu, on_gpu[0]):
         for place, x in zip(kept, inputs, strict=True):
             place.copy_(x)
-        graph.replay()
-        assert_all_same(outputs, step(*inputs))
+        assert_all_same(replay(), step(*inputs))
 
 
 def assert_runs_on_the_callers_stream(step: Step, *inputs: Tensor) -> None:
