@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.common import largest_first, maps_of_segments, require
-from dscoder.ops import AppendTarget, PermuteHandle
+from dscoder.ops import PermuteHandle
 from dscoder.testing.peer import Run
 
 BLOCK_SIZE = 64  # rows an expert's segment is padded to, vLLM's own choice for many tokens
@@ -125,11 +125,7 @@ def latent_append(
     query_THd: Tensor,
     latent_Td: Tensor,
     weight_C: Tensor,
-    cos_Lf: Tensor,
-    sin_Lf: Tensor,
-    positions_T: Tensor,
-    target: AppendTarget,
-    *,
+    *angles_and_target: Any,
     eps: float,
 ) -> Run:
     """`rms_norm`, then rotation and cache write in one launch, `concat_and_cache_mla_rope_fused`.
@@ -137,6 +133,7 @@ def latent_append(
     It rotates in place, so query and key are copied first, the query to beside its latent part, where
     vLLM's model concatenates it later. Its tables are of the query's dtype, made beforehand.
     """
+    cos_Lf, sin_Lf, positions_T, target = angles_and_target
     width, rotated = len(weight_C), 2 * cos_Lf.shape[1]
     tables = torch.cat([cos_Lf, sin_Lf], dim=-1).to(query_THd.dtype)
     scale = torch.ones(1, device=query_THd.device)  # for caches of float8

@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -92,7 +93,7 @@ struct Array {
 // A tensor on the kernels' device whose first dimensions may lie apart.
 template <int kRank>
 struct StridedArray : Array<kRank> {
-    std::array<int64_t, kRank> strides;  // elements; 0 of a dimension that holds one or nothing
+    std::array<int64_t, kRank> strides;  // elements; 0 of a dimension of one, and where there is nothing
 };
 
 // Makes the call's device current for a launch, and the previous one again afterwards. Throws
@@ -131,9 +132,10 @@ class Call {
                                      int num_dense = 1) {
         const dlpack::Tensor seen = view(name, tensor, dtype, kRank, num_dense);
         StridedArray<kRank> array{{static_cast<char*>(seen.data) + seen.byte_offset, {}}, {}};
+        std::copy_n(seen.shape, kRank, array.shape.begin());
+        const bool is_empty = std::find(array.shape.begin(), array.shape.end(), 0) != array.shape.end();
         for (int i = 0; i < kRank; ++i) {
-            array.shape[i] = seen.shape[i];
-            array.strides[i] = seen.shape[i] > 1 ? seen.strides[i] : 0;
+            array.strides[i] = is_empty or array.shape[i] == 1 ? 0 : seen.strides[i];
         }
         return array;
     }
