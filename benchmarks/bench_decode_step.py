@@ -215,15 +215,15 @@ def test_step(
 
 
 def runner_step(model: Transformer, num_rows: int, *, has_graphs: bool) -> Peer:
-    """What the engine runs to decode: tokens from the host, a graph replayed; largest logits are compared.
+    """What the engine waits for: tokens from the host, a graph replayed, the answer back on the host.
 
-    Timed too: one launch that sets the lengths back.
+    The largest logits are compared. Timed too: one launch that sets the lengths back.
     """
 
     def prepare(tokens_B1: Tensor) -> Run:
         num_pages = CONTEXT // PAGE_SIZE
         room = Room(num_rows=num_rows, max_positions=CONTEXT, num_pages=num_rows * num_pages)
-        capture = cuda_graphs(DEVICE) if has_graphs else None
+        capture = cuda_graphs() if has_graphs else None
         runner = Runner(model, room=room, num_ids=model.config.vocab_size, capture=capture)
         generator = torch.Generator(DEVICE).manual_seed(0)
         for pool in runner.cache.pages:
@@ -244,7 +244,7 @@ def runner_step(model: Transformer, num_rows: int, *, has_graphs: bool) -> Peer:
 
         def call() -> Tensor:
             runner.cache.seq_lens_B.fill_(CONTEXT - 1)
-            return runner.step(jobs, tokens, None)
+            return runner.step(jobs, tokens, None).cpu()
 
         call()  # captures
         return Run(call=call, read=lambda answer_2B: answer_2B[0])
