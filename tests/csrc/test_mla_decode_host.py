@@ -124,8 +124,8 @@ def test_random_calls_are_exact_enough(
     num_parts: int,
     order: int,
 ) -> None:
-    sizes = {"num_new": num_new, "num_heads": num_heads, "page_size": page_size}
-    check(host_ops, host_kernels, Call(lengths=tuple(lengths), num_parts=num_parts, order=order, **sizes))
+    call = Call(lengths=tuple(lengths), num_new=num_new, num_heads=num_heads, page_size=page_size)
+    check(host_ops, host_kernels, replace(call, num_parts=num_parts, order=order))
 
 
 # ---- parts ----
