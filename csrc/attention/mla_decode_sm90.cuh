@@ -165,7 +165,7 @@ struct DecodeMma {
         cute::Shape<cute::Int<kHalfColumns>, cute::Int<kDecodeBlock>>{}, cute::Step<cute::_2, cute::_1>{}));
 
     template <typename Layout>
-    static __device__ __forceinline__ auto tensor(const char* at, Layout layout) {
+    static __host__ __device__ __forceinline__ auto tensor(const char* at, Layout layout) {
         return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Element*>(const_cast<char*>(at))),
                                  layout);
     }

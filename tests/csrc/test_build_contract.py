@@ -31,7 +31,14 @@ from dscoder.testing.contract import (
     broken_blanking,
     broken_overlap,
 )
-from dscoder.testing.machine_code import Usage, losses, parse_sass, parse_usage, readable
+from dscoder.testing.machine_code import (
+    Usage,
+    broken_telling,
+    losses,
+    parse_sass,
+    parse_usage,
+    readable,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "contract"
@@ -169,6 +176,8 @@ def test_a_kernel_keeps_its_contract(
         assert broken_overlap(sass[name, arch]) == []
     if kernel.blanks:
         assert broken_blanking(sass[name, arch]) == []
+    if kernel.tells:
+        assert broken_telling(sass[name, arch]) == []
 
 
 @needs_nvcc
@@ -298,6 +307,25 @@ STORE, MEET, BEGIN, MULTIPLY = "STS.128", "BAR.SYNC.DEFER_BLOCKING", "WARPGROUP.
 )
 def test_lines_blanked_out_of_order_are_caught(opcodes: tuple[str, ...], is_right: bool) -> None:
     assert (broken_blanking(opcodes) == []) == is_right
+
+
+BLANKED, TOLD = (STORE, STORE, FENCE, MEET, BEGIN, MULTIPLY), (MEET, "STS", "STS", FENCE, "BAR.ARV")
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "is_right"),
+    [
+        ((FENCE, MEET, BEGIN, MULTIPLY, "STS", *TOLD, *BLANKED, WAIT, *TOLD, *BLANKED, "STS", MEET), True),
+        ((*TOLD, *BLANKED, STORE, MEET, FENCE, BEGIN, MULTIPLY), False),
+        ((*TOLD, *BLANKED, STORE, FENCE, BEGIN, MULTIPLY), False),
+        ((*TOLD, *BLANKED, "STS", FENCE, "BAR.ARV"), False),
+        ((*TOLD, *BLANKED, MEET, "STS", "BAR.ARV", FENCE), False),
+        ((*TOLD, *BLANKED, MEET, FENCE, "STS", "BAR.ARV"), False),
+        (TOLD, False),
+    ],
+)
+def test_writes_for_other_warps_out_of_order_are_caught(opcodes: tuple[str, ...], is_right: bool) -> None:
+    assert (broken_telling(opcodes) == []) == is_right
 
 
 def test_names_are_readable() -> None:

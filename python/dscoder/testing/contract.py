@@ -24,6 +24,7 @@ class Kernel:
     archs: tuple[str, ...] = ARCHS
     is_overlapped: bool = True  # by launch_overlapped: on sm_90a it waits before it touches global memory
     blanks: bool = False  # lines of a stage, between the copy engine's writing and wgmma's reading
+    tells: bool = False  # its warpgroups write what others' products read, in several places
 
 
 # A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
@@ -230,7 +231,24 @@ def _mla_decode(rows: int, registers: int) -> dict[str, Kernel]:
     }
 
 
+# A block's nine strips of scores, ahead of the loop and in it; its values, held and kept. Nine copies of
+# queries; four, of smaller pages, of a strip.
+MLA_DECODE_SM90 = {
+    f"mla_decode_sm90_kernel<{dtype}, {scores_first}>": Kernel(
+        registers=168,
+        shared=2048,
+        archs=("sm_90a",),
+        wants={
+            **{f"HGMMA.64x64x16.F32{suffix}": 2 * 36, f"HGMMA.64x256x16.F32{suffix}": 2 * 4 + 2 * 4},
+            **{"UTMALDG.3D": 9 + 4, "USETMAXREG.TRY_ALLOC": 1, "USETMAXREG.DEALLOC": 1, "STG.E.128": 16},
+        },
+        tells=True,
+    )
+    for dtype, suffix in (("__nv_bfloat16", ".BF16"), ("__half", ""))
+    for scores_first in ("false", "true")
+}
 MLA_DECODE_KERNELS = {
+    **MLA_DECODE_SM90,
     **{
         name: kernel
         for rows, registers in ((16, 128), (32, 168), (64, 240))

@@ -3,11 +3,13 @@
 import functools
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-# ptxas: setmaxnreg ignored (C7508); wgmma serialised for a call, registers, or what defines accumulators.
-LOSSES = ("C7508", "C7510", "C7511", "C7515")
+# ptxas: setmaxnreg ignored (C7508); wgmma serialised for a call, registers, what defines accumulators, or an
+# arrive that ptxas had to add on a branch.
+LOSSES = ("C7508", "C7510", "C7511", "C7515", "C7520")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,3 +73,26 @@ def losses(report: str) -> list[str]:
 def count(opcodes: Iterable[str], beginning: str) -> int:
     """How many opcodes begin so: LDG.E.128 counts LDG.E.128.CONSTANT too."""
     return sum(opcode.startswith(beginning) for opcode in opcodes)
+
+
+# ---- what warpgroups write for wgmma to read ----
+
+_STEPS = ("STS.128", "STS", "FENCE.VIEW.ASYNC", "BAR.SYNC", "BAR.ARV", "WARPGROUP.ARRIVE", "HGMMA")
+# Zeros over lines of a stage: written, ordered before wgmma's reads, met over, multiplied by.
+_BLANKED = ("STS.128", "FENCE.VIEW.ASYNC", "BAR.SYNC", "WARPGROUP.ARRIVE", "HGMMA")
+# A strip for the other warpgroup: when all warps have read it, written, ordered, told of.
+_TOLD = ("BAR.SYNC", "STS", "FENCE.VIEW.ASYNC", "BAR.ARV")
+
+
+def broken_telling(opcodes: Sequence[str]) -> list[str]:
+    """What breaks these two orders in the machine code of a kernel that keeps them in several places.
+
+    As csrc/attention/mla_decode_sm90.cuh does, whose wide stores to shared memory are zeros alone.
+    """
+    seen = [next((step for step in _STEPS if opcode.startswith(step)), "") for opcode in opcodes]
+    steps = [step for step, _ in groupby(step for step in seen if step)]
+    missing = [f"no {step}" for step in _STEPS if step not in steps]
+    blanked = [tuple(steps[i : i + len(_BLANKED)]) for i, step in enumerate(steps) if step == _BLANKED[0]]
+    told = [tuple(steps[max(0, i - 3) : i + 1]) for i, step in enumerate(steps) if step == _TOLD[-1]]
+    wrong = [found for found in blanked if found != _BLANKED] + [found for found in told if found != _TOLD]
+    return missing + [f"in the order {' '.join(found)}" for found in wrong]
