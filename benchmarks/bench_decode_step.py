@@ -41,7 +41,7 @@ GPU_BYTES = 60e9  # weights, caches of 128 rows for each contender, what they co
 MODEL_TOLERANCE = 0.1 if IS_ON_GPU else 0.0
 ROTATED_STD = 0.3  # of the cached keys; the latents come out of a norm
 # Whose kernels a step on a GPU stands on.
-KERNELS = ("mla_decode", "moe_gate", "moe_experts")
+KERNELS = ("latent_append", "mla_decode", "moe_gate", "moe_experts")
 # One dense and one expert layer at V2-Lite's widths; a small vocabulary.
 V2_LITE_SLICE = replace(preset("v2_lite"), num_layers=2, vocab_size=8192, bos_id=0, eos_id=1)
 MODELS: dict[str, tuple[ModelConfig, tuple[int, ...]]] = (  # and the numbers of rows

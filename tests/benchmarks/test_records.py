@@ -164,6 +164,7 @@ import json, torch
 from dscoder.testing import results
 results.measured_device = lambda: torch.device("cuda")
 from benchmarks import bench_decode_step as decode, bench_grouped_gemm as gemm
+from benchmarks import bench_latent_append as append, bench_latent_rope as latent_rope, bench_rope as rope
 from benchmarks import bench_mla_decode as latent, bench_moe_experts as experts, shapes
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
@@ -192,6 +193,24 @@ found["mla_decode forward"] = [(call[0], latent.shape_of(*call), "") for call in
 found["mla_decode plan and forward"] = [(call[0], latent.shape_of(*call), "") for call in latent.SHORT]
 found["decode_step forward"] = [
     (model, f"B={num_rows} context={decode.CONTEXT}", "") for model, num_rows in decode.CASES
+]
+found["rope forward"] = [
+    (model, f"T={rope.NUM_TOKENS} H={num_heads}/{num_key_heads} r={width}", "")
+    for model, (num_heads, num_key_heads, width, _) in rope.SHAPES.items()
+]
+for step in ("forward", "backward"):
+    found[f"latent_rope {step}"] = [
+        (
+            model,
+            f"T={shapes.TOKENS} H={num_heads} d={latent_rope.NOPE + latent_rope.ROPE}"
+            f" C={latent_rope.LATENT} r={latent_rope.ROPE}",
+            "",
+        )
+        for model, num_heads in latent_rope.HEADS.items()
+    ]
+found["latent_append forward"] = [
+    (model, f"T={shapes.TOKENS} H={num_heads} C={append.LATENT} r={append.ROPE}", "")
+    for model, num_heads in append.HEADS.items()
 ]
 print(json.dumps(found))
 """
