@@ -85,13 +85,13 @@ def _by_sequence(case: DecodeCase) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _attention(q: Tensor, rows: Tensor, num_seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Scores as a product in q's dtype gives them, a softmax in float32 or float64, and its logarithm."""
-    accumulated = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("shd,rd->shr", q, rows).to(accumulated) * scale
+    """As torch's fused kernels round: sums in float32 (float64), weights and the output in q's dtype."""
+    summed = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("shd,rd->shr", q.to(summed), rows.to(summed)) * scale
     is_hidden = torch.arange(len(rows), device=q.device) >= num_seen.unsqueeze(1)
     scores.masked_fill_(is_hidden.unsqueeze(1), -torch.inf)
     probs = scores.softmax(dim=-1).to(q.dtype)
-    out = torch.einsum("shr,rc->shc", probs, rows[:, :VALUE_DIM])
+    out = torch.einsum("shr,rc->shc", probs.to(summed), rows[:, :VALUE_DIM].to(summed)).to(q.dtype)
     return out.masked_fill_((num_seen <= 0)[:, None, None], 0), scores.logsumexp(dim=-1)
 
 
