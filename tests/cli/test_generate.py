@@ -99,6 +99,21 @@ def test_a_config_file_holds_the_same_options(
     assert capsys.readouterr().out == continued(model_dir, "def add", num_tokens=3)
 
 
+def test_how_requests_are_batched_changes_nothing(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--prompt", "def add", "--prompt", "a", "--prompt", "for name in names:"]
+    outputs = []
+    for words in (
+        [],
+        ["--max-batch", "1"],
+        ["--prefill-chunk", "2", "--cache-tokens", "100", "--cuda-graphs", "false"],
+    ):
+        assert generate(model_dir, *prompts, *words) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] != ""
+
+
 def test_sampling_follows_the_seed(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for seed in ("1", "1", "2"):
@@ -124,6 +139,8 @@ def test_a_stop_string_cuts_the_text(model_dir: Path, capsys: pytest.CaptureFixt
             ["--prompt", "a", "--dtype", "int8"],
             "dtype must be auto, float32, bfloat16 or float16, got 'int8'",
         ),
+        (["--prompt", "a", "--cache-tokens", "3"], "longest request, got room for 3"),
+        (["--prompt", "a", "--memory-share", "2"], "memory_share must be in (0, 1], got 2.0"),
         (["missing.txt"], "No such file or directory: 'missing.txt'"),
     ],
 )

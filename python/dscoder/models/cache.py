@@ -198,7 +198,9 @@ class LatentCache(Cache):
         if len(pages) > width:
             raise ValueError(f"cache: a row must have <= {width} pages, got {len(pages)}")
         table = [*pages, *[self.num_pages] * (width - len(pages))]
-        self.page_table_BN[row].copy_(torch.tensor(table, dtype=torch.int32))
+        # Pinned, so that the host does not wait for what the device is at.
+        pages_N = torch.tensor(table, dtype=torch.int32, pin_memory=self.page_table_BN.is_cuda)
+        self.page_table_BN[row].copy_(pages_N, non_blocking=True)
 
     def clear(self, row: int) -> None:
         """Row `row` holds nothing and has no pages from here on."""
