@@ -115,9 +115,10 @@ def _open_folder(path: Path) -> list[str]:
     return ["--perms", "0755", "--dir", str(path)]
 
 
-def mounts(view: View, *, disk: int) -> list[str]:
+@cache
+def mounts(view: View, *, disk: int) -> tuple[str, ...]:
     """bubblewrap's arguments for the file system. Later ones lie over earlier ones."""
-    arguments = []
+    arguments: list[str] = []
     for folder in _SYSTEM_FOLDERS:
         if Path(folder).is_symlink():
             arguments += ["--symlink", str(Path(folder).readlink()), folder]
@@ -143,7 +144,7 @@ def mounts(view: View, *, disk: int) -> list[str]:
     for path in view.masked:
         arguments += ["--size", str(_EMPTY_SIZE), "--perms", "0555", "--tmpfs", str(path)]
     arguments += ["--ro-bind", str(supervisor()), _SUPERVISOR_INSIDE]
-    return [*arguments, "--proc", "/proc", "--remount-ro", "/"]
+    return (*arguments, "--proc", "/proc", "--remount-ro", "/")
 
 
 def command_line(bubblewrap: str, job: Job, view: View, *, news: int, go_ahead: int) -> list[str]:

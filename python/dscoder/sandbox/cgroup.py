@@ -127,12 +127,12 @@ def _write_limits(hierarchy: Hierarchy, folder: Path, *, memory: int, processes:
 
 def sweep(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Remove the empty groups of processes that died before they could."""
-    for hierarchy in hierarchies:
-        for folder in hierarchy.root.glob(f"{_NAME}-*-*"):
-            owner = folder.name.split("-")[2]
-            if not Path("/proc", owner).exists():
-                with suppress(OSError):
-                    folder.rmdir()
+    folders = [folder for hierarchy in hierarchies for folder in hierarchy.root.glob(f"{_NAME}-*-*")]
+    for folder in folders:
+        is_orphan = not Path("/proc", folder.name.split("-")[2]).exists()
+        with suppress(OSError):
+            if is_orphan:
+                folder.rmdir()
 
 
 @contextmanager

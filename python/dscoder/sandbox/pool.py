@@ -130,22 +130,29 @@ class Pool:
         running: dict[Future[Verdict], tuple[int, _Ticket]] = {}
         source = enumerate(programs)
         try:
-            while True:
-                while len(running) < self.num_workers * _WAITING_PER_WORKER:
-                    item = next(source, None)
-                    if item is None:
-                        break
-                    ticket = self._submit(item[1], limits)
-                    assert ticket.future is not None
-                    running[ticket.future] = (item[0], ticket)
-                if not running:
-                    return
+            while self._fill(running, source, limits):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     idx, _ = running.pop(future)
                     yield idx, future.result()
         finally:
             for _, ticket in running.values():
                 ticket.call_off()
+
+    def _fill(
+        self,
+        running: dict[Future[Verdict], tuple[int, _Ticket]],
+        source: Iterator[tuple[int, Program]],
+        limits: Limits,
+    ) -> bool:
+        """Take programs from `source` while there is room for them; False if none is running then."""
+        while len(running) < self.num_workers * _WAITING_PER_WORKER:
+            item = next(source, None)
+            if item is None:
+                break
+            ticket = self._submit(item[1], limits)
+            assert ticket.future is not None
+            running[ticket.future] = (item[0], ticket)
+        return bool(running)
 
     def _submit(self, program: Program, limits: Limits) -> _Ticket:
         if limits.memory > self._memory.amount:
