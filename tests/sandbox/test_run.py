@@ -1,6 +1,7 @@
 """From a program to its verdict, and what becomes of a sandbox that fails."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -248,6 +249,14 @@ def test_no_descriptor_and_no_child_is_left() -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_programs_and_verdicts_travel_between_processes() -> None:
+    program = Program(files={"main.py": "print(1)"})
+    assert pickle.loads(pickle.dumps(program)) == program
+    verdict = run(program, SMALL)
+    assert pickle.loads(pickle.dumps(verdict)) == verdict
+    assert pickle.loads(pickle.dumps(Program(source=""))) == Program(source="")
 
 
 # ---- wrong arguments ----

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import Literal, get_args
 
 MIB = 1 << 20
@@ -49,7 +48,7 @@ class Program:
 
     language: str = "python"
     source: str | None = None
-    files: Mapping[str, str | bytes] = field(default_factory=lambda: MappingProxyType({}))
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
     args: tuple[str, ...] = ()
     compiler_args: tuple[str, ...] = ()
     stdin: str | bytes = ""
