@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 TESTS, CSRC, BUILD = ROOT / "tests" / "csrc", ROOT / "csrc", ROOT / "build" / "played"
 NVCC = shutil.which("nvcc")
-CXX = shutil.which(os.environ.get("CXX", "g++"))
+CXX = shutil.which("g++") or shutil.which("c++")
 INCLUDED = ("core/*.*h", "gemm/*.*h", "attention/*.*h", "host/*.*")  # below csrc
 
 
