@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dscoder.config import GqaConfig, ModelConfig
-from tests.infer.stand_in import ByteTokenizer
+from dscoder.models.transformer import Transformer
+from tests.infer.stand_in import ByteTokenizer, tiny_model
 
 
 class ScriptedModel(nn.Module):
@@ -57,3 +58,8 @@ def scripted() -> Callable[..., ScriptedModel]:
         return ScriptedModel(dict(pairwise(script)), max_positions=max_positions)
 
     return build
+
+
+@pytest.fixture(params=["tiny_dense", "tiny_moe"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return tiny_model(request.param, max_positions=96)

@@ -9,10 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dscoder.config import ModelConfig, preset
+from dscoder.infer.request import Request
 from dscoder.infer.runner import Step
 from dscoder.models.transformer import Transformer
 
 _WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+
+
+PROMPTS = (b"def f(x):", b"a", b"import os, sys\nfor name in os.listdir('.'):", b"class A:\n    def", b"if")
+
+
+def ask(text: str | bytes, **fields: object) -> Request:
+    return Request(prompt=tuple(text if isinstance(text, bytes) else text.encode()), **fields)
 
 
 class ByteTokenizer:
