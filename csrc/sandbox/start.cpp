@@ -88,6 +88,7 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
 
 // In the child: everything between fork and exec. Returns only by an exception.
 void exec(const Step& step, const Job& job, const int (&streams)[3]) {
+    const auto argv = pointers(step.argv), env = pointers(step.env);  // before memory is short
     checked(setsid(), "setsid");
     for (int i = 0; i < 3; ++i) checked(dup2(streams[i], i), "dup2");
     for (const int number : {SIGPIPE, SIGINT}) signal(number, SIG_DFL);
@@ -96,7 +97,6 @@ void exec(const Step& step, const Job& job, const int (&streams)[3]) {
     if (job.user != 0) become(static_cast<uid_t>(job.user));
     bound(step);
     install_filter(job.filter);
-    const auto argv = pointers(step.argv), env = pointers(step.env);
     checked(execve(argv[0], argv.data(), env.data()), "exec " + step.argv[0]);
 }
 
