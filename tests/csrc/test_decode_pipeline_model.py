@@ -43,6 +43,7 @@ MISTAKES = {
     "rows behind a sequence are left": Design(blanks=False),
     "warps do not meet after blanking": Design(meets_after_blanking=False),
     "sums are read before all are there": Design(meets_for_sums=False),
+    "the next piece's sums take the place of this one's": Design(num_sum_slots=1),
     "one buffer, and scores ahead": Design(num_buffers=1, scores_first=True),
 }
 MANY_PIECES = [

@@ -17,6 +17,7 @@ from dscoder.testing.tile_pairs import DEPTH_BLOCK, Job, ProductTile
 
 CLUSTER, WARPGROUPS, WARPS = 2, 2, 4
 BYTES_A, BYTES_B = 2, 4  # of a stage, in units of half an operand
+SLOWNESS = 0.95  # how often the slow one of all roles lets another go on
 
 Waits = Callable[[], bool]
 Role = Iterator[Waits]
@@ -80,7 +81,11 @@ class NamedBarrier:
 
 
 def play(roles: list[Role], flying: list[Callable[[], None]], rng: random.Random) -> None:
-    """Until all roles are done and all that flies has landed; BrokenError where none can go on."""
+    """Until all roles are done and all that flies has landed; BrokenError where none can go on.
+
+    One of the roles is slow, so that others come as far ahead of it as they can.
+    """
+    slow = rng.choice(roles)
     begun = [(role, next(role, None)) for role in roles]
     waiting = [(role, waits) for role, waits in begun if waits is not None]
     while waiting or flying:
@@ -92,6 +97,8 @@ def play(roles: list[Role], flying: list[Callable[[], None]], rng: random.Random
             flying.pop(choice - len(ready))()
             continue
         role = waiting[ready[choice]][0]
+        if role is slow and len(ready) + len(flying) > 1 and rng.random() < SLOWNESS:
+            continue
         following = next(role, None)
         if following is None:
             del waiting[ready[choice]]
