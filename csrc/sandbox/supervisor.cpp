@@ -137,7 +137,7 @@ void supervise() {
     const std::string text = read_to_end(STDIN_FILENO);
     const Job job = JobReader(text).job();
     signal(SIGPIPE, SIG_IGN);
-    syscall(SYS_close_range, kFirstInherited, ~0U, 0);
+    checked(syscall(SYS_close_range, kFirstInherited, ~0U, 0), "close_range");
     for (const auto& path : job.join) {
         const int file = checked(open(path.c_str(), O_WRONLY | O_CLOEXEC), "open " + path);
         write_all(file, "0");  // this process
