@@ -17,7 +17,18 @@ from dscoder.testing import results
 from dscoder.testing.timing import clock_for, device_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SHOWN = ("us", "call_us", "TFLOP/s", "GB/s", "share", "MB/s", "tokens/s", "documents/s", "launches")
+SHOWN = (
+    "us",
+    "call_us",
+    "TFLOP/s",
+    "GB/s",
+    "share",
+    "MB/s",
+    "tokens/s",
+    "documents/s",
+    "programs/s",
+    "launches",
+)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
