@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from dscoder.models.count import count_parameters
 from dscoder.runtime import log
 from dscoder.train import pretrain
 from dscoder.train.metrics import METRICS, read_metrics
+from dscoder.train.run import MODEL
 
 _SPARKS = [chr(0x2581 + level) for level in range(8)]
 _SPARK_WIDTH = 60
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     screen.print(f"\n{time.perf_counter() - begin:.0f} s in all. Fill holes of your own with")
     screen.print(
         f"  dscoder infill FILE --line N --column M --single-line --fim-order {config.held_out().fim_order} "
-        f"--model {run / pretrain.MODEL}",
+        f"--model {run / MODEL}",
         soft_wrap=True,
     )
 
@@ -64,11 +64,7 @@ def _step(screen: Console, title: str) -> Iterator[None]:
 def _pretrain(config: DemoConfig, data: Path) -> Path:
     recipe = config.pretrain()
     evaluate = functools.partial(held_out_report, directory=data, max_windows=recipe.report.eval_windows)
-    try:
-        return pretrain.run(recipe, evaluate=evaluate)
-    except pretrain.StoppedError as stop:
-        print(f"dscoder demo: {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal_number) from None
+    return pretrain.run(recipe, evaluate=evaluate)
 
 
 def _show_curve(screen: Console, run: Path) -> None:

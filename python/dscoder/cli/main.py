@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dscoder import __version__
 from dscoder.cli import bench, demo, generate, infill, info, prepare, pretrain, tokenizer
 from dscoder.cli.arguments import check_files, spelled
+from dscoder.train.run import StoppedError
 
 Verb = Callable[[Sequence[str]], None]
 
@@ -38,7 +39,10 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
+    """Run one verb; returns the exit status.
+
+    0 done, 1 failed, 2 wrong arguments, 128 + n stopped by signal n after a checkpoint.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -54,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_files(rest)
         VERBS[name](rest)
+    except StoppedError as stop:
+        print(f"dscoder {name}: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"dscoder {name}: {error}", file=sys.stderr)
         return 1

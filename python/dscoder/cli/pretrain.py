@@ -1,7 +1,6 @@
 """The verb `dscoder pretrain`."""
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +45,4 @@ def main(argv: Sequence[str]) -> None:
     evaluate = None
     if (data / HELD_OUT).is_dir():
         evaluate = functools.partial(held_out_report, directory=data, max_windows=config.report.eval_windows)
-    try:
-        pretrain.run(config, evaluate=evaluate)
-    except pretrain.StoppedError as stop:
-        print(f"dscoder pretrain: {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal_number) from None
+    pretrain.run(config, evaluate=evaluate)

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over micro-batches, clip, AdamW."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,37 @@ class StepStats:
     balance_device: float
     balance_communication: float
     grad_norm: float  # before clipping
+
+
+def apply_gradients(
+    optimizer: MasterAdamW,
+    sums_N: Tensor,
+    *,
+    names: Sequence[str],
+    lr: float,
+    step: int,
+    read: Callable[[], str],
+) -> dict[str, float]:
+    """Move the weights by the gradients that were added up; returns the step's figures by name.
+
+    Args:
+        sums_N: the figures of the whole step, on the device; they and the gradient's norm are read back at
+            once, which is the only wait in a step.
+        names: of the figures; "grad_norm", before clipping, is added.
+        read: says what data the step read, for the error.
+
+    LossError if a figure or the norm is not a number: then the weights were not touched.
+    """
+    values = torch.cat([sums_N, optimizer.clip().float().reshape(1)]).tolist()
+    figures = dict(zip([*names, "grad_norm"], values, strict=True))
+    if not all(math.isfinite(value) for value in values):
+        got = ", ".join(map(str, values))
+        raise LossError(
+            f"step {step}: {', '.join(figures)} must be finite, got {got}; the weights are those of the step "
+            f"before. {read()}"
+        )
+    optimizer.step(lr)
+    return figures
 
 
 def _backward(model: Transformer, batch: Batch, *, num_labels: int, share: float) -> Tensor:
@@ -62,22 +93,13 @@ def train_step(
             for batch in batches
         ]
     ).sum(dim=0)
-    # The one read back from the device in a step.
-    loss, balance, expert, on_device, communication, norm = torch.cat(
-        [sums_5, optimizer.clip().float().reshape(1)]
-    ).tolist()
-    if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
-        windows = [index for batch in batches for index in batch.window_idx]
-        raise LossError(
-            f"step {step}: loss, balance loss and gradient norm must be finite, got {loss}, {balance} and "
-            f"{norm}; the weights are those of the step before. The step read the training windows {windows}"
-        )
-    optimizer.step(lr)
-    return StepStats(
-        loss=loss,
-        balance=balance,
-        balance_expert=expert,
-        balance_device=on_device,
-        balance_communication=communication,
-        grad_norm=norm,
+    windows = [index for batch in batches for index in batch.window_idx]
+    figures = apply_gradients(
+        optimizer,
+        sums_5,
+        names=("loss", "balance", "balance_expert", "balance_device", "balance_communication"),
+        lr=lr,
+        step=step,
+        read=lambda: f"The step read the training windows {windows}",
     )
+    return StepStats(**figures)

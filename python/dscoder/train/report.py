@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dscoder.config.train import ReportConfig
 from dscoder.runtime.log import console, get_logger
-from dscoder.train.loop import StepStats
 from dscoder.train.metrics import METRICS, MetricsWriter, has_tensorboard, read_metrics
 from dscoder.train.plot import has_matplotlib, plot_loss
 
 LOSS_PICTURE = "loss.png"
+_SHOWN = ("loss", "accuracy", "reward")  # of a step's figures, in the line that a reader follows
 _INSTALL = "pip install 'dscoder[pretrain]'"
 _LOG = get_logger(__name__)
 
@@ -68,10 +67,10 @@ class RunReport:
         self._task = self._bar.add_task("train", total=num_steps, completed=resume_step, figures="")
 
     def step_done(
-        self, stats: StepStats, *, step: int, lr: float, num_tokens: int, total_tokens: int
+        self, seen_now: Mapping[str, float], *, step: int, lr: float, num_tokens: int, total_tokens: int
     ) -> None:
         """Count one step; every `log_every` steps, and after the last, their means become a report."""
-        seen = {"steps": 1, **asdict(stats)}
+        seen = {"steps": 1, **seen_now}
         self._waiting = {name: self._waiting.get(name, 0.0) + value for name, value in seen.items()}
         self._timed_tokens += num_tokens
         self._bar.update(self._task, completed=step)
@@ -82,7 +81,8 @@ class RunReport:
         means = {name: total / num_steps for name, total in self._waiting.items()}
         speed = self._timed_tokens / seconds
         self.write({"step": step, "tokens": total_tokens, **means, "lr": lr, "tokens_per_second": speed})
-        figures = f"loss {means['loss']:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+        shown = "".join(f"{name} {means[name]:.3f}  " for name in _SHOWN if name in means)
+        figures = f"{shown}lr {lr:.2e}  {speed:,.0f} tokens/s"
         self._bar.update(self._task, figures=figures)
         if self._bar.disable:
             _LOG.info("step %d/%d  %s", step, self._num_steps, figures)

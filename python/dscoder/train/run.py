@@ -1,0 +1,309 @@
+"""The run that every training stage is: steps, reports, checkpoints, a stop on signals, and resuming.
+
+A stage gives a `Job`: the model, and what one step does. A step is a function of the weights, the optimizer's
+moments, torch's generators and the step number. So a run that goes on from a checkpoint does what the run
+that was never stopped does, bit for bit, on the same number of threads.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
+from dscoder.runtime.artifact import Stage, hash_path, open_stage, write_bytes
+from dscoder.runtime.log import get_logger
+from dscoder.runtime.seed import available_threads, deterministic, random_state, restore_random_state
+from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state, read_progress
+from dscoder.train.metrics import METRICS, read_metrics
+from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.report import OnMetrics, RunReport
+
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+# What may differ from one start of a run to the next: places (inputs go by what they hold), and reports.
+_FREE = ("out", "num_threads", "checkpoint", "report", "overwrite")
+_LOG = get_logger(__name__)
+
+
+class RunConfig(Protocol):
+    """The fields that the config of every training stage has; a frozen dataclass."""
+
+    @property
+    def out(self) -> str:
+        """The run directory to write."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the whole run has."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Of AdamW."""
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice."""
+
+    @property
+    def num_threads(self) -> int | None:
+        """Of torch; None: every core."""
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """How often the state is saved."""
+
+    @property
+    def report(self) -> ReportConfig:
+        """What the run tells."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether another run in `out` is deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDone:
+    """What one step saw; the reports average `figures` over their steps."""
+
+    figures: Mapping[str, float]
+    num_sequences: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a stage gives to its run. Every callable works on the live `model`."""
+
+    model: nn.Module  # in training mode; its parameters that require a gradient are trained
+    learning_rate: Callable[[int], float]  # of a step, from 0
+    train_step: Callable[[MasterAdamW, int, float], StepDone]  # moves the weights: optimizer, step, its rate
+    export: Callable[[Path], None]  # writes `results` below the stage's directory, after the last step
+    results: Sequence[str] = (MODEL,)  # folders and files there that the stage's result is
+    evaluate: Callable[[], Mapping[str, float]] | None = None  # every report.eval_every steps and at the end
+    begin: Callable[[int], None] | None = None  # before the first step: the steps done, 0 or a checkpoint's
+    extra_state: Mapping[str, Tensor] = field(default_factory=dict)  # more live tensors for the checkpoints
+
+
+class StoppedError(RuntimeError):
+    """A signal ended the run after a checkpoint; starting it again goes on from there."""
+
+    def __init__(self, signal_number: int, *, step: int, directory: Path) -> None:
+        """Say what happened and what to do."""
+        name = signal.Signals(signal_number).name
+        super().__init__(
+            f"stopped by {name} after step {step}; a checkpoint is in {directory}, "
+            "and the same command goes on from there"
+        )
+        self.signal_number = signal_number
+
+
+@dataclass(kw_only=True, slots=True)
+class _StopRequest:
+    signal_number: int | None = None
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_StopRequest]:
+    """SIGINT and SIGTERM ask for a stop at the end of the step; a second one acts as it always does."""
+    request = _StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may handle signals
+        return
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        request.signal_number = number
+        signal.signal(number, previous[number])
+        _LOG.warning("%s: stopping after this step and a checkpoint", signal.Signals(number).name)
+
+    previous: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def hash_model(path_or_repo_id: str) -> str:
+    """What a model directory holds, as the input of a stage; a model of the hub goes by its id."""
+    path = Path(path_or_repo_id).expanduser()
+    return hash_path(path) if path.exists() else path_or_repo_id
+
+
+class _Run:
+    """A run under way: the job, its optimizer, and how far it is."""
+
+    def __init__(self, job: Job, config: RunConfig, directory: Path) -> None:
+        self.job = job
+        self.config = config
+        self.directory = directory
+        self.optimizer = MasterAdamW(job.model, config.optimizer)
+        # Of the steps done, and of the report that the last checkpoint fell into.
+        self.progress = Progress(step=0, num_sequences=0, num_tokens=0, num_threads=torch.get_num_threads())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        random = {f"random.{name}": tensor for name, tensor in random_state().items()}
+        extra = {f"extra.{name}": tensor for name, tensor in self.job.extra_state.items()}
+        return self.optimizer.state() | random | extra
+
+    def restore(self) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        found = completed(self.directory / CHECKPOINTS)
+        if not found:
+            return
+        _, path = found[-1]
+        state = self.state()
+        load_state(path, state)
+        self.optimizer.refresh_parameters()
+        random = {name.removeprefix("random."): t for name, t in state.items() if name.startswith("random.")}
+        restore_random_state(random)
+        self.progress = read_progress(path)
+        _LOG.info("going on from %s", path)
+
+    def take_step(self, report: RunReport) -> None:
+        """One step and what it adds to the report."""
+        before = self.progress
+        lr = self.job.learning_rate(before.step)
+        done = self.job.train_step(self.optimizer, before.step, lr)
+        self.progress = replace(
+            before,
+            step=before.step + 1,
+            num_sequences=before.num_sequences + done.num_sequences,
+            num_tokens=before.num_tokens + done.num_tokens,
+        )
+        report.step_done(
+            done.figures,
+            step=self.progress.step,
+            lr=lr,
+            num_tokens=done.num_tokens,
+            total_tokens=self.progress.num_tokens,
+        )
+
+
+def _train(run: _Run, writer: CheckpointWriter, report: RunReport, stop: _StopRequest) -> None:
+    """All steps that are left."""
+    config, evaluate = run.config, run.job.evaluate
+    while run.progress.step < config.num_steps:
+        run.take_step(report)
+        writer.raise_if_failed()
+        paused = report.pause()
+        step = run.progress.step
+        is_last = step == config.num_steps
+        if evaluate is not None and (is_last or step % config.report.eval_every == 0):
+            report.evaluated(evaluate(), step=step, total_tokens=run.progress.num_tokens)
+        if is_last or stop.signal_number is not None or step % config.checkpoint.every == 0:
+            writer.save(replace(run.progress, waiting=report.waiting()), run.state())
+        report.resume(paused)
+        if stop.signal_number is not None and not is_last:
+            writer.wait()
+            raise StoppedError(stop.signal_number, step=step, directory=writer.directory)
+
+
+def _num_threads(config: RunConfig, directory: Path, *, command: str) -> int:
+    """What the run began with, else what the config says, else every core."""
+    found = completed(directory / CHECKPOINTS)
+    if not found:
+        return config.num_threads or available_threads()
+    earlier = read_progress(found[-1][1]).num_threads
+    if config.num_threads not in (None, earlier):
+        raise ValueError(
+            f"{command}: num_threads must be {earlier}, what the run in {directory} began with, "
+            f"got {config.num_threads}"
+        )
+    return earlier
+
+
+def _finish(run: _Run, stage: Stage, report: RunReport) -> None:
+    """Write what the stage leaves, then the manifest."""
+    report.draw()
+    run.job.export(stage.directory)
+    last: dict[str, float] = {}
+    for line in read_metrics(stage.directory / METRICS):
+        last |= line
+    progress = run.progress
+    stage.finish(
+        counts={"steps": progress.step, "sequences": progress.num_sequences, "tokens": progress.num_tokens},
+        facts={"num_threads": progress.num_threads, "final": last},
+        results=run.job.results,
+    )
+
+
+def run_stage(
+    config: RunConfig,
+    build: Callable[[Path], Job],
+    *,
+    command: str,
+    inputs: Mapping[str, str],
+    free: Sequence[str] = (),
+    on_metrics: OnMetrics | None = None,
+) -> Path:
+    """Do, or go on with, the training stage in `config.out`; returns that directory.
+
+    Args:
+        build: makes the job, seeded, for a stage directory that is not finished; it refuses what does not go
+            together before anything is written.
+        inputs: hash of each input, by role.
+        free: fields of the config that may differ from one start to the next, besides those of every run.
+        on_metrics: called with every report, after it is written.
+
+    Raises:
+        StoppedError: SIGINT or SIGTERM; a checkpoint was written.
+        LossError: a figure of a step is not a number.
+        ValueError: config and inputs do not go together, or `config.out` holds another run.
+        OSError: a checkpoint could not be written.
+    """
+    with open_stage(
+        Path(config.out),
+        command=command,
+        config=asdict(config),  # type: ignore[call-overload]
+        inputs=inputs,
+        free=(*free, *_FREE),
+        overwrite=config.overwrite,
+        is_resumable=True,
+    ) as stage:
+        if stage.is_finished:
+            _LOG.info("%s is finished already", stage.directory)
+            return stage.directory
+        num_threads = _num_threads(config, stage.directory, command=command)
+        with deterministic(seed=config.seed, num_threads=num_threads):
+            _run_job(config, stage, build, on_metrics)
+        return stage.directory
+
+
+def _run_job(
+    config: RunConfig, stage: Stage, build: Callable[[Path], Job], on_metrics: OnMetrics | None
+) -> None:
+    job = build(stage.directory)
+    run = _Run(job, config, stage.directory)
+    run.restore()
+    # Without overwrite: this file is there to go on with the run, not to begin it again.
+    fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
+    resolved = {key: value for key, value in fields.items() if key != "overwrite"}
+    write_bytes(stage.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False).encode())
+    if job.begin is not None:
+        job.begin(run.progress.step)
+    with (
+        closing(CheckpointWriter(stage.directory / CHECKPOINTS, keep=config.checkpoint.keep)) as writer,
+        RunReport(
+            stage.directory,
+            config.report,
+            num_steps=config.num_steps,
+            resume_step=run.progress.step,
+            waiting=run.progress.waiting,
+            on_metrics=on_metrics,
+        ) as report,
+        _stop_on_signals() as stop,
+    ):
+        _train(run, writer, report, stop)
+        writer.wait()
+        _finish(run, stage, report)
