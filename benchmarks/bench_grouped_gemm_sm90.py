@@ -5,7 +5,7 @@ is not measured, and takes no other result with it.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -28,24 +28,6 @@ PRODUCTS = [
     *((step, model, LARGE, projection) for step in STEPS for model, projection in GRADIENTS),
 ]
 LAYERS = [(model, TOKENS[model], step) for model in MODELS for step in ("forward", "forward + backward")]
-
-
-def wake_gpu() -> None:
-    torch.ones(1, device=gpu.DEVICE).sum().item()
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Aside]:
-    found = Aside(wake_gpu, limit_s=LIMIT_S)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def aside(process: Aside) -> Aside:
-    if process.num_hung:
-        pytest.fail("not measured: a case ahead of this one hung")
-    return process
 
 
 def op_of(step: str) -> Callable[..., torch.Tensor]:

@@ -4,7 +4,7 @@ Each case first runs in another process, which is ended if it hangs: such a case
 measured, and takes no other result with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,24 +21,6 @@ pytestmark = pytest.mark.skipif(not gpu.has_hopper(), reason="needs a GPU of com
 LIMIT_S = 20.0  # of a first call, which takes some milliseconds
 EVEN = [(model, num_sequences, num_new, str(num_rows)) for model, num_sequences, num_new, num_rows in CALLS]
 ALL = [*EVEN, *((model, num_sequences, 1, f"1..{longest}") for model, num_sequences, longest in UNEVEN)]
-
-
-def wake_gpu() -> None:
-    torch.ones(1, device=gpu.DEVICE).sum().item()
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Aside]:
-    found = Aside(wake_gpu, limit_s=LIMIT_S)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def aside(process: Aside) -> Aside:
-    if process.num_hung:
-        pytest.fail("not measured: a case ahead of this one hung")
-    return process
 
 
 def drawn(model: str, num_sequences: int, num_new: int, rows: str) -> DecodeCase:

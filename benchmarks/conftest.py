@@ -13,7 +13,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import dscoder.testing.measure
 from benchmarks.shapes import DEVICE
-from dscoder.testing import results
+from dscoder.testing import gpu, results
+from dscoder.testing.aside import Aside
 from dscoder.testing.timing import clock_for, device_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -104,3 +105,19 @@ def source_texts() -> list[str]:
 def source_megabytes(source_texts: list[str]) -> float:
     """Their size in UTF-8."""
     return sum(len(text.encode("utf-8")) for text in source_texts) / 1e6
+
+
+@pytest.fixture(scope="module")
+def first_calls(request: pytest.FixtureRequest) -> Iterator[Aside]:
+    """The other process of a file, for first calls of kernels that may hang, of LIMIT_S each."""
+    found = Aside(gpu.wake, limit_s=request.module.LIMIT_S)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def aside(first_calls: Aside) -> Aside:
+    """The same, until something has hung there."""
+    if first_calls.num_hung:
+        pytest.fail("not measured: a case ahead of this one hung")
+    return first_calls

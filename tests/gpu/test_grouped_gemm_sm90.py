@@ -7,8 +7,7 @@ A wrong count of bytes shows as a kernel that waits forever, so every check runs
 ended at a limit.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch.nn.functional import silu
 from dscoder import ops
 from dscoder.runtime import native
 from dscoder.testing import gpu
-from dscoder.testing.aside import Aside
 from dscoder.testing.cases import generator, randn, routing
 from dscoder.testing.compare import assert_close, assert_product, assert_same
 
@@ -46,52 +44,8 @@ WIDTHS = [
 ]  # N, K: tiles and blocks of the depth in part, and whole
 GUARD_ROWS, ROWS_OF_NONE = 3, 9
 LIMIT_S = 10.0  # of a check, which takes some milliseconds
-MOST_HANGS = 2  # of one test's cases; what hung that often is not tried on
 
 Apart = Callable[..., None]
-
-
-def wake_gpu() -> None:
-    """Raises in a process that has lost its GPU to a fault."""
-    torch.ones(1, device=gpu.DEVICE).sum().item()
-
-
-@pytest.fixture(scope="module")
-def aside() -> Iterator[Aside]:
-    found = Aside(wake_gpu, limit_s=LIMIT_S)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def hangs() -> Counter[str]:
-    """How often each test's cases hung."""
-    return Counter()
-
-
-@pytest.fixture
-def apart(request: pytest.FixtureRequest, aside: Aside, hangs: Counter[str]) -> Apart:
-    """`apart(check, *args)` runs check(name, *args), the test's own name, in the other process.
-
-    compute-sanitizer looks into the process that it starts alone, so that runs the check itself.
-    """
-    test: str = request.node.originalname
-
-    def run(check: Apart, *args: object) -> None:
-        if request.config.getoption("--check-tool", default=None):
-            return check(request.node.nodeid, *args)
-        if hangs[test] >= MOST_HANGS:
-            pytest.fail(f"not run: {test} hung {hangs[test]} times")
-        try:
-            aside.run(check, request.node.nodeid, *args)
-        except TimeoutError:
-            hangs[test] += 1
-            raise
-        except AssertionError as error:  # a wait without an end traps, while no GPU has run the kernels
-            hangs[test] += "CUDA error" in str(error)
-            raise
-
-    return run
 
 
 def ends_of(counts: Sequence[int]) -> Tensor:

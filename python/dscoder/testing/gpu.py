@@ -31,6 +31,11 @@ def has_hopper() -> bool:
     return torch.cuda.is_available() and native.arch_for(torch.cuda.get_device_capability()) == "90a"
 
 
+def wake() -> None:
+    """Raises in a process that has lost its GPU to a fault."""
+    torch.ones(1, device=DEVICE).sum().item()
+
+
 def archs() -> list[str]:
     """Each `arch` with kernels that this machine's GPU can be asked for; "auto" alone where there is none.
 
