@@ -44,8 +44,8 @@ void launch_sm80(const MlaDecodeParams& p, const DecodeDevice& device, cudaStrea
 
 template <typename T>
 void launch_combine(const MlaDecodeParams& p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.num_parts),
-                    static_cast<unsigned>(ceil_div(p.num_new * p.num_heads, combine::kBlockRows)));
+    const int num_row_blocks = ceil_div(p.num_new * p.num_heads, combine::kBlockRows);
+    const dim3 grid(static_cast<unsigned>(num_row_blocks), static_cast<unsigned>(p.num_parts));
     launch_overlapped(combine::mla_decode_combine_kernel<T>, grid, dim3(combine::kNumThreads), 0, stream, p);
 }
 
@@ -58,14 +58,11 @@ void with_half_type(FloatType type, const Function& function) {
 }  // namespace
 
 void launch_mla_decode(const MlaDecodeParams& p, DecodeArch arch, cudaStream_t stream) {
-    constexpr int kMostBlocksY = 65535;
+    constexpr int kMostParts = 65535;  // blocks that a grid may have in y
     DSC_CHECK(p.page_size == 16 or p.page_size == 32 or p.page_size == 64 or p.page_size == 128,
               "mla_decode: pages must have 16, 32, 64 or 128 rows, got ", p.page_size);
-    DSC_CHECK(p.num_parts >= 1 and p.num_parts <= kMostBlocksY, "mla_decode: a plan has 1 to ", kMostBlocksY,
+    DSC_CHECK(p.num_parts >= 1 and p.num_parts <= kMostParts, "mla_decode: a plan has 1 to ", kMostParts,
               " parts, got ", p.num_parts);
-    DSC_CHECK(int64_t{p.num_new} * p.num_heads <= combine::kBlockRows * kMostBlocksY,
-              "mla_decode: num_new * num_heads must be <= ", combine::kBlockRows * kMostBlocksY, ", got ",
-              p.num_new, " and ", p.num_heads);
     if (p.num_sequences == 0 or p.num_new == 0) return;
     const DecodeDevice device = current_decode_device();
     const bool can_sm90 = device.is_sm90 and has_mla_decode_sm90();

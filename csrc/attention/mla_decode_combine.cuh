@@ -102,9 +102,9 @@ __device__ __forceinline__ void add_pieces(const SharedRow& row, float lse, Colu
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads) mla_decode_combine_kernel(const MlaDecodeParams p) {
     DSC_SHARED(float4[kBlockRows][kRowWarps][kLatentWidth / 4], warp_sums);
-    const int part = blockIdx.x, lane = threadIdx.x % kWarpSize;
+    const int part = blockIdx.y, lane = threadIdx.x % kWarpSize;
     const int in_block = threadIdx.x / (kRowWarps * kWarpSize), warp = threadIdx.x / kWarpSize % kRowWarps;
-    const int query_row = blockIdx.y * kBlockRows + in_block;
+    const int query_row = blockIdx.x * kBlockRows + in_block;
     wait_for_previous_kernel();
     let_next_kernel_start();
     // The sequence that the part's end cuts, if its owners begin with the part.

@@ -218,6 +218,16 @@ def test_nothing_to_do(
         assert_same(got, want)
 
 
+def test_as_many_new_rows_as_a_long_prompt_has_are_taken(use_kernels: UseKernels) -> None:
+    """S * H beyond what a grid is high (2^16), pairs of rows included; empty, so that nothing is computed."""
+    q = torch.empty(1, 1025, 128, WIDTH, dtype=torch.bfloat16)
+    cache = torch.full((1, 64, WIDTH), torch.nan, dtype=torch.bfloat16)
+    use_kernels(*OPS)
+    out, lse = ops.mla_decode(q, cache, torch.zeros(1, 1).int(), torch.zeros(1).int(), **OPTIONS)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
+
+
 def strange_caches(cache: Tensor) -> dict[str, Tensor]:
     """The same pages where the kernels cannot read them."""
     num_pages, page_size, width = cache.shape
