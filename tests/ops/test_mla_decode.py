@@ -161,6 +161,12 @@ def test_pages_and_rows_of_the_table_may_lie_apart(rng: torch.Generator) -> None
         assert_same(actual, want)
 
 
+def test_nothing_gets_a_gradient(rng: torch.Generator) -> None:
+    _, (q, cache, table, seq_lens) = random_case(rng, [3, 9])
+    results = ops.mla_decode(q.requires_grad_(), cache.requires_grad_(), table, seq_lens, **OPTIONS)
+    assert not any(result.requires_grad for result in results)
+
+
 def test_a_plan_changes_nothing(rng: torch.Generator) -> None:
     _, (q, cache, table, seq_lens) = random_case(rng, [5, 0, 9])
     max_rows = table.shape[1] * PAGE_SIZE

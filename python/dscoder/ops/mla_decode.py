@@ -88,7 +88,7 @@ def mla_decode(
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_decode.default(
-        q_BSHd, cache_PLd, page_table_BN, seq_lens_B, plan, value_dim, scale, arch
+        q_BSHd.detach(), cache_PLd.detach(), page_table_BN, seq_lens_B, plan, value_dim, scale, arch
     )
     return out, lse
 
