@@ -20,9 +20,14 @@ class MasterAdamW:
     """AdamW with global-norm clipping over a model's parameters, by name."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        """Make masters and zero moments; from here on backward passes of `model` add into the masters."""
+        """Make masters and zero moments; from here on backward passes of `model` add into the masters.
+
+        Parameters that require no gradient are left out: they stay as they are.
+        """
         self._config = config
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         self.masters: dict[str, Tensor] = {}
         self.moments: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():

@@ -115,6 +115,7 @@ def _job(
     )
     return Job(
         model=model,
+        num_steps=config.num_steps,
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
         export=lambda out: save_pretrained(model, out / MODEL, tokenizer=tokenizer, overwrite=True),

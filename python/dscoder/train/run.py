@@ -43,10 +43,6 @@ class RunConfig(Protocol):
         """The run directory to write."""
 
     @property
-    def num_steps(self) -> int:
-        """How many steps the whole run has."""
-
-    @property
     def optimizer(self) -> OptimizerConfig:
         """Of AdamW."""
 
@@ -85,6 +81,7 @@ class Job:
     """What a stage gives to its run. Every callable works on the live `model`."""
 
     model: nn.Module  # in training mode; its parameters that require a gradient are trained
+    num_steps: int  # of the whole run
     learning_rate: Callable[[int], float]  # of a step, from 0
     train_step: Callable[[MasterAdamW, int, float], StepDone]  # moves the weights: optimizer, step, its rate
     export: Callable[[Path], None]  # writes `results` below the stage's directory, after the last step
@@ -193,12 +190,12 @@ class _Run:
 def _train(run: _Run, writer: CheckpointWriter, report: RunReport, stop: _StopRequest) -> None:
     """All steps that are left."""
     config, evaluate = run.config, run.job.evaluate
-    while run.progress.step < config.num_steps:
+    while run.progress.step < run.job.num_steps:
         run.take_step(report)
         writer.raise_if_failed()
         paused = report.pause()
         step = run.progress.step
-        is_last = step == config.num_steps
+        is_last = step == run.job.num_steps
         if evaluate is not None and (is_last or step % config.report.eval_every == 0):
             report.evaluated(evaluate(), step=step, total_tokens=run.progress.num_tokens)
         if is_last or stop.signal_number is not None or step % config.checkpoint.every == 0:
@@ -297,7 +294,7 @@ def _run_job(
         RunReport(
             stage.directory,
             config.report,
-            num_steps=config.num_steps,
+            num_steps=job.num_steps,
             resume_step=run.progress.step,
             waiting=run.progress.waiting,
             on_metrics=on_metrics,
