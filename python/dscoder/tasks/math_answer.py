@@ -97,7 +97,7 @@ def _letter_value(letter: str, point: int) -> complex:
 
 def _value(node: ast.expr, point: int) -> complex:
     """The value of an expression; ValueError for whatever is not arithmetic."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # not bool
         return complex(node.value)
     if isinstance(node, ast.Name):
         return complex(math.pi) if node.id == "pi" else _letter_value(_one_letter(node.id), point)

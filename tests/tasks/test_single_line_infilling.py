@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from dscoder.sandbox.pool import Pool
+from dscoder.sandbox.verdict import Limits
+from dscoder.tasks.single_line_infilling import SingleLineInfilling
+
+# The form of the SantaCoder set: a language, no tests.
+SANTACODER = {
+    "name": "HumanEval_53_add",
+    "language": "js",
+    "prompt": "function add(x, y){\n",
+    "suffix": "\n}\n",
+    "canonical_solution": "  return x + y;",
+}
+
+
+@pytest.fixture
+def santacoder(tmp_path):
+    path = tmp_path / "santacoder.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (SANTACODER, SANTACODER | {"language": "py"})))
+    return path
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_the_lines_taken_out_pass_and_others_fail(records):
+    task = SingleLineInfilling(records, scoring="tests")
+    assert len(task.problems()) == 1033
+    problems = task.problems()[::20]
+    right = [task.program(problem, problem.reference) for problem in problems]
+    wrong = [task.program(problem, "    raise KeyError\n") for problem in problems[:10]]
+    with Pool(num_workers=2) as pool:
+        found = pool.run_many([*right, *wrong], Limits(time=30.0))
+    grades = [task.grade(p, "", v) for p, v in zip([*problems, *problems[:10]], found, strict=True)]
+    assert [grade.is_passed for grade in grades] == [True] * len(right) + [False] * len(wrong)
+
+
+def test_a_program_joins_the_parts_without_a_character_more(records):
+    task = SingleLineInfilling(records, scoring="tests")
+    problem = task.problems()[0]
+    source = task.program(problem, "    x\n").source
+    assert source == problem.code + "    x\n" + problem.suffix + "\n" + problem.tests + "\n"
+    assert problem.tests.endswith("\ncheck(has_close_elements)")
+    assert task.limits.time == 3.0
+
+
+def test_a_model_is_asked_with_the_prompt_as_it_is(records):
+    task = SingleLineInfilling(records)
+    prompt = task.request(task.problems()[0])
+    assert prompt.form == "infill"
+    assert prompt.text.endswith('"""\n\n')
+    assert prompt.suffix.startswith("        for idx2, elem2")
+
+
+@pytest.mark.parametrize(
+    ("completion", "whole", "first"),
+    [
+        ("  return x + y;", True, True),
+        ("return x + y;  \n", True, True),  # white space at both ends does not count
+        ("  return x + y;\n}", False, True),  # the one difference between the two rules
+        ("  return x + y;<|endoftext|>\nmore", True, False),
+        ("\n  return x + y;", True, False),
+        ("  return y + x;", False, False),
+        ("", False, False),
+    ],
+)
+def test_the_two_rules_differ_by_what_follows_the_first_line(santacoder, completion, whole, first):
+    for scoring, is_passed in (("whole", whole), ("first_line", first)):
+        task = SingleLineInfilling(santacoder, scoring=scoring)
+        problem = task.problems()[0]
+        assert task.program(problem, completion) is None
+        assert task.grade(problem, completion, None).is_passed is is_passed
+
+
+def test_each_rule_has_its_stop_strings(santacoder):
+    stops = {
+        s: SingleLineInfilling(santacoder, scoring=s).problems()[0].stop for s in ("whole", "first_line")
+    }
+    assert stops == {"whole": ("<|endoftext|>", "<|filename|>"), "first_line": ("\n",)}
+
+
+def test_santacoders_records_keep_their_language_and_name(santacoder):
+    problems = SingleLineInfilling(santacoder).problems()
+    assert [(p.id, p.language, p.metadata["name"]) for p in problems] == [
+        ("santacoder/0", "javascript", "HumanEval_53_add"),
+        ("santacoder/1", "python", "HumanEval_53_add"),
+    ]
+
+
+def test_records_without_tests_cannot_be_run(santacoder):
+    with pytest.raises(ValueError, match="got record 0 without test, entry_point"):
+        SingleLineInfilling(santacoder, scoring="tests")
