@@ -57,3 +57,39 @@ class PolicyLossConfig:
                 "PolicyLossConfig: objective sequence has no term a token: ratio must be left alone and "
                 f"correction be none or sequence, got {self.ratio} and {self.correction}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardsConfig:
+    """What answers are rewarded for: functions by name, and how much each counts."""
+
+    functions: tuple[str, ...] = ("tests",)  # tests, compiler, format, length, or a dotted path to a callable
+    weights: tuple[float, ...] = ()  # one a function; none: 1 each
+    time: float = 120.0  # seconds that a function may take for one group
+    format_pattern: str = ""  # format: the regular expression that an answer must match somewhere
+    overlong_margin: int = 0  # length: tokens before the longest answer from which on it costs
+
+    def __post_init__(self) -> None:
+        if not self.functions or len(set(self.functions)) != len(self.functions):
+            raise ValueError(f"RewardsConfig: functions must be some, each once, got {self.functions}")
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"RewardsConfig: weights must be as many as functions, {len(self.functions)}, "
+                f"got {len(self.weights)}"
+            )
+        if not all(math.isfinite(weight) and weight != 0 for weight in self.weights):
+            raise ValueError(f"RewardsConfig: weights must be finite and not 0, got {self.weights}")
+        if not (math.isfinite(self.time) and self.time > 0):
+            raise ValueError(f"RewardsConfig: time must be positive, got {self.time}")
+        if self.overlong_margin < 0:
+            raise ValueError(f"RewardsConfig: overlong_margin must be >= 0, got {self.overlong_margin}")
+        if ("format" in self.functions) != bool(self.format_pattern):
+            raise ValueError(
+                "RewardsConfig: function format and format_pattern go together, "
+                f"got {', '.join(self.functions)} and {self.format_pattern!r}"
+            )
+
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each function, by name."""
+        return dict(zip(self.functions, self.weights or (1.0,) * len(self.functions), strict=True))

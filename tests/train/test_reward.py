@@ -1,0 +1,224 @@
+"""Reward functions that answer, and those that raise, hang or answer nonsense; and the mix."""
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dscoder.tasks.problem import Problem
+from dscoder.train import reward as reward_module
+from dscoder.train.reward import Answer, RewardBatch, RewardFunction, Rewards, RewardTerm, mix
+
+PROBLEM = Problem(task="test", id="0", prompt="p", max_new_tokens=8)
+
+
+def batch_of(*completions: str) -> RewardBatch:
+    return RewardBatch(
+        answers=tuple(
+            Answer(
+                problem=PROBLEM,
+                prompt="p",
+                completion=text,
+                tokens=tuple(range(len(text))),
+                finish_reason="eos",
+                max_tokens=8,
+            )
+            for text in completions
+        )
+    )
+
+
+def lengths(batch: RewardBatch) -> list[float | None]:
+    return [float(len(answer.completion)) for answer in batch.answers]
+
+
+def answering(values: Any) -> RewardFunction:
+    return lambda _: values
+
+
+def score_one(function: RewardFunction, *completions: str, time: float = 5.0) -> tuple[list[Any], list[str]]:
+    """Rewards and reasons of one function."""
+    rewards = Rewards([RewardTerm(name="f", function=function, time=time)])
+    scores = rewards.score(batch_of(*completions))
+    assert [score.reward for score in scores] == [score.rewards["f"] for score in scores]
+    return [score.reward for score in scores], [score.reasons.get("f", "") for score in scores]
+
+
+def test_a_function_rewards_each_answer() -> None:
+    assert score_one(lengths, "a", "", "abc") == ([1.0, 0.0, 3.0], ["", "", ""])
+
+
+def test_an_async_function_rewards_each_answer() -> None:
+    async def slowly(batch: RewardBatch) -> Sequence[float | None]:
+        await asyncio.sleep(0.01)
+        return lengths(batch)
+
+    assert score_one(slowly, "ab", "c")[0] == [2.0, 1.0]
+
+
+def test_an_object_with_an_async_call_is_awaited() -> None:
+    class Slowly:
+        async def __call__(self, batch: RewardBatch) -> Sequence[float | None]:
+            return lengths(batch)
+
+    assert score_one(Slowly(), "ab")[0] == [2.0]
+
+
+def test_integers_and_booleans_are_numbers() -> None:
+    assert score_one(answering((True, 3)), "a", "b")[0] == [1.0, 3.0]
+
+
+def test_none_says_that_a_function_cannot_tell() -> None:
+    assert score_one(answering([None, 1.0]), "a", "b") == ([None, 1.0], ["no_answer", ""])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_left_out_alone(value: float) -> None:
+    assert score_one(answering([value, 1.0]), "a", "b") == ([None, 1.0], [f"not_finite: {value}", ""])
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ([1.0], "wrong_length: 1 for 2 answers"),
+        (1.0, "not_a_sequence: float"),
+        (None, "not_a_sequence: NoneType"),
+        ("ab", "not_a_sequence: str"),
+        (["1", "x"], "not_a_number: str"),
+    ],
+)
+def test_what_is_not_a_number_an_answer_is_named(found: object, reason: str) -> None:
+    assert score_one(answering(found), "a", "b") == ([None, None], [reason, reason])
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), TimeoutError("slow server"), SystemExit(3)])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_that_raises_is_named_and_gives_no_zero(error: BaseException, is_async: bool) -> None:
+    def fail(_: RewardBatch) -> Sequence[float | None]:
+        raise error
+
+    async def fail_later(batch: RewardBatch) -> Sequence[float | None]:
+        await asyncio.sleep(0)
+        return fail(batch)
+
+    values, reasons = score_one(fail_later if is_async else fail, "a", "b")
+    assert values == [None, None]
+    assert reasons == [f"raised: {error!r}"] * 2
+
+
+def test_a_function_that_hangs_is_named_and_not_asked_again_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reward_module, "_GRACE", 0.05)
+    gate = threading.Event()
+
+    def hang(batch: RewardBatch) -> list[float | None]:
+        gate.wait(20)
+        return lengths(batch)
+
+    rewards = Rewards(
+        [RewardTerm(name="slow", function=hang, time=0.1), RewardTerm(name="fast", function=lengths)]
+    )
+    began = time.monotonic()
+    first, second = rewards.score(batch_of("ab")), rewards.score(batch_of("ab"))
+    assert time.monotonic() - began < 5
+    assert first[0].reasons == {"slow": "hung: more than 0.1 s"}
+    assert second[0].reasons == {"slow": "hung: an earlier call still runs"}
+    assert first[0].rewards == second[0].rewards == {"slow": None, "fast": 2.0}
+    assert rewards.failures == {"slow: hung": 2}
+    gate.set()
+    assert score_until_answered(rewards) == {"slow": 2.0, "fast": 2.0}
+
+
+def score_until_answered(rewards: Rewards) -> Any:
+    for _ in range(100):
+        found = rewards.score(batch_of("ab"))[0].rewards
+        if found["slow"] is not None:
+            break
+    return found
+
+
+def test_an_async_function_that_hangs_is_cancelled() -> None:
+    cancelled = threading.Event()
+
+    async def hang(_: RewardBatch) -> Sequence[float | None]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return []
+
+    assert score_one(hang, "a", time=0.05) == ([None], ["hung: more than 0.05 s"])
+    assert cancelled.wait(5)
+
+
+def test_functions_of_a_group_run_at_once() -> None:
+    both = threading.Barrier(2, timeout=5)
+
+    def meet(batch: RewardBatch) -> list[float | None]:
+        both.wait()
+        return lengths(batch)
+
+    async def meet_too(batch: RewardBatch) -> Sequence[float | None]:
+        both.wait()
+        return lengths(batch)
+
+    rewards = Rewards([RewardTerm(name="a", function=meet), RewardTerm(name="b", function=meet_too)])
+    assert rewards.score(batch_of("x"))[0].reward == 2.0
+
+
+def test_failures_are_counted_by_function_and_kind() -> None:
+    rewards = Rewards(
+        [
+            RewardTerm(name="odd", function=answering([math.nan, "1", None])),
+            RewardTerm(name="none", function=answering([])),
+        ]
+    )
+    scores = rewards.score(batch_of("a", "b", "c"))
+    assert [score.reward for score in scores] == [None, None, None]
+    assert rewards.failures == {
+        "odd: not_finite": 1,
+        "odd: not_a_number": 1,
+        "odd: no_answer": 1,
+        "none: wrong_length": 3,
+    }
+
+
+def test_an_empty_group_has_no_scores() -> None:
+    assert Rewards([RewardTerm(name="f", function=lengths)]).score(batch_of()) == []
+
+
+def test_terms_need_names_of_their_own() -> None:
+    term = RewardTerm(name="f", function=lengths)
+    with pytest.raises(ValueError, match=r"Rewards: terms must be some, each name once, got \['f', 'f'\]"):
+        Rewards([term, term])
+    with pytest.raises(ValueError, match=r"each name once, got \[\]"):
+        Rewards([])
+
+
+def test_the_mix_is_the_weighted_sum() -> None:
+    found = mix({"a": [1.0, 0.0], "b": [2.0, 4.0]}, {"a": 1.0, "b": -0.5})
+    assert found == (0.0, -2.0)
+
+
+def test_a_missing_reward_leaves_the_answer_where_its_group_is() -> None:
+    # Without the first answer, "a" is 2 on average: neither the 0 of the worst nor a gain.
+    found = mix({"a": [None, 0.0, 4.0], "b": [1.0, 1.0, 1.0]}, {"a": 1.0, "b": 1.0})
+    assert found == (3.0, 1.0, 5.0)
+
+
+def test_the_mean_of_equal_rewards_makes_no_variance() -> None:
+    assert len(set(mix({"a": [0.1, None, 0.1, 0.1], "b": [0.3] * 4}, {"a": 0.7, "b": 1.1}))) == 1
+
+
+def test_a_function_that_never_answers_leaves_the_others() -> None:
+    assert mix({"a": [None, None], "b": [1.0, 2.0]}, {"a": 5.0, "b": 1.0}) == (1.0, 2.0)
+
+
+def test_an_answer_without_rewards_has_none() -> None:
+    assert mix({"a": [None, 1.0], "b": [None, 2.0]}, {"a": 1.0, "b": 1.0}) == (None, 3.0)
