@@ -65,7 +65,8 @@ PAIR = """\
             product *= number;
         }
         return Pair.with(sum, product);
-    }"""
+    }
+"""
 COUNTS = {"cpp": 161, "java": 158, "javascript": 161, "bash": 158}
 
 
@@ -123,6 +124,16 @@ def test_an_answer_ends_at_the_files_stop_strings(records):
     assert "unused" not in task.program(problem, "  return 0;\n}\n// unused").files["main.js"]
     java = MultiPlE(records, language="java")
     assert java.request(java.problems()[0]).stop == ("\n    }\n",)
+
+
+def test_javas_brace_is_a_stop_string_only_before_a_line_break(records):
+    task = MultiPlE(records, language="java")
+    problem = by_id(task)[ADD]
+    ended, unended = (
+        task.program(problem, "        return 0;\n    }" + rest).files["Problem.java"] for rest in ("\n", "")
+    )
+    assert ended.count("    }\n") == 2  # of the tests: one ends the function, one main
+    assert unended.count("    }\n") == 3
 
 
 def test_headers_are_added_where_the_code_does_not_have_them(records, tmp_path):

@@ -97,8 +97,8 @@ def _letter_value(letter: str, point: int) -> complex:
 
 def _value(node: ast.expr, point: int) -> complex:
     """The value of an expression; ValueError for whatever is not arithmetic."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # not bool
-        return complex(node.value)
+    if isinstance(node, ast.Constant):
+        return _constant(node.value)
     if isinstance(node, ast.Name):
         return complex(math.pi) if node.id == "pi" else _letter_value(_one_letter(node.id), point)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
@@ -109,6 +109,12 @@ def _value(node: ast.expr, point: int) -> complex:
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "sqrt" and len(node.args) == 1:
         return cmath.sqrt(_value(node.args[0], point))
     raise ValueError(f"math_equal: an expression must be arithmetic, got {type(node).__name__}")
+
+
+def _constant(value: object) -> complex:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"math_equal: a constant must be a number, got {value!r}")
+    return complex(value)
 
 
 def _one_letter(name: str) -> str:
