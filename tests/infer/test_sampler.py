@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dscoder.config.generate import SamplingConfig
 from dscoder.infer import sampler
-from dscoder.infer.sampler import draw_numbers, likeliest, uniform
+from dscoder.infer.sampler import add_logprobs, draw_numbers, likeliest, uniform
 
 
 def draw(step: int = 0, **sampling: float) -> tuple[float, ...]:
@@ -125,3 +125,29 @@ def test_sampling_config_rejects_values_out_of_range(field: str, value: float) -
 def test_sampling_config_rejects_negative_counts(field: str) -> None:
     with pytest.raises(ValueError, match=f"SamplingConfig: {field} must be >= 0, got -1"):
         SamplingConfig(**{field: -1})
+
+
+def test_log_probabilities_are_those_of_the_softmax_at_the_temperature() -> None:
+    logits_BV = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(9.0)], [1.0, 1.0]])
+    how_B4 = torch.tensor([draw(), draw(temperature=2.0), draw(temperature=1e-8)], dtype=torch.float64)
+    answer_2B = torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    found = add_logprobs(logits_BV, answer_2B, how_B4)
+    assert torch.equal(found[:2], answer_2B)
+    assert found[2].tolist() == pytest.approx([math.log(p) for p in (3 / 4, 1 / 4, 1 / 2)])
+
+
+def test_filters_do_not_change_log_probabilities() -> None:
+    logits_BV = torch.randn(1, 9, generator=torch.Generator().manual_seed(1))
+    answer_2B = likeliest(logits_BV)
+    filtered_B4 = torch.tensor([draw(temperature=1.0, top_k=1, top_p=0.1)], dtype=torch.float64)
+    assert torch.equal(
+        add_logprobs(logits_BV, answer_2B, filtered_B4)[2], add_logprobs(logits_BV, answer_2B, None)[2]
+    )
+
+
+def test_log_probabilities_are_computed_in_float32() -> None:
+    logits_BV = torch.randn(4, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    answer_2B = likeliest(logits_BV)
+    wanted_BV = logits_BV.double().log_softmax(dim=-1)
+    wanted_B = wanted_BV.gather(1, answer_2B[1, :, None].long())[:, 0]
+    torch.testing.assert_close(add_logprobs(logits_BV, answer_2B, None)[2], wanted_B, rtol=1e-6, atol=1e-6)

@@ -45,6 +45,7 @@ class _Text:
         self.request_idx = request_idx
         self.request = request
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []  # empty if they are not kept
         self.budget = min(request.max_new_tokens, room)
         self._budget_reason: FinishReason = "length" if request.max_new_tokens <= room else "context"
         self._eos_id = eos_id
@@ -87,6 +88,7 @@ class _Text:
         completion = Completion(
             tokens=tuple(self.tokens),
             text=self._stream.text,
+            logprobs=tuple(self.logprobs) if self.request.keep_logprobs else None,
             # What was held back may turn out to be a stop string only once the text is complete.
             finish_reason="stop" if self._stream.is_stopped else reason or self._budget_reason,
         )
@@ -205,15 +207,16 @@ class Engine:
         scheduler.compact(runner.batch_size(scheduler.num_running))
         writing = [texts[job.request_idx] for job in jobs]
         is_sampled = any(text.request.sampling.temperature > 0 for text in writing)
-        answer_2B = runner.step(
+        answer = runner.step(
             jobs,
             [text.last_token for text in writing],
             [draw_numbers(text.request.sampling, len(text.tokens)) for text in writing]
             if is_sampled
             else None,
+            keep_logprobs=any(text.request.keep_logprobs for text in writing),
         )
         # The one transfer of a step: the check and the result.
-        peaks, tokens = answer_2B.tolist()
+        peaks, tokens, *logprobs = answer.tolist()
         events = []
         for job, text in zip(jobs, writing, strict=True):
             if not math.isfinite(peaks[job.row]):
@@ -221,6 +224,8 @@ class Engine:
                     f"generate: the logits of request {job.request_idx} at step {len(text.tokens)} must be "
                     f"finite, got a largest value of {peaks[job.row]}"
                 )
+            if text.request.keep_logprobs:
+                text.logprobs.append(logprobs[0][job.row])
             event = text.accept(int(tokens[job.row]))
             job.num_cached += 1
             job.num_tokens += 1

@@ -19,6 +19,7 @@ class Request:
     sampling: SamplingConfig = GREEDY
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     stop_ids: tuple[int, ...] = ()  # end the text as the end-of-text token does, but with reason "stop"
+    keep_logprobs: bool = False  # tell how likely each token drawn was
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -34,12 +35,14 @@ class Completion:
     """The answer to one request.
 
     `tokens` are all tokens drawn, the one that ended the text included; `text` is what they say up to the
-    end: no end-of-text token, no stop string, nothing after it.
+    end: no end-of-text token, no stop string, nothing after it. `logprobs`, if the request keeps them, has
+    one number a token: see `dscoder.infer.sampler.add_logprobs`.
     """
 
     tokens: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

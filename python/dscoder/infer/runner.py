@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dscoder.config import MlaConfig
 from dscoder.infer.pages import Room
-from dscoder.infer.sampler import NUM_DRAW_COLUMNS, draw, likeliest
+from dscoder.infer.sampler import NUM_DRAW_COLUMNS, add_logprobs, draw, likeliest
 from dscoder.infer.scheduler import Job
 from dscoder.models.cache import PAGE_SIZE, KeyValueCache, allocate_cache
 from dscoder.models.transformer import Transformer
@@ -65,6 +65,8 @@ def cuda_graphs() -> Capture:
 class Runner:
     """A model, a cache, and the tensors through which steps get their inputs and give their answers."""
 
+    # Whoever calls, in inference mode or not: the memory serves callers in the other one too.
+    @torch.inference_mode(False)
     def __init__(self, model: Transformer, *, room: Room, num_ids: int, capture: Capture | None) -> None:
         """`num_ids`: tokens from there on are never drawn. `capture`: None runs every step afresh."""
         weight = model.head.weight
@@ -88,7 +90,6 @@ class Runner:
         # Row 0: each row's token. Row 1: 1 for rows that decode, 0 for padding.
         self._input_2B = torch.zeros(2, room.num_rows, dtype=torch.int32, device=weight.device)
         self._how_B4 = torch.zeros(room.num_rows, NUM_DRAW_COLUMNS, dtype=torch.float64, device=weight.device)
-        self._host_input_2B, self._host_how_B4 = _on_host(self._input_2B), _on_host(self._how_B4)
 
     @property
     def is_captured(self) -> bool:
@@ -121,14 +122,19 @@ class Runner:
             row[: len(piece)] = piece
             row[longest] = len(piece)
         first = jobs[0].row
-        with self._on_device:
+        with self._on_device, self._without_autocast():
             tokens_BS = host_BS.to(device, non_blocking=True)
             cache = self.cache.rows(first, first + len(jobs), max_len=max(job.num_cached for job in jobs))
             self._model.features(tokens_BS[:, :longest], cache=cache, num_new_B=tokens_BS[:, longest])
 
     @torch.inference_mode()
     def step(
-        self, jobs: Sequence[Job], tokens: Sequence[int], how: Sequence[Sequence[float]] | None
+        self,
+        jobs: Sequence[Job],
+        tokens: Sequence[int],
+        how: Sequence[Sequence[float]] | None,
+        *,
+        keep_logprobs: bool = False,
     ) -> Tensor:
         """Feed each job its token; nothing waits for the device.
 
@@ -136,24 +142,32 @@ class Runner:
             jobs: that decode; their tokens are appended to their rows.
             tokens: one for each job.
             how: `draw_numbers` of each job; None: all are greedy.
+            keep_logprobs: whether the answer says how likely each token was.
 
         Returns:
-            float64 [2, B]: by row, the largest logit and the token drawn; the next step may overwrite it.
+            float64 [2, B]: by row, the largest logit and the token drawn, and with `keep_logprobs` a third
+            line of `add_logprobs`; the next step may overwrite it.
         """
         rows = [job.row for job in jobs]
         batch, width = self.batch_size(max(rows) + 1), 1 + max(job.num_cached for job in jobs)
-        with self._on_device:
+        with self._on_device, self._without_autocast():
             step = self._step(batch, width)
-            self._host_input_2B.zero_()
-            host_input = self._host_input_2B.numpy()
+            host_input_2B = _on_host(self._input_2B)
+            host_input = host_input_2B.numpy()
             host_input[0, rows], host_input[1, rows] = tokens, 1
-            self._input_2B.copy_(self._host_input_2B, non_blocking=True)
+            self._input_2B.copy_(host_input_2B, non_blocking=True)
             logits_BV, answer_2B = step()
+            how_B4 = None
             if how is not None:
-                self._host_how_B4.numpy()[rows] = how
-                self._how_B4.copy_(self._host_how_B4, non_blocking=True)
-                answer_2B = draw(logits_BV, answer_2B, self._how_B4[:batch])
-        return answer_2B
+                host_how_B4 = _on_host(self._how_B4)
+                host_how_B4.numpy()[rows] = how
+                how_B4 = self._how_B4.copy_(host_how_B4, non_blocking=True)[:batch]
+                answer_2B = draw(logits_BV, answer_2B, how_B4)
+            return add_logprobs(logits_BV, answer_2B, how_B4) if keep_logprobs else answer_2B
+
+    def _without_autocast(self) -> torch.autocast:
+        # Graphs would go on reading its copies of weights, and the cache has the type of the weights.
+        return torch.autocast(self._input_2B.device.type, enabled=False)
 
     def _step(self, batch: int, width: int) -> Step:
         if self._capture is None:
@@ -183,8 +197,11 @@ def _power_of_two(size: int) -> int:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Where the host writes what `tensor` gets: pinned memory, or the tensor itself."""
-    return torch.zeros_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else tensor
+    """Zeros in which the host writes what `tensor` gets: the tensor itself, or pinned memory.
+
+    That is another one each time, since the device may not have copied the last one yet.
+    """
+    return torch.zeros_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else tensor.zero_()
 
 
 def _addresses(model: Transformer) -> list[int]:

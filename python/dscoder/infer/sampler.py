@@ -71,3 +71,23 @@ def draw(logits_BV: Tensor, answer_2B: Tensor, how_B4: Tensor) -> Tensor:
     choice_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=vocab_size - 1)
     token_B = order_BV.gather(-1, choice_B1)[:, 0].double()
     return torch.stack([answer_2B[0], torch.where(is_greedy_B1[:, 0], answer_2B[1], token_B)])
+
+
+def add_logprobs(logits_BV: Tensor, answer_2B: Tensor, how_B4: Tensor | None) -> Tensor:
+    """The answer with a third row: the log-probability of each row's token, computed in float32.
+
+    It is that of the softmax over the whole vocabulary at the row's temperature (at 1 for greedy rows),
+    before top-k and top-p: what a trainer that knows nothing of the filters finds too.
+
+    Args:
+        answer_2B: of `likeliest` or `draw`.
+        how_B4: as for `draw`; None: all rows are greedy.
+    """
+    logits_BV = logits_BV.float()
+    if how_B4 is not None:
+        temperature_B1 = how_B4[:, :1].masked_fill(how_B4[:, :1] == 0, 1.0).float()
+        # As in `draw`: a tiny temperature must not overflow.
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B1
+    token_B1 = answer_2B[1, :, None].long()
+    logprob_B = logits_BV.gather(-1, token_B1)[:, 0] - logits_BV.logsumexp(dim=-1)
+    return torch.cat([answer_2B, logprob_B[None].double()])
