@@ -56,8 +56,8 @@ __device__ __forceinline__ float combined_lse(const SharedRow& row) {
         const float own = first + lane < row.num_parts ? row.lse(row.slot(first + lane)) : -kInfinity;
         const float before = largest;
         largest = max(largest, row_max<kWarpSize>(own));
-        if (largest == -kInfinity) continue;
-        sum = sum * exp_fast(before - largest) + row_sum<kWarpSize>(exp_fast(own - largest));
+        const float base = largest == -kInfinity ? 0.0f : largest;  // max passes NaN over, the sum keeps it
+        sum = sum * exp_fast(before - base) + row_sum<kWarpSize>(exp_fast(own - base));
     }
     return sum == 0.0f ? -kInfinity : largest + logf(sum);
 }

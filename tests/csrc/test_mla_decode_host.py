@@ -228,6 +228,18 @@ def test_negative_lengths_are_empty(host_ops: ModuleType) -> None:
     assert_decodes(decode(host_ops, case, plan_for(host_ops, case, 3)), (q, cache, table, seq_lens))
 
 
+@pytest.mark.parametrize("num_parts", [1, 3, 40])
+def test_a_nan_in_a_query_is_seen_in_both_its_results(host_ops: ModuleType, num_parts: int) -> None:
+    """However many parts share the sequence: -inf would say that the token saw nothing."""
+    q, *rest = Call(lengths=(64 * 70, 9), num_heads=2).case()
+    q[0, 0, 1, 3] = torch.nan
+    case = (q, *rest)
+    for result in decode(host_ops, case, plan_for(host_ops, case, num_parts)):
+        assert bool(result[0, 0, 1].isnan().all())
+        assert bool(result[0, 0, 0].isfinite().all())
+        assert bool(result[1].isfinite().all())
+
+
 def test_large_scores_overflow_nothing(host_ops: ModuleType) -> None:
     """Scores in the thousands, growing along the sequence: the largest one so far changes in every stage."""
     q, cache, table, seq_lens = Call(lengths=(200,), num_heads=3).case()
