@@ -1,7 +1,13 @@
 """Checkpoints in the published Hugging Face layout: config.json and safetensors, both ways."""
 
 from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf
-from dscoder.checkpoint.pretrained import check_replaceable, load_config, load_pretrained, save_pretrained
+from dscoder.checkpoint.pretrained import (
+    check_replaceable,
+    load_config,
+    load_pretrained,
+    load_scalar_model,
+    save_pretrained,
+)
 
 __all__ = [
     "check_replaceable",
@@ -9,5 +15,6 @@ __all__ = [
     "config_to_hf",
     "load_config",
     "load_pretrained",
+    "load_scalar_model",
     "save_pretrained",
 ]

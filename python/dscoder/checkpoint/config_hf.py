@@ -26,14 +26,22 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+_CLASSES = {"llama": "Llama", "deepseek_v2": "DeepseekV2"}
 
 
-def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
-    """The model that a config.json describes; ValueError names a field that it cannot honour."""
+def _architecture(model_type: str, *, is_scalar: bool) -> str:
+    return _CLASSES[model_type] + ("ForSequenceClassification" if is_scalar else "ForCausalLM")
+
+
+def config_from_hf(data: Mapping[str, Any], *, is_scalar: bool = False) -> ModelConfig:
+    """The model that a config.json describes; ValueError names a field that it cannot honour.
+
+    Args:
+        is_scalar: it describes a model with a scalar head, not one with a vocabulary.
+    """
     fields = Fields(data)
-    model_type = fields.choice("model_type", tuple(_ARCHITECTURES))
-    fields.expect("architectures", [_ARCHITECTURES[model_type]], [])
+    model_type = fields.choice("model_type", tuple(_CLASSES))
+    fields.expect("architectures", [_architecture(model_type, is_scalar=is_scalar)], [])
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
@@ -57,6 +65,12 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
     )
     fields.finish()
     return config
+
+
+def is_scalar_hf(data: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the model has a scalar head."""
+    named = data.get("architectures")
+    return named in [[_architecture(model_type, is_scalar=True)] for model_type in _CLASSES]
 
 
 def dtype_from_hf(data: Mapping[str, Any]) -> torch.dtype | None:
@@ -178,15 +192,22 @@ def _training_from_hf(fields: Fields) -> tuple[BalanceConfig, dict[str, Any]]:
     return balance, dropping
 
 
-def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """The published config.json of `config`; ValueError where that form cannot hold it."""
+def config_to_hf(
+    config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16, is_scalar: bool = False
+) -> dict[str, Any]:
+    """The published config.json of `config`; ValueError where that form cannot hold it.
+
+    Args:
+        is_scalar: of a model with a scalar head. transformers reads the score at the last token that is not
+            `pad_token_id`: there it is the begin-of-text token, with which no sequence ends.
+    """
     names = {torch_dtype: name for name, torch_dtype in _DTYPES.items()}
     if dtype not in names:
         raise ValueError(f"config_to_hf: dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
     is_latent = isinstance(config.attention, MlaConfig)
     model_type = "deepseek_v2" if is_latent else "llama"
     data = {
-        "architectures": [_ARCHITECTURES[model_type]],
+        "architectures": [_architecture(model_type, is_scalar=is_scalar)],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_id,
@@ -206,6 +227,8 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) ->
         "vocab_size": config.vocab_size,
         **rope_to_hf(config.rope),
     }
+    if is_scalar:
+        data |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": config.bos_id}
     if isinstance(config.attention, MlaConfig):
         return data | _mla_to_hf(config.attention) | _moe_to_hf(config.moe, config.num_layers)
     if config.moe is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dscoder.config import MlaConfig, ModelConfig
 
+SCORE = "score.weight"  # the one row of a scalar head, here and there
 _GQA = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out"))
 _MLA_PLAIN_QUERY = (("q_proj", "query"),)
 _MLA_LATENT_QUERY = (("q_a_proj", "query_down"), ("q_a_layernorm", "query_norm"), ("q_b_proj", "query_up"))
@@ -54,13 +55,19 @@ def is_derived(name: str) -> bool:
     return name.endswith(_DERIVED)
 
 
-def pieces(config: ModelConfig, *, stacked_experts: bool = False) -> Iterator[Piece]:
-    """Every published tensor of a model, layer by layer. The stacked form is read, never written."""
+def pieces(config: ModelConfig, *, stacked_experts: bool = False, is_scalar: bool = False) -> Iterator[Piece]:
+    """Every published tensor of a model, layer by layer. The stacked form is read, never written.
+
+    Args:
+        is_scalar: of a ScalarModel, whose parameters go by the names they have in its backbone.
+    """
     yield Piece(name="model.embed_tokens.weight", parameter="embed.weight")
     for layer_idx in range(config.num_layers):
         yield from _layer(config, layer_idx, stacked_experts)
     yield Piece(name="model.norm.weight", parameter="norm.weight")
-    if not config.tie_embeddings:
+    if is_scalar:
+        yield Piece(name=SCORE, parameter=SCORE)
+    elif not config.tie_embeddings:
         yield Piece(name="lm_head.weight", parameter="head.weight")
 
 

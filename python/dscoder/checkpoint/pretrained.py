@@ -9,13 +9,15 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
-from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf, dtype_from_hf
+from dscoder.checkpoint.config_hf import config_from_hf, config_to_hf, dtype_from_hf, is_scalar_hf
 from dscoder.checkpoint.names import Piece, has_stacked_experts, is_derived, pieces
 from dscoder.checkpoint.replace import new_directory
 from dscoder.checkpoint.store import (
@@ -29,13 +31,14 @@ from dscoder.checkpoint.store import (
     write_tensors,
 )
 from dscoder.config import ModelConfig
-from dscoder.models import Transformer, materialise
+from dscoder.models import ScalarModel, Transformer, materialise
 
 CONFIG = "config.json"
+_EMBEDDING = "model.embed_tokens.weight"
+_NAMING_PAD = ("tokenizer_config.json", "special_tokens_map.json")  # files that say how to pad
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *_NAMING_PAD,
     "added_tokens.json",
     "chat_template.jinja",
 )
@@ -58,7 +61,8 @@ def load_config(path_or_repo_id: str | Path) -> ModelConfig:
     """The config of the model in a directory or hub repository; its weights are left where they are."""
     path = _find(path_or_repo_id, files=(CONFIG,)) / CONFIG
     with _naming(path):
-        return config_from_hf(read_json(path))
+        data = read_json(path)
+        return config_from_hf(data, is_scalar=is_scalar_hf(data))
 
 
 def load_pretrained(
@@ -76,24 +80,89 @@ def load_pretrained(
         dtype: of the parameters. None: what config.json says, else what the embedding is stored in.
         device: where they go; tensors are converted and moved one at a time.
     """
+    source = _open(path_or_repo_id, config=config, dtype=dtype)
+    if source.is_scalar:
+        raise ValueError(
+            f"load_pretrained: {source.directory} must hold a model with a vocabulary, got one with a scalar "
+            "head (load_scalar_model reads it)"
+        )
+    parts = _parts(source)
+    model = Transformer(source.config, device="meta")
+    _read_weights(model, source, parts, device=torch.device(device))
+    if source.config.tie_embeddings:
+        _check_tied_head(model, source.stored)
+    return model.eval()
+
+
+def load_scalar_model(
+    path_or_repo_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> ScalarModel:
+    """A model with a scalar head, in evaluation mode; the arguments are those of `load_pretrained`.
+
+    From a model with a vocabulary its backbone is taken, and the head is drawn by `seed`.
+    """
+    source = _open(path_or_repo_id, config=None, dtype=dtype)
+    if not source.is_scalar:
+        backbone = load_pretrained(source.directory, dtype=dtype, device=device)
+        return ScalarModel(backbone, seed=seed).eval()
+    parts = _parts(source)
+    model = ScalarModel(Transformer(source.config, device="meta"))
+    _read_weights(model, source, parts, device=torch.device(device))
+    return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """A checkpoint whose headers were read."""
+
+    directory: Path
+    stored: dict[str, StoredTensor]
+    config: ModelConfig
+    dtype: torch.dtype
+    is_scalar: bool
+
+
+def _open(path_or_repo_id: str | Path, *, config: ModelConfig | None, dtype: torch.dtype | None) -> _Source:
+    """The checkpoint there, with `config` and `dtype` in place of what it says itself, where given."""
     if dtype is not None and dtype not in DTYPES.values():
         wanted = ", ".join(str(known) for known in DTYPES.values())
         raise ValueError(f"load_pretrained: dtype must be one of {wanted}, got {dtype}")
     directory = _find(path_or_repo_id, files=_HUB_FILES)
     data = read_json(directory / CONFIG)
+    is_scalar = is_scalar_hf(data)
     with _naming(directory / CONFIG):
-        config = config or config_from_hf(data)
+        config = config or config_from_hf(data, is_scalar=is_scalar)
         dtype = dtype or dtype_from_hf(data)
     stored = open_store(directory)
-    parts = _parts(stored, config, directory)
-    model = Transformer(config, device="meta")
-    _check(stored, parts, model)
-    stored_dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
-    materialise(model, dtype=dtype or stored_dtype, device=torch.device(device))
-    _fill(model, {name: stored[name] for name in parts}, parts)
-    if config.tie_embeddings:
-        _check_tied_head(model, stored)
-    return model.eval()
+    if dtype is None and _EMBEDDING in stored:
+        dtype = DTYPES.get(stored[_EMBEDDING].dtype)
+    return _Source(
+        directory=directory,
+        stored=stored,
+        config=config,
+        dtype=dtype or torch.float32,  # a missing or strange embedding is refused by name when it is read
+        is_scalar=is_scalar,
+    )
+
+
+def _read_weights(
+    model: Transformer | ScalarModel, source: _Source, parts: dict[str, Piece], *, device: torch.device
+) -> None:
+    """Give `model`, which is on the meta device, its memory and the weights of `source`."""
+    _check(source.stored, parts, model)
+    materialise(model, dtype=source.dtype, device=device)
+    _fill(model, {name: source.stored[name] for name in parts}, parts)
+
+
+def _parameters(model: Transformer | ScalarModel) -> dict[str, nn.Parameter]:
+    """The parameters by the names that pieces have for them."""
+    if isinstance(model, ScalarModel):
+        return {name.removeprefix("backbone."): weight for name, weight in model.named_parameters()}
+    return dict(model.named_parameters())
 
 
 @contextmanager
@@ -122,19 +191,24 @@ def _find(path_or_repo_id: str | Path, *, files: Sequence[str]) -> Path:
         ) from error
 
 
-def _parts(stored: dict[str, StoredTensor], config: ModelConfig, directory: Path) -> dict[str, Piece]:
+def _parts(source: _Source) -> dict[str, Piece]:
     """The pieces of the model by their names in the files, all of which are there."""
-    every = pieces(config, stacked_experts=has_stacked_experts(stored))
+    stored = source.stored
+    every = pieces(source.config, stacked_experts=has_stacked_experts(stored), is_scalar=source.is_scalar)
     # One more than there are tensors is enough to miss one, whatever number of layers a config claims.
     parts = {piece.name: piece for piece in islice(every, len(stored) + 1)}
     missing = [name for name in parts if name not in stored]
     if missing:
         others = " and others" if len(missing) > 1 else ""
-        raise ValueError(f"load_pretrained: {directory} must hold tensor {missing[0]!r}{others}, got none")
+        raise ValueError(
+            f"load_pretrained: {source.directory} must hold tensor {missing[0]!r}{others}, got none"
+        )
     return parts
 
 
-def _check(stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Transformer) -> None:
+def _check(
+    stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Transformer | ScalarModel
+) -> None:
     """No tensor is left over, each has the shape and a type that can be converted."""
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     for name, tensor in stored.items():
@@ -142,7 +216,7 @@ def _check(stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Tran
             raise ValueError(
                 f"load_pretrained: {tensor.file} must hold what {CONFIG} calls for, got tensor {name!r} too"
             )
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     for name, piece in parts.items():
         tensor, wanted = stored[name], tuple(piece.view(parameters[piece.parameter]).shape)
         if tensor.shape != wanted:
@@ -157,8 +231,8 @@ def _check(stored: dict[str, StoredTensor], parts: dict[str, Piece], model: Tran
 
 
 @torch.no_grad()
-def _fill(model: Transformer, stored: dict[str, StoredTensor], parts: dict[str, Piece]) -> None:
-    parameters = dict(model.named_parameters())
+def _fill(model: Transformer | ScalarModel, stored: dict[str, StoredTensor], parts: dict[str, Piece]) -> None:
+    parameters = _parameters(model)
     assert {piece.parameter for piece in parts.values()} == parameters.keys()
     for name, tensor in read_tensors(stored):
         piece = parts[name]
@@ -177,7 +251,7 @@ def _check_tied_head(model: Transformer, stored: dict[str, StoredTensor]) -> Non
 
 
 def save_pretrained(
-    model: Transformer,
+    model: Transformer | ScalarModel,
     directory: str | Path,
     *,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
@@ -188,7 +262,8 @@ def save_pretrained(
 
     Args:
         max_shard_bytes: weights of a file; what fits in one is one file, a larger tensor stands alone.
-        tokenizer: a directory whose tokenizer files are copied into the new one.
+        tokenizer: a directory whose tokenizer files are copied into the new one. Beside a scalar head its
+            padding token becomes the begin-of-text token.
         overwrite: replace `directory` if it is a checkpoint and nothing else; else it must not exist or be
             empty.
     """
@@ -199,17 +274,33 @@ def save_pretrained(
         raise ValueError("save_pretrained: model must have its weights, got them on the meta device")
     check_replaceable(directory, overwrite=overwrite)
     companions = [] if tokenizer is None else _tokenizer_files(Path(tokenizer).expanduser())
-    data = config_to_hf(model.config, dtype=model.embed.weight.dtype)
-    parameters = dict(model.named_parameters())
+    parameters, is_scalar = _parameters(model), isinstance(model, ScalarModel)
+    data = config_to_hf(model.config, dtype=parameters["embed.weight"].dtype, is_scalar=is_scalar)
     tensors = [
-        (piece.name, piece.view(parameters[piece.parameter].detach())) for piece in pieces(model.config)
+        (piece.name, piece.view(parameters[piece.parameter].detach()))
+        for piece in pieces(model.config, is_scalar=is_scalar)
     ]
     with new_directory(directory) as partial:
         write_tensors(partial, tensors, max_shard_bytes=max_shard_bytes)
         for path in companions:
             shutil.copyfile(path, partial / path.name)
+        if is_scalar:
+            _pad_with_bos([partial / path.name for path in companions])
         text = json.dumps(data, indent=2, sort_keys=True)
         (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _pad_with_bos(files: Sequence[Path]) -> None:
+    """Make the padding token of copied tokenizer files what config.json says it is.
+
+    transformers looks for the last token that is no padding; the published tokenizers pad with the
+    end-of-text token, which sequences end with.
+    """
+    for path in files:
+        data = read_json(path) if path.name in _NAMING_PAD else {}
+        if data.get("bos_token") is not None:
+            data["pad_token"] = data["bos_token"]
+            path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:

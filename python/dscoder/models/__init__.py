@@ -1,4 +1,4 @@
-"""The two model families as one Transformer, its caches, its initial weights and its parameter counts."""
+"""The two model families as one Transformer, its caches, its scalar head, initial weights and counts."""
 
 from dscoder.models.cache import (
     PAGE_SIZE,
@@ -10,6 +10,7 @@ from dscoder.models.cache import (
 )
 from dscoder.models.count import ParameterCount, count_parameters
 from dscoder.models.init import init_weights, materialise
+from dscoder.models.scalar_head import ScalarModel, Scores
 from dscoder.models.transformer import Features, Transformer
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "KeyValueCache",
     "LatentCache",
     "ParameterCount",
+    "ScalarModel",
+    "Scores",
     "Transformer",
     "allocate_cache",
     "cache_token_bytes",
