@@ -85,7 +85,9 @@ def outcomes(task, answers):
     programs = [task.program(problems[name], answer) for name, answer in answers.items()]
     with Pool(num_workers=2, memory=2 * task.limits.memory) as pool:
         found = pool.run_many(programs, replace(task.limits, time=30.0))
-    return {name: (verdict.outcome, verdict.detail) for name, verdict in zip(answers, found, strict=True)}
+    named = zip(answers, found, strict=True)
+    graded = {name: (task.grade(problems[name], answers[name], v), v.outcome) for name, v in named}
+    return {name: (outcome, grade.detail) for name, (grade, outcome) in graded.items()}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -129,11 +131,9 @@ def test_an_answer_ends_at_the_files_stop_strings(records):
 def test_javas_brace_is_a_stop_string_only_before_a_line_break(records):
     task = MultiPlE(records, language="java")
     problem = by_id(task)[ADD]
-    ended, unended = (
-        task.program(problem, "        return 0;\n    }" + rest).files["Problem.java"] for rest in ("\n", "")
-    )
-    assert ended.count("    }\n") == 2  # of the tests: one ends the function, one main
-    assert unended.count("    }\n") == 3
+    for rest, ending in (("\n", "return 0;\n    }\n    "), ("", "return 0;\n    }\n    }\n    ")):
+        program = task.program(problem, "        return 0;\n    }" + rest)
+        assert program.files["Problem.java"].partition("public static void main")[0].endswith(ending)
 
 
 def test_headers_are_added_where_the_code_does_not_have_them(records, tmp_path):
@@ -145,7 +145,7 @@ def test_headers_are_added_where_the_code_does_not_have_them(records, tmp_path):
     assert rest.startswith("#include<assert.h>\n#include<bits/stdc++.h>\n")
     with_one = tmp_path / "humaneval-cpp.jsonl"
     with_one.write_text(
-        '{"name": "a", "prompt": "#include<vector>\\n", "tests": "", "stop_tokens": ["\\n}"]}'
+        '{"name": "a", "prompt": "#include<vector>\\n", "tests": "}", "stop_tokens": ["\\n}"]}'
     )
     (problem,) = MultiPlE(with_one, language="cpp").problems()
     source = MultiPlE(with_one, language="cpp").program(problem, "").files["main.cpp"]
@@ -215,6 +215,38 @@ def test_a_missing_toolchain_is_not_a_wrong_answer(records, monkeypatch):
     problem = task.problems()[0]
     verdict = run(task.program(problem, "}"), task.limits)
     assert task.grade(problem, "}", verdict).is_passed is None
+
+
+@pytest.mark.parametrize(
+    ("language", "leave"),
+    [("cpp", "exit(0);"), ("java", "System.exit(0);"), ("javascript", "process.exit(0);")],
+)
+@pytest.mark.usefixtures("sandbox")
+def test_leaving_before_the_tests_end_is_not_passing(records, language, leave):
+    task = task_of(records, language)
+    problem = by_id(task)[ADD]
+    completion = f"    {leave}\n    return 0;\n" + ("}" if language == "javascript" else "")
+    verdict = run(task.program(problem, completion), replace(task.limits, time=30.0))
+    assert verdict.exit_code == 0
+    grade = task.grade(problem, completion, verdict)
+    assert (grade.is_passed, grade.detail) == (False, "the program ended before its tests did")
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_leaving_bash_before_the_tests_end_is_not_passing(records):
+    task = task_of(records, "bash", asking="instruct")
+    problem = by_id(task)[ADD]
+    completion = f"```bash\n{problem.code}    echo 0\n}}\nexit 0\nadd() {{\n}}\n```"
+    verdict = run(task.program(problem, completion), task.limits)
+    assert verdict.exit_code == 0
+    assert task.grade(problem, completion, verdict).is_passed is False
+
+
+def test_tests_without_their_braces_are_refused(tmp_path):
+    source = tmp_path / "humaneval-java.jsonl"
+    source.write_text('{"name": "a", "prompt": "", "tests": "}", "stop_tokens": []}')
+    with pytest.raises(ValueError, match="tests must end with 2 closing braces, got '}'"):
+        MultiPlE(source, language="java")
 
 
 def test_an_unknown_language_is_refused():

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from dscoder.sandbox.verdict import Limits, Program
+from dscoder.sandbox.verdict import Limits, Program, Verdict
 from dscoder.tasks.answers import Dialect, complete_function, cut_at
-from dscoder.tasks.problem import Problem, Task
+from dscoder.tasks.ending import grade_ended, python_program
+from dscoder.tasks.problem import Grade, Problem, Task
 from dscoder.tasks.sources import Record, read_records
 
 Asking = Literal["base", "instruct", "instruct_v2"]
@@ -105,11 +106,18 @@ class HumanEval(Task):
 
     def program(self, problem: Problem, completion: str) -> Program:
         """Header, given code, answer and tests."""
+        return python_program(self._source(problem, completion))
+
+    def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
+        """Passed if the program ran through its tests."""
+        return grade_ended(self._source(problem, completion), verdict)
+
+    def _source(self, problem: Problem, completion: str) -> str:
         if self.asking == "base":
             code = problem.code + "\n" + cut_at(completion, STOPS)
         else:
             code = complete_function(problem.code, completion, _PYTHON)
-        return Program(source=HEADER + code + "\n" + problem.tests + "\n")
+        return HEADER + code + "\n" + problem.tests + "\n"
 
     def _problem(self, record: Record) -> Problem:
         is_base = self.asking == "base"

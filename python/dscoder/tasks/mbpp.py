@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dscoder.sandbox.verdict import Limits, Program
+from dscoder.sandbox.verdict import Limits, Program, Verdict
 from dscoder.tasks.answers import cut_at, first_block
-from dscoder.tasks.problem import Problem, Task
+from dscoder.tasks.ending import grade_ended, python_program
+from dscoder.tasks.problem import Grade, Problem, Task
 from dscoder.tasks.sources import Record, read_records
 
 EXAMPLE_IDS = (2, 3, 4)
@@ -101,12 +102,19 @@ class Mbpp(Task):
 
     def program(self, problem: Problem, completion: str) -> Program:
         """The answer, then its tests. Without a fenced block, all that a model said is the answer."""
+        return python_program(self._source(problem, completion))
+
+    def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
+        """Passed if the program ran through its tests."""
+        return grade_ended(self._source(problem, completion), verdict)
+
+    def _source(self, problem: Problem, completion: str) -> str:
         if self.asking == "base":
             code = cut_at(completion, (STOP,)).strip()
         else:
             block = first_block(completion, "python")
             code = completion if block is None else block
-        return Program(source=code + "\n" + problem.tests)
+        return code + "\n" + problem.tests + "\n"
 
     def _problem(self, examples: Sequence[Record], record: Record) -> Problem:
         is_base = self.asking == "base"

@@ -13,8 +13,9 @@ from types import MappingProxyType
 
 from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
 from dscoder.tasks.answers import Dialect, complete_function, cut_at
+from dscoder.tasks.ending import end_mark, grade_ended
 from dscoder.tasks.human_eval import BASE_TOKENS, INSTRUCT_TOKENS, Asking, ask, limits_for
-from dscoder.tasks.problem import Grade, Problem, Task, grade_verdict, not_judged
+from dscoder.tasks.problem import Grade, Problem, Task, not_judged
 from dscoder.tasks.sources import Record, read_records
 
 _FIELDS = ("name", "prompt", "tests", "stop_tokens")
@@ -52,6 +53,8 @@ class _Translation:
     file_name: str
     dialect: Dialect
     headers: tuple[str, ...] = ()
+    write_mark: str  # the statement that writes it
+    num_braces_after: int  # closing braces that the tests have after the place of that statement
 
 
 _TRANSLATIONS: Mapping[str, _Translation] = MappingProxyType(
@@ -61,16 +64,30 @@ _TRANSLATIONS: Mapping[str, _Translation] = MappingProxyType(
             file_name="main.cpp",
             dialect=Dialect(fence="cpp", main="int main()"),
             headers=_CPP_HEADERS,
+            write_mark='std::cout << "\\n{mark}" << std::endl;',
+            num_braces_after=1,
         ),
         "java": _Translation(
             suffix="java",
             file_name="Problem.java",  # named after its class
             dialect=Dialect(fence="java", main="public static void main", indent=4),
+            write_mark='System.out.println("\\n{mark}");',
+            num_braces_after=2,
         ),
         "javascript": _Translation(
-            suffix="js", file_name="main.js", dialect=Dialect(fence="javascript", adds_brace=True)
+            suffix="js",
+            file_name="main.js",
+            dialect=Dialect(fence="javascript", adds_brace=True),
+            write_mark='process.stdout.write("\\n{mark}\\n");',
+            num_braces_after=0,
         ),
-        "bash": _Translation(suffix="sh", file_name="main.sh", dialect=Dialect(fence="bash")),
+        "bash": _Translation(
+            suffix="sh",
+            file_name="main.sh",
+            dialect=Dialect(fence="bash"),
+            write_mark="printf '\\n%s\\n' '{mark}'",
+            num_braces_after=0,
+        ),
     }
 )
 LANGUAGES = tuple(_TRANSLATIONS)
@@ -119,7 +136,7 @@ class MultiPlE(Task):
 
     def program(self, problem: Problem, completion: str) -> Program | None:
         """Headers, given code, answer and tests; None for Java with a tuple where their jar is missing."""
-        source = self._source(problem, completion)
+        source = self._marked(problem, completion)
         files: dict[str, str | bytes] = {self._rules.file_name: source}
         if self._jar is not None:
             files[_JAR_NAME] = self._jar.read_bytes()
@@ -135,25 +152,33 @@ class MultiPlE(Task):
         )
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
-        """Passed if the program ends with status 0; not judged where a library is missing here."""
+        """Passed if the program ran through its tests; not judged where a library is missing here."""
         if verdict is None and self.program(problem, completion) is None:
             return not_judged(f"needs javatuples (Debian: libjavatuples-java), found at none of {_listed()}")
         if verdict is not None and verdict.outcome == "compile_error" and verdict.compile is not None:
             found = _NO_OPENSSL.search(verdict.compile.stderr.decode(errors="replace"))
             if found:
                 return not_judged(f"needs OpenSSL (Debian: libssl-dev): {found[0]}", verdict=verdict)
-        return grade_verdict(verdict)
+        return grade_ended(self._source(problem, completion, problem.tests), verdict)
 
-    def _source(self, problem: Problem, completion: str) -> str:
+    def _marked(self, problem: Problem, completion: str) -> str:
+        mark = end_mark(self._source(problem, completion, problem.tests))
+        place = _before_braces(problem.tests, self._rules.num_braces_after)
+        statement = self._rules.write_mark.format(mark=mark)
+        tests = f"{problem.tests[:place]}\n{statement}\n{problem.tests[place:]}"
+        return self._source(problem, completion, tests)
+
+    def _source(self, problem: Problem, completion: str, tests: str) -> str:
         if self.asking == "base":
             code = problem.code + "\n" + cut_at(completion, problem.stop)
         else:
             code = complete_function(problem.code, completion, self._rules.dialect)
         headers = "".join(f"{header}\n" for header in self._rules.headers if header not in problem.code)
-        return (headers + "\n" if self._rules.headers else "") + code + "\n" + problem.tests
+        return (headers + "\n" if self._rules.headers else "") + code + "\n" + tests
 
     def _problem(self, record: Record) -> Problem:
         is_base = self.asking == "base"
+        _before_braces(record["tests"], self._rules.num_braces_after)  # told now, not at the first answer
         return Problem(
             task=self.name,
             id=str(record.get("task_id", record["name"])),
@@ -165,6 +190,18 @@ class MultiPlE(Task):
             code=record["prompt"],
             tests=record["tests"],
         )
+
+
+def _before_braces(tests: str, num_braces: int) -> int:
+    """The place before so many closing braces at the end of the tests."""
+    place = len(tests)
+    for _ in range(num_braces):
+        place = tests.rfind("}", 0, place)
+        if place < 0:
+            raise ValueError(
+                f"MultiPlE: tests must end with {num_braces} closing braces, got {tests[-80:]!r}"
+            )
+    return place
 
 
 def _needs_tuples(source: str) -> bool:

@@ -13,8 +13,9 @@ from typing import Literal
 
 from dscoder.sandbox.verdict import Limits, Program, Verdict
 from dscoder.tasks.answers import cut_at, first_line
+from dscoder.tasks.ending import grade_ended, python_program
 from dscoder.tasks.human_eval import call_check
-from dscoder.tasks.problem import Grade, Problem, Task, grade_verdict, graded
+from dscoder.tasks.problem import Grade, Problem, Task, graded
 from dscoder.tasks.sources import Record, read_records
 
 Scoring = Literal["tests", "whole", "first_line"]
@@ -24,6 +25,10 @@ _FILES = ("humaneval_single_line_infilling.jsonl.gz", "HumanEval-SingleLineInfil
 _FIELDS = ("prompt", "suffix", "canonical_solution")
 _LANGUAGES = {"py": "python", "js": "javascript", "java": "java"}
 _STOPS: dict[Scoring, tuple[str, ...]] = {"tests": (), "whole": WHOLE_STOPS, "first_line": ("\n",)}
+
+
+def _source(problem: Problem, completion: str) -> str:
+    return f"{problem.code}{completion}{problem.suffix}\n{problem.tests}\n"
 
 
 class SingleLineInfilling(Task):
@@ -59,12 +64,12 @@ class SingleLineInfilling(Task):
         """What stands before, the answer as it is, what stands after, the tests; None if it is compared."""
         if self.scoring != "tests":
             return None
-        return Program(source=f"{problem.code}{completion}{problem.suffix}\n{problem.tests}\n")
+        return python_program(_source(problem, completion))
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """By the tests, or by comparison."""
         if self.scoring == "tests":
-            return grade_verdict(verdict)
+            return grade_ended(_source(problem, completion), verdict)
         is_first = self.scoring == "first_line"
         found = first_line(completion) if is_first else cut_at(completion, WHOLE_STOPS)
         is_equal = found.strip() == (problem.answer or "").strip()
