@@ -5,13 +5,14 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from dscoder.tasks.problem import Problem
 from dscoder.train import reward as reward_module
-from dscoder.train.reward import Answer, RewardBatch, RewardFunction, Rewards, RewardTerm, mix
+from dscoder.train.reward import Answer, RewardBatch, RewardFunction, Rewards, RewardTerm, count_failures, mix
 
 PROBLEM = Problem(task="test", id="0", prompt="p", max_new_tokens=8)
 
@@ -129,7 +130,7 @@ def test_a_function_that_hangs_is_named_and_not_asked_again_until_it_ends(
     assert first[0].reasons == {"slow": "hung: more than 0.1 s"}
     assert second[0].reasons == {"slow": "hung: an earlier call still runs"}
     assert first[0].rewards == second[0].rewards == {"slow": None, "fast": 2.0}
-    assert rewards.failures == {"slow: hung": 2}
+    assert count_failures([*first, *second]) == {"slow: hung": 2}
     gate.set()
     assert score_until_answered(rewards) == {"slow": 2.0, "fast": 2.0}
 
@@ -172,6 +173,19 @@ def test_functions_of_a_group_run_at_once() -> None:
     assert rewards.score(batch_of("x"))[0].reward == 2.0
 
 
+def test_groups_are_scored_by_several_threads_at_once() -> None:
+    both = threading.Barrier(2, timeout=5)
+
+    def meet(batch: RewardBatch) -> list[float | None]:
+        both.wait()
+        return lengths(batch)
+
+    rewards = Rewards([RewardTerm(name="f", function=meet)])
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(rewards.score, [batch_of("a"), batch_of("bc")]))
+    assert [scores[0].reward for scores in found] == [1.0, 2.0]
+
+
 def test_failures_are_counted_by_function_and_kind() -> None:
     rewards = Rewards(
         [
@@ -181,7 +195,7 @@ def test_failures_are_counted_by_function_and_kind() -> None:
     )
     scores = rewards.score(batch_of("a", "b", "c"))
     assert [score.reward for score in scores] == [None, None, None]
-    assert rewards.failures == {
+    assert count_failures(scores) == {
         "odd: not_finite": 1,
         "odd: not_a_number": 1,
         "odd: no_answer": 1,

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 
 from dscoder.infer.request import FinishReason
@@ -149,77 +149,84 @@ def _checked(found: object, num_answers: int) -> _Result:
     return _Result(values=values, reasons=reasons)
 
 
-class _Caller:
-    """Calls one function, a group at a time, never twice at once.
+class _Call:
+    """One call of a function, in a thread of its own."""
 
-    Threads cannot be killed: one that hangs is left behind as a daemon, which keeps no process from ending.
-    While it runs, the function is not called again, so there is never more than one.
-    """
-
-    def __init__(self, term: RewardTerm) -> None:
-        self.term = term
-        self._thread: threading.Thread | None = None
+    def __init__(self, term: RewardTerm, batch: RewardBatch) -> None:
+        self._term = term
+        self._num_answers = len(batch.answers)
         self._done: Future[RewardValues] = Future()
-        self._deadline = 0.0
-
-    def start(self, batch: RewardBatch) -> bool:
-        """Begin a call; False if an earlier one still hangs."""
-        if self._thread is not None:
-            self._thread.join(_GRACE)
-            if self._thread.is_alive():
-                return False
-        self._done = Future()
-        self._deadline = time.monotonic() + self.term.time
-        self._thread = threading.Thread(
-            target=_call, args=(self.term, batch, self._done), name=f"reward {self.term.name}", daemon=True
+        self._deadline = time.monotonic() + term.time
+        self.thread = threading.Thread(
+            target=_call, args=(term, batch, self._done), name=f"reward {term.name}", daemon=True
         )
-        self._thread.start()
-        return True
+        self.thread.start()
 
-    def finish(self, num_answers: int) -> _Result:
+    def finish(self) -> _Result:
         """What the call gave; waits for it as long as its limit allows."""
         wait([self._done], timeout=max(0.0, self._deadline - time.monotonic()))
         error = self._done.exception() if self._done.done() else _HungError()
         if isinstance(error, _HungError):
-            return _nothing(num_answers, f"hung: more than {self.term.time:g} s")
+            return _nothing(self._num_answers, f"hung: more than {self._term.time:g} s")
         if error is not None:
-            return _nothing(num_answers, f"raised: {error!r}"[:_LONGEST_REASON])
-        return _checked(self._done.result(), num_answers)
+            return _nothing(self._num_answers, f"raised: {error!r}"[:_LONGEST_REASON])
+        return _checked(self._done.result(), self._num_answers)
 
 
-@dataclass(slots=True)
-class Rewards:
-    """The functions of a run and their mix.
+class _Caller:
+    """Calls one function for any number of groups at once.
 
-    Attributes:
-        failures: how often each function gave nothing for an answer, by "name: kind of reason". A function
-            that answers None says so itself: that is no failure.
+    Threads cannot be killed: one that hangs is left behind as a daemon, which keeps no process from ending.
+    While such a one lives the function is not called again, so that they do not pile up.
     """
 
-    terms: Sequence[RewardTerm]
-    failures: Counter[str] = field(default_factory=Counter)
-    _callers: list[_Caller] = field(init=False)
+    def __init__(self, term: RewardTerm) -> None:
+        self.term = term
+        self._left: list[threading.Thread] = []
 
-    def __post_init__(self) -> None:
-        names = [term.name for term in self.terms]
+    def _still_hangs(self) -> bool:
+        for thread in tuple(self._left):
+            thread.join(_GRACE)
+            if thread.is_alive():
+                return True
+            self._left.remove(thread)
+        return False
+
+    def start(self, batch: RewardBatch) -> _Call | None:
+        """Begin a call; None if an earlier one still hangs."""
+        return None if self._still_hangs() else _Call(self.term, batch)
+
+    def finish(self, call: _Call | None, num_answers: int) -> _Result:
+        """What the call gave."""
+        if call is None:
+            return _nothing(num_answers, "hung: an earlier call still runs")
+        result = call.finish()
+        if call.thread.is_alive() and any(reason.startswith("hung") for reason in result.reasons):
+            self._left.append(call.thread)
+        return result
+
+
+class Rewards:
+    """The functions of a run and their mix; groups may be scored by several threads at once."""
+
+    def __init__(self, terms: Sequence[RewardTerm]) -> None:
+        names = [term.name for term in terms]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"Rewards: terms must be some, each name once, got {names}")
-        self._callers = [_Caller(term) for term in self.terms]
+        self._callers = [_Caller(term) for term in terms]
+        self._weights = {term.name: term.weight for term in terms}
+        self._told: set[str] = set()  # failures that the log has already
 
     def score(self, batch: RewardBatch) -> list[Score]:
         """The score of each answer of a group; all functions run at once."""
         num_answers = len(batch.answers)
-        started = [caller.start(batch) for caller in self._callers]
+        calls = [caller.start(batch) for caller in self._callers]
         results = {
-            caller.term.name: caller.finish(num_answers)
-            if is_started
-            else _nothing(num_answers, "hung: an earlier call still runs")
-            for caller, is_started in zip(self._callers, started, strict=True)
+            caller.term.name: caller.finish(call, num_answers)
+            for caller, call in zip(self._callers, calls, strict=True)
         }
-        self._count(results)
-        weights = {term.name: term.weight for term in self.terms}
-        mixed = mix({name: result.values for name, result in results.items()}, weights)
-        return [
+        mixed = mix({name: result.values for name, result in results.items()}, self._weights)
+        scores = [
             Score(
                 rewards={name: result.values[idx] for name, result in results.items()},
                 reasons={
@@ -229,14 +236,27 @@ class Rewards:
             )
             for idx in range(num_answers)
         ]
+        self._tell(scores)
+        return scores
 
-    def _count(self, results: Mapping[str, _Result]) -> None:
-        for name, result in results.items():
-            for reason in filter(None, result.reasons):
-                key = f"{name}: {reason.partition(':')[0]}"
-                if key not in self.failures and not reason.startswith("no_answer"):
+    def _tell(self, scores: Sequence[Score]) -> None:
+        """Warn of each kind of failure once; that a function cannot tell is none."""
+        for score in scores:
+            for name, reason in score.reasons.items():
+                kind = failure_kind(name, reason)
+                if kind not in self._told and not reason.startswith("no_answer"):
                     _LOG.warning("reward function %s gave no reward (%s); it is left out", name, reason)
-                self.failures[key] += 1
+                self._told.add(kind)
+
+
+def failure_kind(name: str, reason: str) -> str:
+    """What failures of a function are counted under: "name: kind"."""
+    return f"{name}: {reason.partition(':')[0]}"
+
+
+def count_failures(scores: Iterable[Score]) -> Counter[str]:
+    """For how many answers each function gave nothing, by `failure_kind`."""
+    return Counter(failure_kind(name, reason) for score in scores for name, reason in score.reasons.items())
 
 
 def mix(
