@@ -105,6 +105,7 @@ def job(row: int, num_cached: int) -> Job:
     return Job(request_idx=row, num_tokens=num_cached + 1, most_tokens=999, num_cached=num_cached, row=row)
 
 
+@pytest.mark.sanitize("memcheck", "synccheck")
 def test_a_replay_sees_other_tokens_lengths_and_rows(model: Transformer) -> None:
     captured, plain = build(model, cuda_graphs()), build(model, None)
     lengths = {0: 5, 1: 0, 2: 63, 3: 100}
@@ -121,6 +122,22 @@ def test_a_replay_sees_other_tokens_lengths_and_rows(model: Transformer) -> None
             lengths[row] += 1
             assert peaks[row] == pytest.approx(wanted[row], rel=0.05)
     assert captured.cache.seq_lens_B.tolist() == [lengths[row] for row in range(4)]
+
+
+def test_a_step_keeps_its_input_until_the_gpu_gets_to_it(model: Transformer) -> None:
+    answers = []
+    for is_busy in (False, True):
+        runner = build(model, cuda_graphs())
+        runner.step([job(0, 0)], [1], None)  # captures
+        if is_busy:
+            torch.cuda._sleep(100_000_000)
+        asked = []
+        for step in range(4):
+            asked.append(runner.step([job(0, 1 + step)], [50 * step + 7], None).clone())
+            if not is_busy:
+                torch.cuda.synchronize()
+        answers.append(torch.stack(asked))
+    assert answers[0].equal(answers[1])
 
 
 @pytest.mark.parametrize("is_drawn", [False, True])

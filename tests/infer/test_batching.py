@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -232,6 +233,27 @@ def test_other_weights_are_captured_anew(
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().roll(-7, dims=0))
     assert engine.generate(requests) == before
     assert len(made) == 3  # one of them the other engine's
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_neither_inference_mode_nor_autocast_around_a_call_reaches_the_model(
+    model: Transformer, tokenizer, monkeypatch: pytest.MonkeyPatch, is_captured: bool
+) -> None:
+    """What is kept was made in one of them, and serves in the others."""
+    if is_captured:
+        capture_on_cpu(monkeypatch)
+    requests = long_requests()[:3]
+    wanted = Engine(model, tokenizer).generate(requests)
+    engine = Engine(model, tokenizer, batch=BatchConfig(max_batch=2))
+    for around in (torch.inference_mode(), nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with around:
+            assert engine.generate(requests) == wanted
+    stream = engine.stream(requests)
+    with torch.inference_mode():
+        events = [next(stream)]
+    events += stream
+    done = {event.request_idx: event.completion for event in events if event.completion}
+    assert [done[i] for i in range(len(requests))] == wanted
 
 
 def test_what_a_failed_call_leaves_is_not_used_again(
