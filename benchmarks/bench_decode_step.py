@@ -20,6 +20,7 @@ from benchmarks.decode_bytes import decode_bytes, experts_hit
 from benchmarks.peers.transformers_model import HAS_TRANSFORMERS, cache_of, decode_step, their_model
 from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU
 from dscoder.config import ModelConfig, preset
+from dscoder.config.generate import BatchConfig
 from dscoder.infer.engine import Engine
 from dscoder.infer.pages import Room
 from dscoder.infer.request import Request
@@ -276,7 +277,8 @@ def test_runner(
 
 def our_generate(model: Transformer) -> Peer:
     def prepare(prompts_BS: Tensor) -> Run:
-        engine = Engine(model, NoText(model.config.vocab_size))
+        batch = BatchConfig(max_batch=len(prompts_BS))
+        engine = Engine(model, NoText(model.config.vocab_size), batch=batch)
         requests = [
             Request(prompt=tuple(prompt), max_new_tokens=NEW_TOKENS) for prompt in prompts_BS.tolist()
         ]
