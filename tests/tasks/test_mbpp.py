@@ -41,7 +41,7 @@ def source(tmp_path):
 def test_reference_code_passes_its_tests(records):
     task = Mbpp(records)
     # One in eight, and the one whose tests need objects made beforehand.
-    problems = [p for idx, p in enumerate(task.problems()) if idx % 8 == 0 or p.id == "mbpp/367"]
+    problems = [p for idx, p in enumerate(task.problems()) if idx % 8 == 1 or p.id == "mbpp/367"]
     programs = [task.program(problem, problem.reference) for problem in problems]
     with Pool(num_workers=2) as pool:
         found = pool.run_many(programs, Limits(time=30.0))
