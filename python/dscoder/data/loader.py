@@ -23,7 +23,7 @@ class Batch:
     """Windows side by side; on the CPU as the loader gives it."""
 
     tokens_BS: Tensor  # int64
-    labels_BS: Tensor  # int64: the next token of the same document, else IGNORED
+    labels_BS: Tensor  # int64: the next token of the same document if it is learnt, else IGNORED
     cu_seqlens: Tensor  # int32 [documents + 1] over the B * S tokens; padding counts as a document
     window_idx: tuple[int, ...]  # which windows of the split these are
 
@@ -79,6 +79,9 @@ def assemble(windows: Windows, window_idx: NDArray[np.int64]) -> Batch:
         tokens_BS[row] = tokens
         labels_BS[row, : max(used - 1, 0)] = tokens[1:used]
         labels_BS[row, ends - 1] = IGNORED  # the last token of a document has no next one
+        is_learnt_S = windows.loss_mask(int(index))
+        if is_learnt_S is not None:
+            labels_BS[row, :-1][~is_learnt_S[1:]] = IGNORED
         edges = ends if used == length else np.append(ends, np.int32(length))
         starts.append(edges + np.int32(row * length))
     return Batch(

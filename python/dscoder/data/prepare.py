@@ -20,12 +20,11 @@ import numpy as np
 from dscoder.config.data import PrepareConfig
 from dscoder.config.text import FimConfig
 from dscoder.data.sections import split_sections
-from dscoder.data.shards import Array, token_dtype, write_shard
+from dscoder.data.shards import SplitWriter, token_dtype
 from dscoder.data.sources import Document, hash_sources, is_held_out, read_documents
 from dscoder.runtime.artifact import Stage, hash_path, open_stage
 from dscoder.runtime.log import get_logger
 from dscoder.text.fim import apply_fim, encode_fim
-from dscoder.text.pack import pack
 from dscoder.text.tokenizer import Tokenizer
 
 TRAIN = "train"
@@ -39,18 +38,15 @@ _LOG = get_logger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class _Split:
-    """One split while it is written: the documents waiting to be packed, and what was written so far."""
+    """One split while it is written."""
 
-    directory: Path
+    writer: SplitWriter
     fim: FimConfig
-    waiting: list[Array] = field(default_factory=list)
-    num_waiting: int = 0  # tokens
-    num_shards: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def _encode(batch: Sequence[Document], split: _Split, *, config: PrepareConfig, tokenizer: Tokenizer) -> None:
-    """Append the token ids of the documents of one batch to those waiting."""
+    """Add the token ids of the documents of one batch to the split."""
     texts = [document.text for document in batch]
     keys = [document.key for document in batch]
     parts = apply_fim(texts, document_ids=keys, config=split.fim, seed=config.seed)
@@ -58,25 +54,11 @@ def _encode(batch: Sequence[Document], split: _Split, *, config: PrepareConfig, 
     head = [tokenizer.require_id("bos")] if config.add_bos else []
     tail = [tokenizer.require_id("eos")]
     for ids in encode_fim(parts, tokenizer):
-        framed = np.array([*head, *ids, *tail], dtype=dtype)
-        split.waiting.append(framed)
-        split.num_waiting += len(framed)
+        split.writer.add(np.array([*head, *ids, *tail], dtype=dtype))
     split.counts["documents"] += len(batch)
     split.counts["bytes"] += sum(len(text.encode()) for text in texts)
     for part in parts:
         split.counts[f"fim_{part.order.name.lower()}"] += 1
-
-
-def _flush(split: _Split, *, config: PrepareConfig, fill: int) -> None:
-    """Pack the waiting documents into one shard."""
-    if not split.waiting:
-        return
-    plan = pack([len(ids) for ids in split.waiting], window=config.window)
-    write_shard(split.directory, split.num_shards, documents=split.waiting, plan=plan, fill=fill)
-    split.counts["windows"] += plan.num_windows
-    split.counts["tokens"] += split.num_waiting
-    split.waiting, split.num_waiting = [], 0
-    split.num_shards += 1
 
 
 def _sections(document: Document, max_bytes: int | None) -> list[Document]:
@@ -106,19 +88,25 @@ def _write_splits(
     stage: Stage, config: PrepareConfig, tokenizer: Tokenizer, dropped: Counter[str]
 ) -> dict[str, Counter[str]]:
     fill = tokenizer.require_id("eos") if tokenizer.pad_id is None else tokenizer.pad_id
-    train = _Split(directory=stage.directory / TRAIN, fim=config.fim)
-    held_out = _Split(directory=stage.directory / HELD_OUT, fim=_NO_FIM)
+
+    def split(name: str, fim: FimConfig) -> _Split:
+        directory = stage.directory / name
+        writer = SplitWriter(directory, window=config.window, fill=fill, pool_tokens=config.pool_tokens)
+        return _Split(writer=writer, fim=fim)
+
+    splits = {TRAIN: split(TRAIN, config.fim), HELD_OUT: split(HELD_OUT, _NO_FIM)}
     documents = read_documents(config.sources, dropped=dropped)
     share = config.sources.held_out_share
     for batch in _batches(documents, section_bytes=config.section_bytes, share=share):
-        for split in (train, held_out):
-            chosen = [document for is_held, document in batch if is_held == (split is held_out)]
-            _encode(chosen, split, config=config, tokenizer=tokenizer)
-            if split.num_waiting >= config.pool_tokens:
-                _flush(split, config=config, fill=fill)
-    for split in (train, held_out):
-        _flush(split, config=config, fill=fill)
-    return {TRAIN: train.counts, HELD_OUT: held_out.counts}
+        for name, part in splits.items():
+            chosen = [document for is_held, document in batch if is_held == (name == HELD_OUT)]
+            _encode(chosen, part, config=config, tokenizer=tokenizer)
+            part.writer.flush_if_full()
+    for part in splits.values():
+        part.writer.flush()
+        part.counts["windows"] = part.writer.num_windows
+        part.counts["tokens"] = part.writer.num_tokens
+    return {name: part.counts for name, part in splits.items()}
 
 
 def _padding_share(counts: Counter[str], window: int) -> float:

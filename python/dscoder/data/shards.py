@@ -4,6 +4,8 @@ A split is a directory of shards of three memory-mapped arrays: `tokens-00000.np
 when the vocabulary allows, else uint32), `ends-00000.npy`, the end offsets (exclusive) of the documents of
 all windows in a row, and `first-00000.npy` [windows + 1], where a window's offsets begin. What lies
 behind a window's last document is padding. A document longer than a window is several documents here.
+
+Where only some tokens are learnt, `mask-00000.npy` [windows, window] (uint8) says which: 1 on those.
 """
 
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dscoder.text.pack import PackPlan
+from dscoder.text.pack import PackPlan, pack
 
 Array = NDArray[np.unsignedinteger]
 
@@ -31,21 +33,83 @@ def _save(path: Path, array: NDArray[np.integer]) -> None:
         os.fsync(file.fileno())
 
 
-def write_shard(
-    directory: Path, shard_idx: int, *, documents: Sequence[Array], plan: PackPlan, fill: int
-) -> None:
-    """Write the windows that `plan` makes of `documents` (token ids, all of one type); `fill` pads them."""
-    dtype = documents[0].dtype if documents else np.dtype(np.uint16)
-    tokens_NS = np.full((plan.num_windows, plan.window), fill, dtype=dtype)
+def _laid_out(rows: Sequence[Array], plan: PackPlan, *, fill: int) -> Array:
+    """One array a document put where `plan` says, `fill` elsewhere: [windows, window]."""
+    dtype = rows[0].dtype if rows else np.dtype(np.uint16)
+    laid_NS = np.full((plan.num_windows, plan.window), fill, dtype=dtype)
     window_P = np.repeat(np.arange(plan.num_windows), np.diff(plan.begin))
-    offset_P, length_P = plan.offsets(), plan.length_P
-    columns = (window_P, offset_P, plan.document_P, plan.start_P, length_P)
+    columns = (window_P, plan.offsets(), plan.document_P, plan.start_P, plan.length_P)
     for window, offset, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
-        tokens_NS[window, offset : offset + length] = documents[document][start : start + length]
+        laid_NS[window, offset : offset + length] = rows[document][start : start + length]
+    return laid_NS
+
+
+def write_shard(
+    directory: Path,
+    shard_idx: int,
+    *,
+    documents: Sequence[Array],
+    plan: PackPlan,
+    fill: int,
+    masks: Sequence[Array] | None = None,
+) -> None:
+    """Write the windows that `plan` makes of `documents` (token ids, all of one type); `fill` pads them.
+
+    `masks` has a uint8 for each token, 1 where it is learnt; None: all are.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    _save(directory / f"tokens-{shard_idx:05d}.npy", tokens_NS)
-    _save(directory / f"ends-{shard_idx:05d}.npy", (offset_P + length_P).astype(np.int32))
+    if masks is not None:
+        _save(directory / f"mask-{shard_idx:05d}.npy", _laid_out(masks, plan, fill=0))
+    _save(directory / f"ends-{shard_idx:05d}.npy", (plan.offsets() + plan.length_P).astype(np.int32))
     _save(directory / f"first-{shard_idx:05d}.npy", plan.begin)
+    _save(directory / f"tokens-{shard_idx:05d}.npy", _laid_out(documents, plan, fill=fill))
+
+
+class SplitWriter:
+    """Collects the documents of one split and packs them, a shard at a time."""
+
+    def __init__(self, directory: Path, *, window: int, fill: int, pool_tokens: int) -> None:
+        """Write below `directory`; `pool_tokens` are packed together, and so held in memory."""
+        self._directory = directory
+        self._window = window
+        self._fill = fill
+        self._pool_tokens = pool_tokens
+        self._documents: list[Array] = []
+        self._masks: list[Array] = []
+        self._num_waiting = 0  # tokens
+        self._num_shards = 0
+        self.num_windows = 0  # written so far
+        self.num_tokens = 0
+
+    def add(self, ids: Array, mask: Array | None = None) -> None:
+        """One more document; all of a split have a mask, or none has."""
+        self._documents.append(ids)
+        if mask is not None:
+            self._masks.append(mask)
+        self._num_waiting += len(ids)
+
+    def flush_if_full(self) -> None:
+        """Write a shard if a pool of tokens is waiting."""
+        if self._num_waiting >= self._pool_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all that is waiting as one shard."""
+        if not self._documents:
+            return
+        plan = pack([len(ids) for ids in self._documents], window=self._window)
+        write_shard(
+            self._directory,
+            self._num_shards,
+            documents=self._documents,
+            plan=plan,
+            fill=self._fill,
+            masks=self._masks or None,
+        )
+        self.num_windows += plan.num_windows
+        self.num_tokens += self._num_waiting
+        self._documents, self._masks, self._num_waiting = [], [], 0
+        self._num_shards += 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +118,7 @@ class _Shard:
     tokens_NS: NDArray[np.integer]
     ends: NDArray[np.integer]
     first: NDArray[np.integer]
+    mask_NS: NDArray[np.integer] | None  # None: every token is learnt
 
 
 def load_array(path: Path, *, num_axes: int = 1) -> NDArray[np.integer]:
@@ -81,7 +146,13 @@ def _load_shard(path: Path) -> _Shard:
         raise ValueError(
             f"{ends_path} must hold {first[-1]} ends, as {first_path.name} says, got {len(ends)}"
         )
-    return _Shard(tokens=path, tokens_NS=tokens_NS, ends=ends, first=first)
+    mask_path = path.with_name(path.name.replace("tokens", "mask"))
+    mask_NS = load_array(mask_path, num_axes=2) if mask_path.is_file() else None
+    if mask_NS is not None and mask_NS.shape != tokens_NS.shape:
+        raise ValueError(
+            f"{mask_path} must be {list(tokens_NS.shape)}, as {path.name} is, got {list(mask_NS.shape)}"
+        )
+    return _Shard(tokens=path, tokens_NS=tokens_NS, ends=ends, first=first, mask_NS=mask_NS)
 
 
 class Windows:
@@ -110,10 +181,7 @@ class Windows:
 
     def read(self, window_idx: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Tokens [window] of window `window_idx`, and the end offsets of its documents."""
-        if not 0 <= window_idx < len(self):
-            raise ValueError(f"Windows.read: window_idx must be in [0, {len(self)}), got {window_idx}")
-        shard_idx = int(np.searchsorted(self._starts, window_idx, side="right")) - 1
-        shard, row = self._shards[shard_idx], window_idx - int(self._starts[shard_idx])
+        shard, row = self._find(window_idx)
         tokens_S = np.asarray(shard.tokens_NS[row], dtype=np.int64)
         ends = np.asarray(shard.ends[shard.first[row] : shard.first[row + 1]], dtype=np.int32)
         edges = np.array([0, *ends, self.window])
@@ -128,3 +196,15 @@ class Windows:
                 f"got {tokens_S.max()} in window {row}"
             )
         return tokens_S, ends
+
+    def loss_mask(self, window_idx: int) -> NDArray[np.bool_] | None:
+        """Which tokens [window] of window `window_idx` are learnt; None: all."""
+        shard, row = self._find(window_idx)
+        return None if shard.mask_NS is None else np.asarray(shard.mask_NS[row]) != 0
+
+    def _find(self, window_idx: int) -> tuple[_Shard, int]:
+        """The shard that holds a window, and the window's row there."""
+        if not 0 <= window_idx < len(self):
+            raise ValueError(f"Windows.read: window_idx must be in [0, {len(self)}), got {window_idx}")
+        shard_idx = int(np.searchsorted(self._starts, window_idx, side="right")) - 1
+        return self._shards[shard_idx], window_idx - int(self._starts[shard_idx])

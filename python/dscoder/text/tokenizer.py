@@ -102,10 +102,12 @@ class Tokenizer:
         config = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
         return cls(backend, config=config)
 
-    def save(self, directory: str | Path, *, chat_template: str | None = None) -> None:
+    def save(
+        self, directory: str | Path, *, chat_template: str | None = None, eos_token: str | None = None
+    ) -> None:
         """Write tokenizer.json and the two files beside it that transformers reads.
 
-        `chat_template` (Jinja, a `ChatTemplate`'s) replaces the one the tokenizer was loaded with.
+        `chat_template` (Jinja, a `ChatTemplate`'s) and `eos_token` replace those it was loaded with.
         """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding gives back every space
             **({"chat_template": chat_template} if chat_template is not None else {}),
+            **({"eos_token": eos_token} if eos_token is not None else {}),
         }
         names = {key: config[key] for key in ("bos_token", "eos_token", "pad_token") if config.get(key)}
         self._backend.save(str(target / _TOKENIZER_FILE))

@@ -5,15 +5,17 @@ from dataclasses import asdict
 import torch
 
 from dscoder.config.train import BatchConfig, ScheduleConfig
-from dscoder.data.loader import Batch, shuffled_batch
+from dscoder.data.loader import IGNORED, Batch, assemble, shuffled_batch, window_order
 from dscoder.data.shards import Windows
 from dscoder.models import Transformer
 from dscoder.runtime.log import get_logger
 from dscoder.train.loop import train_step
+from dscoder.train.loss import token_losses
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.run import StepDone
 from dscoder.train.schedule import learning_rate, plan_batches
 
+_EVAL_TOKENS = 8192  # in one forward pass, or one window
 _LOG = get_logger(__name__)
 
 
@@ -69,3 +71,30 @@ class WindowSteps:
             num_sequences=sum(len(batch.tokens_BS) for batch in batches),
             num_tokens=sum(batch.tokens_BS.numel() for batch in batches),
         )
+
+
+@torch.no_grad()
+def answer_loss(model: Transformer, windows: Windows, *, max_windows: int | None = None) -> float:
+    """Mean loss in nats over the labelled tokens of `windows`: those of the answers, where there is a mask.
+
+    With `max_windows` a fixed choice of so many windows is measured, the same each time.
+    """
+    count = len(windows) if max_windows is None else min(max_windows, len(windows))
+    # Packing sorts by length: the first windows alone would be the longest documents.
+    order = window_order(0, count, size=len(windows), seed=0)
+    micro = max(1, _EVAL_TOKENS // windows.window)
+    device = model.embed.weight.device
+    was_training = model.training
+    model.eval()
+    total, num_labels = 0.0, 0
+    try:
+        for start in range(0, count, micro):
+            batch = assemble(windows, order[start : start + micro])
+            features = model.features(batch.tokens_BS.to(device), cu_seqlens=batch.cu_seqlens.to(device))
+            labels_T = batch.labels_BS.flatten()
+            hidden_TD = features.hidden_BSD.flatten(0, 1)
+            total += float(token_losses(hidden_TD, model.head.weight, labels_T.to(device)).double().sum())
+            num_labels += int((labels_T != IGNORED).sum())
+    finally:
+        model.train(was_training)
+    return total / max(1, num_labels)
