@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 
 import pytest
 
@@ -56,6 +57,12 @@ def test_a_verdict_that_is_no_answer_is_not_a_wrong_answer(outcome):
 
 def test_what_was_not_run_is_not_judged():
     assert grade_verdict(None) == not_judged("the program was not run")
+
+
+def test_problems_and_grades_travel_between_processes():
+    grade = graded(True, verdict=Verdict(outcome="passed"))
+    for record in (a_problem(metadata={"name": "x"}), grade, OneProblem().request(a_problem())):
+        assert pickle.loads(pickle.dumps(record)) == record
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ joins them to the unstripped prompt by one more line break. Instruct models are 
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from dscoder.sandbox.verdict import Limits, Program, Verdict
@@ -134,5 +133,5 @@ class HumanEval(Task):
             code=code,
             tests=call_check(record["test"], record["entry_point"]),
             reference=solution if is_base else whole,
-            metadata=MappingProxyType({} if solution is None else {"canonical_solution": solution}),
+            metadata={} if solution is None else {"canonical_solution": solution},
         )

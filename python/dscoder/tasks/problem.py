@@ -6,7 +6,6 @@ grade. It runs nothing and knows no model, so rewards, preference pairs and eval
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal, Protocol, get_args
 
 from dscoder.sandbox.verdict import Limits, Program, Verdict
@@ -63,7 +62,7 @@ class Problem:
     tests: str = ""
     reference: str | None = None
     answer: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):

@@ -8,7 +8,6 @@ two differ by that alone.
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from dscoder.sandbox.verdict import Limits, Program, Verdict
@@ -92,5 +91,5 @@ class SingleLineInfilling(Task):
             tests=call_check(record["test"], record["entry_point"]) if has_tests else "",
             reference=record["canonical_solution"],
             answer=record["canonical_solution"],
-            metadata=MappingProxyType(names),
+            metadata=names,
         )
