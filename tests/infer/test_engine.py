@@ -88,7 +88,7 @@ def test_a_stream_can_be_left_early(scripted: Build, tokenizer) -> None:
     for event in Engine(model, tokenizer).stream([ask("0")]):
         if event.text == "a":
             break
-    assert model.training  # the mode that generation changed is back
+    assert model.training  # as it was
 
 
 # ---- against the model itself ----

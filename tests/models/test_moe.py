@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
-from dscoder.models import Transformer
+from dscoder.models import Transformer, allocate_cache
 from dscoder.models.moe import Moe, drop_over_capacity, gate_logits
 from dscoder.models.placement import chosen_sequences, place
 
@@ -217,6 +217,13 @@ def test_tokens_are_dropped_in_training_only():
         assert not torch.allclose(dropping.train()(tokens_BS), plain.train()(tokens_BS), atol=1e-3)
         protected = Transformer(replace(dropping.config, moe=replace(moe, never_dropped_share=1.0))).train()
         assert torch.equal(protected(tokens_BS), plain(tokens_BS))
+        # Whoever generates between training steps has no need to change the mode.
+        caches = [allocate_cache(dropping.config, num_sequences=2, max_positions=24) for _ in range(2)]
+        for part_BS in tokens_BS.split([20, 4], dim=1):
+            got, wanted = (
+                model(part_BS, cache=cache) for model, cache in zip((dropping, plain), caches, strict=True)
+            )
+            assert torch.equal(got, wanted)
 
 
 def test_autocast_does_not_round_what_the_gate_decides_on(monkeypatch: pytest.MonkeyPatch) -> None:

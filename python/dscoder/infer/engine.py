@@ -159,9 +159,6 @@ class Engine:
         if not jobs:
             return
         runner, is_sound = self._take_runner(jobs), True
-        # Token dropping is for training; whoever generates between training steps gets the mode back.
-        was_training = self.model.training
-        self.model.eval()
         try:
             scheduler = Scheduler(
                 jobs,
@@ -176,7 +173,6 @@ class Engine:
             is_sound = False  # its rows may hold NaN
             raise
         finally:
-            self.model.train(was_training)
             self._kept = runner if is_sound and runner.is_captured else None
 
     def _text(self, request_idx: int, request: Request) -> _Text:

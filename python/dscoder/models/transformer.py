@@ -135,18 +135,19 @@ class Transformer(nn.Module):
                 end of every row among them. Attention and positions stay inside a document. The values are
                 checked on CPUs alone: a GPU would have to be waited for. None: every row is one document.
             cache: from `allocate_cache`; the tokens are appended to its rows and attend what is there, and
-                nothing is differentiated.
+                nothing is differentiated and, whatever the mode, no token dropped.
             num_new_B: with a cache, how many of each row's tokens count; the rest is right padding, whose
                 output means nothing. None: all.
         """
         moe = self.config.moe
+        is_trained = self.training and cache is None
         placement = place(
             self.config,
             tokens_BS,
             cu_seqlens=cu_seqlens,
             cache=cache,
             num_new_B=num_new_B,
-            drops_tokens=self.training and moe is not None and moe.capacity_factor is not None,
+            drops_tokens=is_trained and moe is not None and moe.capacity_factor is not None,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             hidden_BSD, layer_terms = self._run_layers(tokens_BS, placement)
