@@ -52,7 +52,6 @@ def test_the_prompt_is_the_examples_and_the_question(task, tmp_path):
     assert problem.prompt == "Other examples.\n\nQuestion: How many?\n"
 
 
-@pytest.mark.usefixtures("sandbox")
 def test_the_worked_examples_are_right():
     shown = EXAMPLES.split("----------------")
     programs = [extract_solution("```python" + part.partition("```python")[2]) for part in shown[:3]]

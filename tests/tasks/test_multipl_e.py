@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -67,7 +68,61 @@ PAIR = """\
         return Pair.with(sum, product);
     }
 """
+# Records of the same form, of our own; the stop strings of the second one must not matter.
+WRITTEN = {
+    "cpp": (
+        "#include<vector>\n// The sum of x and y.\nlong sum_of(long x, long y) {\n",
+        "}\nint main() {\n    auto candidate = sum_of;\n    assert(candidate((1), (2)) == (3));\n}\n",
+        ["\n}"],
+    ),
+    "java": (
+        "import org.javatuples.*;\nclass Problem {\n    // The sum of x and y.\n"
+        "    public static long sumOf(long x, long y) {\n",
+        "    }\n    public static void main(String[] args) {\n"
+        "    assert(sumOf((1l), (2l)) == (3l));\n    }\n\n}\n",
+        ["\n    }\n"],
+    ),
+    "js": (
+        "// The sum of x and y.\nfunction sum_of(x, y){\n",
+        "const assert = require('node:assert');\n\nassert.deepEqual(sum_of(1, 2),3);",
+        ["\n//", "\nconsole.log"],
+    ),
+    "sh": (
+        "#!/bin/bash\n# The sum of $1 and $2.\nsum_of() {\n",
+        '}\n\nset -e\nrun_test() {\n    [[ $(sum_of "1" "2") = "3" ]]\n}\n\nrun_test',
+        ["\n}"],
+    ),
+}
+ANSWERS = {
+    "cpp": "    return x + y;\n}\nint unused;",
+    "java": "        return x + y;\n    }\n\n    int unused;",
+    "javascript": "  return x + y;\n}\nconsole.log(sum_of(1, 2));",
+    "bash": "    echo $(($1 + $2))\n}\necho unused",
+}
 COUNTS = {"cpp": 161, "java": 158, "javascript": 161, "bash": 158}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A directory of records of our own."""
+    for suffix, (prompt, tests, stops) in WRITTEN.items():
+        first = {"name": "sum_of", "prompt": prompt, "tests": tests, "stop_tokens": stops}
+        rows = [first, first | {"name": "other", "stop_tokens": ["other"]}]
+        (tmp_path / f"humaneval-{suffix}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def block(language, answer):
+    """What an instruct model says: the whole function in a fenced block, a main function after it."""
+    prompt = WRITTEN[{"javascript": "js", "bash": "sh"}.get(language, language)][0]
+    body, brace, _ = answer.partition("}")
+    ending = {
+        "java": "    public static void main(String[] args) {}\n}\n",
+        "cpp": "int main() { return 1; }\n",
+    }
+    return (
+        f"Here it is:\n```{language.upper()}\n{prompt}{body}{brace}\n{ending.get(language, '')}```\nIt adds."
+    )
 
 
 def task_of(records, language, **options) -> MultiPlE:
@@ -98,93 +153,101 @@ def test_hand_written_solutions_pass(records, language):
     assert outcomes(task, SOLUTIONS[language]) == dict.fromkeys(SOLUTIONS[language], ("passed", ""))
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.usefixtures("sandbox")
-def test_a_wrong_solution_fails(records, language):
-    wrong = SOLUTIONS[language][ADD].replace("+", "-")
-    ((outcome, _),) = outcomes(task_of(records, language), {ADD: wrong}).values()
+def test_a_tuple_in_java_passes_with_the_jar(records):
+    if find_javatuples() is None:
+        pytest.skip("libjavatuples-java is not installed")
+    name = "HumanEval_8_sum_product"
+    assert outcomes(task_of(records, "java"), {name: PAIR}) == {name: ("passed", "")}
+
+
+def test_eight_problems_in_java_ask_for_tuples(records, monkeypatch):
+    monkeypatch.setattr("dscoder.tasks.multipl_e._JARS", ())
+    task = MultiPlE(records, language="java")
+    assert sum(task.program(problem, "") is None for problem in task.problems()) == 8
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("asking", ["base", "instruct"])
+@pytest.mark.usefixtures("sandbox")
+def test_a_right_answer_passes_and_a_wrong_one_fails(written, language, asking):
+    task = task_of(written, language, asking=asking)
+    right = ANSWERS[language] if asking == "base" else block(language, ANSWERS[language])
+    assert outcomes(task, {"sum_of": right}) == {"sum_of": ("passed", "")}
+    ((outcome, _),) = outcomes(task, {"sum_of": right.replace("+", "-")}).values()
     assert outcome == ("runtime_error" if language == "bash" else "failed")
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("language", "leave"),
+    [("cpp", "exit(0);"), ("java", "System.exit(0);"), ("javascript", "process.exit(0);")],
+)
 @pytest.mark.usefixtures("sandbox")
-def test_the_answer_of_an_instruct_model_passes(records, language):
-    task = task_of(records, language, asking="instruct")
-    problem = by_id(task)[ADD]
-    fence = {"cpp": "cpp", "java": "Java", "javascript": "javascript", "bash": "bash"}[language]
-    body = SOLUTIONS[language][ADD].partition("}")[0] + "}\n"
-    ending = "}\n" if language == "java" else ""
-    answer = f"Here it is:\n```{fence}\n{problem.code}{body}{ending}```\nIt adds."
-    assert outcomes(task, {ADD: answer}) == {ADD: ("passed", "")}
+def test_leaving_before_the_tests_end_is_not_passing(written, language, leave):
+    answer = f"    {leave}\n{ANSWERS[language]}"
+    found = outcomes(task_of(written, language), {"sum_of": answer})
+    assert found == {"sum_of": ("passed", "the program ended before its tests did")}
 
 
-def test_an_answer_ends_at_the_files_stop_strings(records):
-    task = MultiPlE(records, language="javascript")
-    problem = task.problems()[0]
-    assert task.request(problem).stop == ("\nfunction ", "\n/*", "\n//", "\nconsole.log")
-    assert {p.stop for p in task.problems()} == {problem.stop}
+@pytest.mark.usefixtures("sandbox")
+def test_leaving_bash_before_the_tests_end_is_not_passing(written):
+    task = task_of(written, "bash", asking="instruct")
+    answer = f"```bash\n{WRITTEN['sh'][0]}    echo 0\n}}\nexit 0\nother() {{\n    echo 1\n}}\n```"
+    assert outcomes(task, {"sum_of": answer}) == {
+        "sum_of": ("passed", "the program ended before its tests did")
+    }
+
+
+def test_an_answer_ends_at_the_stop_strings_of_the_first_record(written):
+    task = MultiPlE(written, language="javascript")
+    assert {problem.stop for problem in task.problems()} == {("\n//", "\nconsole.log")}
+    problem = by_id(task)["other"]
+    assert task.request(problem).stop == ("\n//", "\nconsole.log")
     assert "unused" not in task.program(problem, "  return 0;\n}\n// unused").files["main.js"]
-    java = MultiPlE(records, language="java")
-    assert java.request(java.problems()[0]).stop == ("\n    }\n",)
 
 
-def test_javas_brace_is_a_stop_string_only_before_a_line_break(records):
-    task = MultiPlE(records, language="java")
-    problem = by_id(task)[ADD]
+def test_javas_brace_is_a_stop_string_only_before_a_line_break(written):
+    task = MultiPlE(written, language="java")
+    problem = by_id(task)["sum_of"]
     for rest, ending in (("\n", "return 0;\n    }\n    "), ("", "return 0;\n    }\n    }\n    ")):
         program = task.program(problem, "        return 0;\n    }" + rest)
         assert program.files["Problem.java"].partition("public static void main")[0].endswith(ending)
 
 
-def test_headers_are_added_where_the_code_does_not_have_them(records, tmp_path):
-    task = MultiPlE(records, language="cpp")
-    source = task.program(by_id(task)[ADD], "    return x + y;").files["main.cpp"]
+def test_headers_are_added_where_the_code_does_not_have_them(written):
+    task = MultiPlE(written, language="cpp")
+    source = task.program(by_id(task)["sum_of"], "    return x + y;").files["main.cpp"]
     added, _, rest = source.partition("\n\n")
     assert added.split("\n")[0] == "#include<stdlib.h>"
-    assert len(added.split("\n")) == 10
-    assert rest.startswith("#include<assert.h>\n#include<bits/stdc++.h>\n")
-    with_one = tmp_path / "humaneval-cpp.jsonl"
-    with_one.write_text(
-        '{"name": "a", "prompt": "#include<vector>\\n", "tests": "}", "stop_tokens": ["\\n}"]}'
-    )
-    (problem,) = MultiPlE(with_one, language="cpp").problems()
-    source = MultiPlE(with_one, language="cpp").program(problem, "").files["main.cpp"]
-    assert source.count("#include<vector>") == 1
+    assert len(added.split("\n")) == 9  # of ten: the code has <vector>
+    assert rest.startswith("#include<vector>\n")
 
 
-def test_java_is_named_after_its_class_and_has_the_jar_beside_it(records, tmp_path):
+def test_java_is_named_after_its_class_and_has_the_jar_beside_it(written, tmp_path):
     jar = tmp_path / "tuples.jar"
     jar.write_bytes(b"PK")
-    task = MultiPlE(records, language="java", javatuples=jar)
-    program = task.program(task.problems()[0], "        return 0;")
-    assert list(program.files) == ["Problem.java", "javatuples.jar"]
-    assert program.files["javatuples.jar"] == b"PK"
-    assert "import org.javatuples.*;" in program.files["Problem.java"]
+    task = MultiPlE(written, language="java", javatuples=jar)
+    for problem in task.problems():
+        program = task.program(problem, "        return 0;")
+        assert list(program.files) == ["Problem.java", "javatuples.jar"]
+        assert program.files["javatuples.jar"] == b"PK"
+        assert "import org.javatuples.*;" in program.files["Problem.java"]
 
 
-def test_without_the_jar_only_what_uses_a_tuple_is_not_judged(records, monkeypatch):
+def test_without_the_jar_only_what_uses_a_tuple_is_not_judged(written, monkeypatch):
     monkeypatch.setattr("dscoder.tasks.multipl_e._JARS", ())
-    task = MultiPlE(records, language="java")
-    assert sum(task.program(problem, "") is None for problem in task.problems()) == 8
-    pair = by_id(task)["HumanEval_8_sum_product"]
-    assert task.program(pair, PAIR) is None
-    grade = task.grade(pair, PAIR, None)
+    task = MultiPlE(written, language="java")
+    problem = by_id(task)["sum_of"]
+    assert "javatuples" not in task.program(problem, ANSWERS["java"]).files["Problem.java"]
+    uses_one = "        return Pair.with(x, y).getValue0();\n"
+    assert task.program(problem, uses_one) is None
+    grade = task.grade(problem, uses_one, None)
     assert grade.is_passed is None
     assert "libjavatuples-java" in grade.detail
-    assert "javatuples" not in task.program(by_id(task)[ADD], "        return x + y;").files["Problem.java"]
 
 
-@pytest.mark.usefixtures("sandbox")
-def test_a_tuple_in_java_passes_with_the_jar(records):
-    if find_javatuples() is None:
-        pytest.skip("libjavatuples-java is not installed")
-    assert outcomes(task_of(records, "java"), {"HumanEval_8_sum_product": PAIR}) == {
-        "HumanEval_8_sum_product": ("passed", "")
-    }
-
-
-def test_openssl_is_linked_for_those_who_include_it(records):
-    task = MultiPlE(records, language="cpp")
+def test_openssl_is_linked_for_those_who_include_it(written):
+    task = MultiPlE(written, language="cpp")
     problem = task.problems()[0]
     assert task.program(problem, "    return 0;").compiler_args == ()
     assert task.program(problem, "#include <openssl/md5.h>").compiler_args == ("-lcrypto", "-lssl")
@@ -198,8 +261,8 @@ def test_openssl_is_linked_for_those_who_include_it(records):
         (b"main.cpp:1:1: error: 'x' does not name a type", False),
     ],
 )
-def test_a_missing_openssl_is_not_a_wrong_answer(records, said, is_passed):
-    task = MultiPlE(records, language="cpp")
+def test_a_missing_openssl_is_not_a_wrong_answer(written, said, is_passed):
+    task = MultiPlE(written, language="cpp")
     phase = Phase(
         exit_code=1, signal=None, stopped="", wall=0.1, cpu=0.1, peak_memory=1, stdout=b"", stderr=said
     )
@@ -207,39 +270,19 @@ def test_a_missing_openssl_is_not_a_wrong_answer(records, said, is_passed):
     assert grade.is_passed is is_passed
 
 
-def test_a_missing_toolchain_is_not_a_wrong_answer(records, monkeypatch):
+def test_a_missing_toolchain_is_not_a_wrong_answer(written, monkeypatch):
     monkeypatch.setattr(
         "dscoder.sandbox.run.find", lambda language: Missing(language=language, executables=("node",))
     )
-    task = MultiPlE(records, language="javascript")
+    task = MultiPlE(written, language="javascript")
     problem = task.problems()[0]
     verdict = run(task.program(problem, "}"), task.limits)
     assert task.grade(problem, "}", verdict).is_passed is None
 
 
-@pytest.mark.parametrize(
-    ("language", "leave"),
-    [("cpp", "exit(0);"), ("java", "System.exit(0);"), ("javascript", "process.exit(0);")],
-)
-@pytest.mark.usefixtures("sandbox")
-def test_leaving_before_the_tests_end_is_not_passing(records, language, leave):
-    task = task_of(records, language)
-    problem = by_id(task)[ADD]
-    completion = f"    {leave}\n    return 0;\n" + ("}" if language == "javascript" else "")
-    verdict = run(task.program(problem, completion), replace(task.limits, time=30.0))
-    assert verdict.exit_code == 0
-    grade = task.grade(problem, completion, verdict)
-    assert (grade.is_passed, grade.detail) == (False, "the program ended before its tests did")
-
-
-@pytest.mark.usefixtures("sandbox")
-def test_leaving_bash_before_the_tests_end_is_not_passing(records):
-    task = task_of(records, "bash", asking="instruct")
-    problem = by_id(task)[ADD]
-    completion = f"```bash\n{problem.code}    echo 0\n}}\nexit 0\nadd() {{\n}}\n```"
-    verdict = run(task.program(problem, completion), task.limits)
-    assert verdict.exit_code == 0
-    assert task.grade(problem, completion, verdict).is_passed is False
+def test_compiling_has_its_own_time(written):
+    base, instruct = (MultiPlE(written, language="java", asking=a) for a in ("base", "instruct"))
+    assert (base.limits.time, instruct.limits.time, base.limits.compile_time) == (10.0, 3.0, 60.0)
 
 
 def test_tests_without_their_braces_are_refused(tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from dscoder.sandbox.pool import Pool
+from dscoder.sandbox.run import run
 from dscoder.sandbox.verdict import Limits
 from dscoder.tasks.single_line_infilling import SingleLineInfilling
 
@@ -14,6 +15,24 @@ SANTACODER = {
     "suffix": "\n}\n",
     "canonical_solution": "  return x + y;",
 }
+
+
+# The form of HumanEval's lines.
+LINE = {
+    "task_id": "SingleLineInfilling/X/0/L0",
+    "entry_point": "one",
+    "prompt": "def one(n):\n\n",
+    "suffix": "    return x\n",
+    "canonical_solution": "    x = 1\n",
+    "test": "def check(f):\n    assert f(0) == 1\n",
+}
+
+
+@pytest.fixture
+def line(tmp_path):
+    path = tmp_path / "line.jsonl"
+    path.write_text(json.dumps(LINE))
+    return path
 
 
 @pytest.fixture
@@ -38,21 +57,30 @@ def test_the_lines_taken_out_pass_and_others_fail(records):
     assert not any(verdict.is_passed for verdict in found[num_right:])
 
 
-def test_a_program_joins_the_parts_without_a_character_more(records):
-    task = SingleLineInfilling(records, scoring="tests")
-    problem = task.problems()[0]
-    source = task.program(problem, "    x\n").source
-    assert source.startswith(problem.code + "    x\n" + problem.suffix + "\n" + problem.tests + "\n")
-    assert problem.tests.endswith("\ncheck(has_close_elements)")
+def test_a_program_joins_the_parts_without_a_character_more(line):
+    task = SingleLineInfilling(line, scoring="tests")
+    (problem,) = task.problems()
+    joined = "def one(n):\n\n    x = 1\n    return x\n\ndef check(f):\n    assert f(0) == 1\n\ncheck(one)\n"
+    assert task.program(problem, "    x = 1\n").source.startswith(joined)
     assert task.limits.time == 3.0
 
 
-def test_a_model_is_asked_with_the_prompt_as_it_is(records):
-    task = SingleLineInfilling(records)
+@pytest.mark.usefixtures("sandbox")
+def test_the_tests_decide_and_not_the_words(line):
+    task = SingleLineInfilling(line, scoring="tests")
+    (problem,) = task.problems()
+    grades = {}
+    for completion in ("    x = 1\n", "    x = 2 - 1\n", "    x = 2\n", "    x = 1"):
+        verdict = run(task.program(problem, completion), Limits(time=30.0))
+        grades[completion] = task.grade(problem, completion, verdict).is_passed
+    # The last one has no line break, and the suffix begins with none.
+    assert list(grades.values()) == [True, True, False, False]
+
+
+def test_a_model_is_asked_with_the_prompt_as_it_is(line):
+    task = SingleLineInfilling(line)
     prompt = task.request(task.problems()[0])
-    assert prompt.form == "infill"
-    assert prompt.text.endswith('"""\n\n')
-    assert prompt.suffix.startswith("        for idx2, elem2")
+    assert (prompt.form, prompt.text, prompt.suffix) == ("infill", "def one(n):\n\n", "    return x\n")
 
 
 @pytest.mark.parametrize(
