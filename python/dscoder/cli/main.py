@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import bench, demo, generate, infill, info, prepare, pretrain, sft, tokenizer
+from dscoder.cli import bench, demo, generate, infill, info, prefer, prepare, pretrain, sft, tokenizer
 from dscoder.cli.arguments import check_files, spelled
 from dscoder.train.run import StoppedError
 
@@ -17,6 +17,7 @@ VERBS: dict[str, Verb] = {
     "prepare": prepare.main,
     "pretrain": pretrain.main,
     "sft": sft.main,
+    "prefer": prefer.main,
     "generate": generate.main,
     "infill": infill.main,
     "bench": bench.main,

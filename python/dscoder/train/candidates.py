@@ -1,0 +1,240 @@
+"""Where the candidates of a problem come from, and what the sandbox makes of them."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dscoder.config.generate import EngineConfig, SamplingConfig
+from dscoder.config.reward import PreferConfig
+from dscoder.infer.engine import Engine
+from dscoder.runtime.log import get_logger
+from dscoder.runtime.seed import derive_seed
+from dscoder.sandbox.pool import Pool
+from dscoder.sandbox.verdict import Verdict
+from dscoder.tasks.problem import Problem, Prompt, Task
+from dscoder.tasks.sources import read_records
+from dscoder.train.pairs import Candidate, outcome_of, program_key
+from dscoder.train.prompts import PromptEncoder
+
+_KEPT_STDERR = 500  # characters, the last ones
+_MODEL = "model"
+_LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completions:
+    """The unjudged candidates of one problem."""
+
+    problem: Problem
+    prompt: Prompt  # what was asked
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str | None, ...]
+    origins: tuple[tuple[str, int], ...]  # source and index, see Candidate
+
+
+class Sampled:
+    """Candidates drawn from a model. Draws go by problem and number alone, not by what runs beside them."""
+
+    def __init__(self, task: Task, config: PreferConfig) -> None:
+        """Load the model of `config`."""
+        assert config.model is not None
+        self._task = task
+        self._config = config
+        engine = EngineConfig(
+            model=config.model, dtype=config.dtype, device=config.device, batch=config.batch
+        )
+        self._engine = Engine.load(engine)
+        self._encoder = PromptEncoder(
+            tokenizer=self._engine.tokenizer,
+            max_positions=self._engine.max_positions,
+            template=config.template,
+            fim_order=config.fim_order,
+        )
+
+    def candidates(self, problems: Sequence[Problem]) -> list[Completions]:
+        """`num_candidates` completions of each problem."""
+        config = self._config
+        prompts = [
+            self._encoder.prompt_of(self._task, problem, max_new_tokens=config.max_new_tokens)
+            for problem in problems
+        ]
+        requests = [
+            self._encoder.request(prompt, sampling=self._sampling(problem, idx))
+            for problem, prompt in zip(problems, prompts, strict=True)
+            for idx in range(config.num_candidates)
+        ]
+        answers = self._engine.generate(requests)
+        width = config.num_candidates
+        return [
+            Completions(
+                problem=problem,
+                prompt=prompt,
+                texts=tuple(answer.text for answer in answers[start : start + width]),
+                finish_reasons=tuple(answer.finish_reason for answer in answers[start : start + width]),
+                origins=tuple((_MODEL, idx) for idx in range(width)),
+            )
+            for problem, prompt, start in zip(problems, prompts, range(0, len(answers), width), strict=True)
+        ]
+
+    def _sampling(self, problem: Problem, idx: int) -> SamplingConfig:
+        return SamplingConfig(
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            seed=derive_seed("prefer", self._config.seed, problem.task, problem.id, idx),
+        )
+
+
+def candidate_files(sources: Sequence[str]) -> list[Path]:
+    """The JSONL files of `sources`, those of a directory in the order of their names."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            raise ValueError(f"prefer: candidates must be JSONL files or directories of them, got {source!r}")
+        files += found
+    return files
+
+
+class Recorded:
+    """Candidates that others wrote down: JSONL records with `problem` (its id) and `completion`.
+
+    Verdicts that the records may hold are not believed: every candidate is judged here.
+    """
+
+    def __init__(self, task: Task, files: Sequence[Path], *, problems: Sequence[Problem]) -> None:
+        """Read all of them; those of other problems are left out, and counted in `num_strangers`."""
+        self._task = task
+        self._found: defaultdict[str, list[tuple[str, int, dict[str, Any]]]] = defaultdict(list)
+        self.num_strangers = 0
+        known = {problem.id for problem in problems}
+        for path in files:
+            for idx, record in enumerate(
+                read_records(path, names=(path.name,), wanted=("problem", "completion"))
+            ):
+                if record["problem"] in known:
+                    self._found[record["problem"]].append((path.name, idx, record))
+                else:
+                    self.num_strangers += 1
+        if self.num_strangers:
+            _LOG.warning("%d candidates are of problems that this task does not have", self.num_strangers)
+
+    def candidates(self, problems: Sequence[Problem]) -> list[Completions]:
+        """All that were recorded for each problem."""
+        return [self._of(problem) for problem in problems]
+
+    def _of(self, problem: Problem) -> Completions:
+        found = self._found[problem.id]
+        wrong = next((item for item in found if not isinstance(item[2]["completion"], str)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"prefer: the completion of record {wrong[1]} in {wrong[0]} must be a text, "
+                f"got {wrong[2]['completion']!r}"
+            )
+        return Completions(
+            problem=problem,
+            prompt=self._task.request(problem),
+            texts=tuple(record["completion"] for _, _, record in found),
+            finish_reasons=tuple(record.get("finish_reason") for _, _, record in found),
+            origins=tuple((name, idx) for name, idx, _ in found),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judging:
+    """Candidates whose programs run: the sandbox works while the next ones are sampled."""
+
+    task: Task
+    completions: Completions
+    keys: tuple[str, ...]
+    verdicts: tuple[Future[Verdict] | None, ...]
+
+    @classmethod
+    def start(cls, task: Task, completions: Completions, pool: Pool) -> "Judging":
+        """Hand the programs of `completions` to `pool`."""
+        programs = [task.program(completions.problem, text) for text in completions.texts]
+        return cls(
+            task=task,
+            completions=completions,
+            keys=tuple(
+                program_key(program, text) for program, text in zip(programs, completions.texts, strict=True)
+            ),
+            verdicts=tuple(
+                None if program is None else pool.submit(program, task.limits) for program in programs
+            ),
+        )
+
+    def finish(self) -> list[Candidate]:
+        """Wait for the verdicts."""
+        asked = self.completions
+        judged = []
+        for idx, text in enumerate(asked.texts):
+            future = self.verdicts[idx]
+            verdict = None if future is None else future.result()
+            grade = self.task.grade(asked.problem, text, verdict)
+            source, number = asked.origins[idx]
+            judged.append(
+                Candidate(
+                    problem=asked.problem.id,
+                    form=asked.prompt.form,
+                    prompt=asked.prompt.text,
+                    suffix=asked.prompt.suffix,
+                    source=source,
+                    idx=number,
+                    completion=text,
+                    finish_reason=asked.finish_reasons[idx],
+                    program=self.keys[idx],
+                    outcome=outcome_of(grade),
+                    score=grade.score,
+                    detail=grade.detail,
+                    verdict=None if verdict is None else _kept(verdict),
+                )
+            )
+        return judged
+
+
+def _kept(verdict: Verdict) -> dict[str, Any]:
+    """What is stored of a verdict."""
+    return {
+        "outcome": verdict.outcome,
+        "exit_code": verdict.exit_code,
+        "signal": verdict.signal,
+        "wall": round(verdict.wall, 4),
+        "cpu": round(verdict.cpu, 4),
+        "peak_memory": verdict.peak_memory,
+        "compile_wall": None if verdict.compile is None else round(verdict.compile.wall, 4),
+        "isolation": verdict.isolation,
+        "detail": verdict.detail,
+        "stderr": verdict.stderr[-_KEPT_STDERR:],
+    }
+
+
+def hash_problems(problems: Sequence[Problem]) -> str:
+    """sha256 of all that the problems say, wherever their records lie."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        fields = {name: getattr(problem, name) for name in problem.__dataclass_fields__}
+        fields["metadata"] = dict(problem.metadata)
+        digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def count_outcomes(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """How many candidates came out how."""
+    return dict(sorted(Counter(candidate.outcome for candidate in candidates).items()))
+
+
+def candidate_line(candidate: Candidate) -> str:
+    """A candidate as a line of JSON."""
+    return json.dumps(asdict(candidate)) + "\n"
+
+
+def read_candidates(path: Path) -> list[Candidate]:
+    """The candidates of a file that this package wrote."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [Candidate(**json.loads(line)) for line in lines if line]
