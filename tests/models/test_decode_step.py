@@ -159,6 +159,18 @@ def test_a_recorded_step_serves_rows_that_come_later(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_rows_come_and_go_without_tensors_of_the_host(name):
+    """A GPU would be waited for before it has read them; pages alone are a list that the host makes."""
+    cache = empty_cache(small(name), 3)
+    with Listener() as heard:
+        cache.move(2, 0, num_tokens=7)
+        cache.clear(2)
+    assert cache.seq_lens_B.tolist() == [7, 0, 0]
+    assert heard.ops
+    assert "aten.lift_fresh" not in heard.ops
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_with_a_cache_nothing_is_differentiated_and_no_weight_changes(name):
     model = small(name).requires_grad_(True)
     before = {key: value.clone() for key, value in model.state_dict().items()}

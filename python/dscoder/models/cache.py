@@ -126,7 +126,7 @@ class Cache(ABC):
 
     def clear(self, row: int) -> None:
         """Row `row` holds nothing from here on."""
-        self.seq_lens_B[row] = 0
+        self.seq_lens_B[row].fill_(0)  # assigned, a number would be a tensor on the host to copy and wait for
 
     @abstractmethod
     def num_pages_of(self, num_tokens: int) -> int:
@@ -205,12 +205,12 @@ class LatentCache(Cache):
     def clear(self, row: int) -> None:
         """Row `row` holds nothing and has no pages from here on."""
         super().clear(row)
-        self.page_table_BN[row] = self.num_pages
+        self.page_table_BN[row].fill_(self.num_pages)
 
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         """Row `target` takes the pages and the length of row `source`; no page is copied."""
         self.page_table_BN[target] = self.page_table_BN[source]
-        self.seq_lens_B[target] = num_tokens
+        self.seq_lens_B[target].fill_(num_tokens)
 
     def write(self, layer_idx: int, entry_Td: Tensor, append: Append) -> None:
         """Store the entries [B * S, C + r] of one layer."""
@@ -289,7 +289,7 @@ class KeyValueCache(Cache):
         for entries in (*self.keys, *self.values):
             by_row = self._by_row(entries)
             by_row[target, :num_tokens] = by_row[source, :num_tokens]
-        self.seq_lens_B[target] = num_tokens
+        self.seq_lens_B[target].fill_(num_tokens)
 
     def write(self, layer_idx: int, key_TGd: Tensor, value_TGd: Tensor, append: Append) -> None:
         """Store the keys and values [B * S, heads, head_dim] of one layer."""
