@@ -1,8 +1,12 @@
 """What `dscoder grpo` does. Defaults are DeepSeekMath's where a paper says something (section 4.2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from dscoder.config.generate import DEFAULT_BATCH, BatchConfig, SamplingConfig
+from dscoder.config.task import TaskConfig
+from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,3 +97,97 @@ class RewardsConfig:
     def weight_of(self) -> dict[str, float]:
         """The weight of each function, by name."""
         return dict(zip(self.functions, self.weights or (1.0,) * len(self.functions), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How answers are sampled and judged."""
+
+    groups: int = 16  # problems a step
+    group_size: int = 64  # answers to each
+    max_rounds: int = 1  # draws of problems for one step; more: dynamic sampling replaces unusable groups
+    max_new_tokens: int = 1024  # of an answer, at most; a task may allow fewer
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    template: Literal["coder", "v2"] | None = None  # the chat template, for tasks that ask in messages
+    fim_order: Literal["psm", "spm"] = "psm"  # of tasks with holes, as the model learnt it
+    mask_truncated: bool = False  # answers cut off at their longest are not trained on
+    batch: BatchConfig = DEFAULT_BATCH
+    num_workers: int | None = None  # programs run at one time; None: one a core
+    isolation: Literal["full", "rlimits"] = "full"  # of those programs; rlimits is much weaker
+    num_scorers: int = 4  # groups whose reward functions run at one time
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("groups", self.groups, 1),
+            ("group_size", self.group_size, 2),
+            ("max_rounds", self.max_rounds, 1),
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("num_workers", self.num_workers or 1, 1),
+            ("num_scorers", self.num_scorers, 1),
+        ):
+            if value < least:
+                raise ValueError(f"RolloutConfig: {name} must be >= {least}, got {value}")
+        if not self.temperature > 0:
+            raise ValueError(
+                "RolloutConfig: temperature must be > 0 (answers of a group must differ), "
+                f"got {self.temperature}"
+            )
+        self.sampling(seed=0)
+
+    def sampling(self, *, seed: int) -> SamplingConfig:
+        """How one answer is drawn."""
+        return SamplingConfig(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateConfig:
+    """How often the policy moves on the answers of one step."""
+
+    passes: int = 1  # over all answers
+    minibatches: int = 1  # updates a pass, each from a share of the answers
+    micro: int = 8  # answers in one forward and backward pass; gradients add up over an update
+
+    def __post_init__(self) -> None:
+        if min(self.passes, self.minibatches, self.micro) < 1:
+            raise ValueError(
+                "UpdateConfig: passes, minibatches and micro must be >= 1, "
+                f"got {self.passes}, {self.minibatches} and {self.micro}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoConfig:
+    """One run of `dscoder grpo`."""
+
+    model: str  # the policy to begin with, and the reference: a directory, such as RUN/model, or a hub id
+    out: str  # the run directory to write
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(name="human_eval"))
+    num_steps: int = 600
+    advantage: Literal["group", "mean", "rloo"] = "group"
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    reset_every: int = 0  # steps after which the policy becomes the reference (iterative GRPO); 0: never
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(kind="constant", max_lr=1e-6, warmup_steps=0)
+    )
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights and activations, with float32 masters
+    device: str = "auto"  # auto: the GPU if there is one
+    seed: int = 0
+    num_threads: int | None = None  # None: every core; results are bit-identical only at one number
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=lambda: ReportConfig(log_every=1))
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.reset_every < 0:
+            raise ValueError(
+                "GrpoConfig: num_steps must be >= 1 and reset_every >= 0, "
+                f"got {self.num_steps} and {self.reset_every}"
+            )
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"GrpoConfig: num_threads must be >= 1, got {self.num_threads}")

@@ -1,0 +1,149 @@
+"""Rollouts: the answers of a step with everything that was decided about them, one JSON line each.
+
+A step's rollouts are one file, written whole before the policy moves on them. Whoever looks at a run finds
+there what was asked, answered, run and rewarded, and why an answer was not trained on.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dscoder.infer.request import FinishReason
+from dscoder.runtime.artifact import write_bytes
+from dscoder.sandbox.verdict import Verdict
+
+ROLLOUTS = "rollouts"
+_FILE = re.compile(r"step-(\d{6,})\.jsonl")
+_MOST_OUTPUT = 2000  # characters kept of each stream of a program
+
+# Why an answer is not trained on; what concerns its group comes first.
+Reason = Literal["", "too_few_rewards", "equal_rewards", "no_reward", "truncated", "empty"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One answer.
+
+    Attributes:
+        step: that it belongs to, from 1.
+        group: place of its group in the step; the answers of a group are to the same problem.
+        logprobs: of each token of the completion, by the sampler.
+        verdict: what `verdict_record` keeps; None where no program was run.
+        detail: of the grade: one line for a person.
+        rewards: by function, None where it could not tell; `failures` say why not.
+        reward: the mix; None if no function could tell.
+        advantage: over the group; None where there is none.
+        is_used: whether the policy is trained on it, and if not, `reason` says why.
+    """
+
+    step: int
+    group: int
+    task: str
+    problem: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    completion: str
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    verdict: Mapping[str, Any] | None
+    detail: str
+    rewards: Mapping[str, float | None]
+    failures: Mapping[str, str]
+    reward: float | None
+    advantage: float | None
+    is_used: bool
+    reason: Reason
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the answer ended because there was no more room."""
+        return self.finish_reason in ("length", "context")
+
+
+def _kept(text: str) -> str:
+    """Both ends of a long output."""
+    if len(text) <= _MOST_OUTPUT:
+        return text
+    half = _MOST_OUTPUT // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
+
+
+def verdict_record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as plain data, long outputs shortened."""
+    compiling = verdict.compile
+    return {
+        "outcome": verdict.outcome,
+        "detail": verdict.detail,
+        "exit_code": verdict.exit_code,
+        "signal": verdict.signal,
+        "wall": verdict.wall,
+        "cpu": verdict.cpu,
+        "peak_memory": verdict.peak_memory,
+        "isolation": verdict.isolation,
+        "stdout": _kept(verdict.stdout),
+        "stderr": _kept(verdict.stderr),
+        "compiler": None if compiling is None else _kept(compiling.stderr.decode(errors="backslashreplace")),
+    }
+
+
+def step_file(directory: Path, step: int) -> Path:
+    """Where the rollouts of a step of the run in `directory` lie."""
+    return directory / ROLLOUTS / f"step-{step:06d}.jsonl"
+
+
+def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> None:
+    """Write the rollouts of a step, whole or not at all."""
+    path = step_file(directory, step)
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(asdict(rollout), ensure_ascii=False) + "\n" for rollout in rollouts]
+    # Texts of a model may hold halves of surrogate pairs.
+    write_bytes(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
+
+
+def written_steps(directory: Path) -> list[int]:
+    """The steps whose rollouts the run in `directory` has written, ascending."""
+    folder = directory / ROLLOUTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _FILE.fullmatch(name)))
+
+
+def drop_rollouts_after(directory: Path, step: int) -> None:
+    """Delete the rollouts of later steps: a run that goes on from `step` makes them again."""
+    for later in written_steps(directory):
+        if later > step:
+            step_file(directory, later).unlink()
+
+
+_FIELDS = frozenset(item.name for item in fields(Rollout))
+_TUPLES = ("prompt_ids", "completion_ids", "logprobs")
+
+
+def _parse(line: str, path: Path, number: int) -> Rollout:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or set(record) != _FIELDS:
+        raise ValueError(f"{path}: line {number} must be a rollout, got {line[:80]!r}")
+    return Rollout(**record | {name: tuple(record[name]) for name in _TUPLES})
+
+
+def read_rollouts(directory: Path, step: int) -> list[Rollout]:
+    """The rollouts of a step of the run in `directory`; ValueError if there are none."""
+    path = step_file(directory, step)
+    if not path.is_file():
+        raise ValueError(f"{directory} must hold rollouts of step {step}, got none at {path}")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line]
+
+
+def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The rollouts of a step, a list a group, in the order of the groups."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    return [groups[number] for number in sorted(groups)]
