@@ -1,0 +1,190 @@
+"""Updates of a policy on made-up rollouts, and the figures of a step."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, UpdateConfig
+from dscoder.config.train import OptimizerConfig
+from dscoder.models import Transformer
+from dscoder.train.logprobs import PromptAndAnswer, answer_logprobs
+from dscoder.train.loop import LossError
+from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.policy_step import PolicyUpdates, rollout_figures
+from dscoder.train.rollout import Rollout
+from tests.train.grpo_stand_in import TOKENIZER, config_for, policy, rollout
+
+NUM_IDS = TOKENIZER.vocab_size
+
+
+def logprobs(model: Transformer, *rollouts: Rollout) -> torch.Tensor:
+    texts = [PromptAndAnswer(prompt=r.prompt_ids, answer=r.completion_ids) for r in rollouts]
+    with torch.no_grad():
+        return answer_logprobs(model, texts, temperature=1.0, num_ids=NUM_IDS).logprobs_BS
+
+
+def group(model: Transformer) -> list[Rollout]:
+    """Four answers, the first better than the others, one left out; log-probabilities by the model itself."""
+    made = [
+        rollout(completion_ids=(4, 5, 6), advantage=1.5),
+        rollout(completion_ids=(7,), advantage=-0.5),
+        rollout(completion_ids=(8, 9), advantage=-1.0),
+        rollout(completion_ids=(10, 11), advantage=None, is_used=False, reason="no_reward", reward=None),
+    ]
+    found_BS = logprobs(model, *made)
+    return [
+        replace(r, logprobs=tuple(row[: len(r.completion_ids)].tolist()))
+        for r, row in zip(made, found_BS, strict=True)
+    ]
+
+
+def moved(
+    model: Transformer, *, rollouts: list[Rollout] | None = None, lr: float = 1e-3, **fields: Any
+) -> tuple[Transformer, dict[str, float]]:
+    """A copy of the model after a step, and the step's figures."""
+    config: GrpoConfig = config_for(Path("m"), Path("o"), **({"loss": PolicyLossConfig(kl=0.0)} | fields))
+    copied = copy.deepcopy(model)
+    reference = copy.deepcopy(model) if config.loss.kl else None
+    updates = PolicyUpdates(copied, reference=reference, config=config, num_ids=NUM_IDS)
+    optimizer = MasterAdamW(copied, OptimizerConfig(weight_decay=0.0))
+    figures = updates.update(optimizer, group(model) if rollouts is None else rollouts, step=1, lr=lr)
+    return copied, figures
+
+
+def weights(model: Transformer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
+def test_better_answers_become_likelier_and_worse_ones_less_likely(name: str) -> None:
+    model = policy(name)
+    rollouts = group(model)
+    after, figures = moved(model)
+    change_B = (logprobs(after, *rollouts) - logprobs(model, *rollouts)).sum(dim=1)
+    assert change_B[0] > 0 > change_B[2]
+    assert figures["updates"] == 1
+    assert figures["mismatch"] == pytest.approx(0, abs=1e-5)
+    mean = -sum(sum(r.logprobs) for r in rollouts[:3]) / 6
+    assert figures["entropy"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_loss_of_one_update_is_that_of_its_advantages() -> None:
+    # Ratios are 1: minus the mean over answers of their advantages.
+    _, figures = moved(policy())
+    assert figures["loss"] == pytest.approx(-(1.5 - 0.5 - 1.0) / 3, abs=1e-6)
+    _, figures = moved(policy(), loss=PolicyLossConfig(kl=0.0, objective="dapo"))
+    assert figures["loss"] == pytest.approx(-(3 * 1.5 - 0.5 - 2 * 1.0) / 6)
+    assert figures["ratio_error"] == 0
+
+
+@pytest.mark.parametrize("objective", ["sequence", "grpo", "dapo"])
+def test_micro_batches_change_no_weight(objective: str) -> None:
+    model = policy()
+    loss = PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
+    one, _ = moved(model, loss=loss, update=UpdateConfig(micro=8))
+    cut, _ = moved(model, loss=loss, update=UpdateConfig(micro=1))
+    torch.testing.assert_close(weights(one), weights(cut), rtol=0, atol=2e-5)
+
+
+def test_several_updates_measure_ratios_to_the_policy_that_answered() -> None:
+    model = policy()
+    one, first = moved(model, update=UpdateConfig(passes=1))
+    three, figures = moved(model, update=UpdateConfig(passes=3))
+    assert first["ratio_error"] == 0
+    assert figures["updates"] == 3
+    assert figures["ratio_error"] > 1e-4
+    assert not torch.equal(weights(one), weights(three))
+
+
+def test_clipping_stops_what_has_moved_far() -> None:
+    model = policy()
+    tight = PolicyLossConfig(kl=0.0, clip_low=1e-6, clip_high=1e-6)
+    _, figures = moved(model, loss=tight, update=UpdateConfig(passes=4))
+    assert figures["clipped_low"] > 0.1
+    assert figures["clipped_high"] > 0.1
+
+
+def test_minibatches_are_updates_of_their_own() -> None:
+    _, figures = moved(policy(), update=UpdateConfig(minibatches=2))
+    assert figures["updates"] == 2
+    _, figures = moved(policy(), update=UpdateConfig(minibatches=7))  # of three answers
+    assert figures["updates"] == 3
+
+
+def test_the_reference_holds_the_policy_back() -> None:
+    model = policy()
+    passes = UpdateConfig(passes=20)
+    free, _ = moved(model, update=passes, lr=1e-2)
+    held, figures = moved(model, update=passes, lr=1e-2, loss=PolicyLossConfig(kl=50.0))
+    rollouts = group(model)
+    far, near = (
+        (logprobs(m, *rollouts) - logprobs(model, *rollouts)).abs().sum().item() for m in (free, held)
+    )
+    assert near < far / 2
+    assert figures["kl"] > 0
+
+
+def test_the_mismatch_of_sampler_and_trainer_is_measured_and_corrected() -> None:
+    model = policy()
+    shifted = [replace(r, logprobs=tuple(p - 1.0 for p in r.logprobs)) for r in group(model)]
+    _, figures = moved(model, rollouts=shifted)
+    assert figures["mismatch"] == pytest.approx(1.0, rel=1e-4)
+    assert figures["correction"] == pytest.approx(1.0)
+    corrected = PolicyLossConfig(kl=0.0, objective="dapo", correction="token", correction_cap=2.0)
+    _, figures = moved(model, rollouts=shifted, loss=corrected)
+    assert figures["correction"] == pytest.approx(2.0)  # e, truncated
+    assert figures["loss"] == pytest.approx(-2.0 * (3 * 1.5 - 0.5 - 2 * 1.0) / 6, rel=1e-4)
+
+
+def test_without_a_used_answer_nothing_moves() -> None:
+    model = policy()
+    left_out = [replace(r, is_used=False, reason="equal_rewards") for r in group(model)]
+    after, figures = moved(model, rollouts=left_out)
+    assert torch.equal(weights(after), weights(model))
+    assert figures == {"loss": 0.0, "updates": 0.0}
+
+
+def test_a_loss_that_is_no_number_is_named() -> None:
+    model = policy()
+    rollouts = [replace(r, advantage=float("nan")) for r in group(model)[:3]]
+    with pytest.raises(
+        LossError, match=r"step 1: loss, balance loss and gradient norm must be finite, got nan"
+    ):
+        moved(model, rollouts=rollouts)
+
+
+def test_figures_tell_rewards_and_what_was_left_out() -> None:
+    def left_out(reason: str, **fields: Any) -> Rollout:
+        return rollout(is_used=False, advantage=None, reason=reason, **fields)
+
+    failed = {"rewards": {"tests": None, "format": 0.5}, "failures": {"tests": "hung: more than 1 s"}}
+    found = rollout_figures(
+        [
+            rollout(reward=1.0),
+            rollout(reward=0.0, rewards={"tests": 0.0}, finish_reason="length"),
+            left_out("equal_rewards", group=1, reward=0.5, **failed),
+            left_out("equal_rewards", group=1, reward=0.5, **failed),
+            left_out(
+                "too_few_rewards", group=2, reward=None, rewards={"tests": None}, completion_ids=(1,) * 7
+            ),
+        ]
+    )
+    assert found == pytest.approx(
+        {
+            "reward": 0.5,
+            "reward_std": 0.5**0.5 / 2,
+            "length": 3.0,
+            "truncated": 0.2,
+            "used": 0.4,
+            "groups": 3.0,
+            "groups_equal": 1.0,
+            "groups_too_few": 1.0,
+            "reward_tests": 0.5,
+            "reward_format": 0.5,
+            "left_out tests: hung": 2.0,
+        }
+    )
