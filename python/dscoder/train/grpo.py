@@ -1,0 +1,242 @@
+"""The stage `dscoder grpo`: a policy learns from what its own answers are worth.
+
+A step samples groups of answers, has them judged and rewarded (`explore.py`), writes them down (`rollout.py`)
+and moves the policy on them (`policy_step.py`). It is a function of the weights, the optimizer's moments, the
+reference, the seed and the place among the problems, all of which a checkpoint holds; so a run that goes on
+from one makes the same rollouts and the same weights as one that was never stopped, as far as the verdicts
+and the reward functions are the same.
+
+Iterative GRPO (DeepSeekMath section 4.1.4): every so many steps the policy becomes the reference.
+"""
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
+from dscoder.config.grpo import GrpoConfig
+from dscoder.infer.engine import Engine
+from dscoder.models import Transformer
+from dscoder.runtime.device import resolve_device
+from dscoder.runtime.log import get_logger
+from dscoder.sandbox.pool import Pool
+from dscoder.tasks.by_name import open_task
+from dscoder.tasks.problem import Task
+from dscoder.text.tokenizer import Tokenizer
+from dscoder.train.explore import EngineSampler, Explorer, Judge, Sampler, make_questions
+from dscoder.train.memory import require_memory
+from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.policy_step import PolicyUpdates, rollout_figures
+from dscoder.train.prompts import PromptEncoder
+from dscoder.train.report import OnMetrics
+from dscoder.train.reward import RewardFunction, Rewards
+from dscoder.train.reward_functions import reward_terms
+from dscoder.train.rollout import drop_rollouts_after, write_rollouts
+from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
+from dscoder.train.schedule import learning_rate
+
+# The inputs are compared by what they hold, wherever they lie.
+_FREE = ("model", "task")
+_POSITION = "position"
+_REFERENCE = "reference."
+_LOG = get_logger(__name__)
+
+Evaluate = Callable[[Transformer], Mapping[str, float]]
+# Called with the model and the tokenizer: what writes the answers, instead of our own engine.
+MakeSampler = Callable[[Transformer, Tokenizer], Sampler]
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Overwrite the weights of `target` by those of `source`, in place: its storage stays where it is.
+
+    So whoever holds the target's tensors (a captured CUDA graph, an engine) goes on with the new weights.
+    """
+    parameters = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(parameters[name])
+
+
+class GrpoSteps:
+    """The steps of a run."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        explorer: Explorer,
+        config: GrpoConfig,
+        num_ids: int,
+        directory: Path,
+    ) -> None:
+        """`num_ids`: ids from there on are never drawn. `directory`: of the stage."""
+        self._model = model
+        self._explorer = explorer
+        self._config = config
+        self._directory = directory
+        self._reference = None
+        if config.loss.kl > 0:
+            self._reference = copy.deepcopy(model).requires_grad_(False)
+        self._updates = PolicyUpdates(model, reference=self._reference, config=config, num_ids=num_ids)
+        self._position = torch.zeros((), dtype=torch.int64)
+        self._plan = np.arange(config.num_steps + 1)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides: the place among the problems, and a reference that changes."""
+        state = {_POSITION: self._position}
+        if self._reference is not None and self._config.reset_every:
+            state |= {_REFERENCE + name: p.detach() for name, p in self._reference.named_parameters()}
+        return state
+
+    def begin(self, step: int) -> None:
+        """Forget the rollouts of steps that a killed run made after its last checkpoint."""
+        drop_rollouts_after(self._directory, step)
+
+    def learning_rate(self, step: int) -> float:
+        """Of step `step`, from 0."""
+        return learning_rate(self._config.schedule, step=step, consumed=self._plan)
+
+    def train_step(self, optimizer: MasterAdamW, step: int, lr: float) -> StepDone:
+        """Explore, write the rollouts down, and move the policy on them."""
+        every = self._config.reset_every
+        if self._reference is not None and every and step and step % every == 0:
+            copy_weights(self._model, self._reference)
+            _LOG.info("step %d: the policy is the reference from here on", step)
+        found = self._explorer.explore(step + 1, int(self._position))
+        self._position.fill_(found.next_position)
+        write_rollouts(self._directory, step + 1, found.rollouts)
+        began = time.perf_counter()
+        figures = self._updates.update(optimizer, found.rollouts, step=step + 1, lr=lr)
+        seconds = {
+            "seconds_sampling": found.sampling,
+            "seconds_waiting": found.waiting,
+            "seconds_training": time.perf_counter() - began,
+        }
+        return StepDone(
+            figures={
+                **figures,
+                **rollout_figures(found.rollouts),
+                "rounds": float(found.num_rounds),
+                **seconds,
+            },
+            num_sequences=len(found.rollouts),
+            num_tokens=sum(len(rollout.completion_ids) for rollout in found.rollouts),
+        )
+
+
+def _load_policy(config: GrpoConfig) -> Transformer:
+    device = resolve_device(config.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    require_memory(load_config(config.model), dtype=dtype, device=device)
+    return load_pretrained(config.model, dtype=dtype, device=device)
+
+
+def _check(config: GrpoConfig, directory: Path) -> None:
+    """What would end the run after its last step, when the model is written."""
+    check_replaceable(directory / MODEL, overwrite=True)
+    if config.reset_every and not config.loss.kl:
+        raise ValueError(
+            f"grpo: reset_every must be 0 without a reference (loss.kl = 0), got {config.reset_every}"
+        )
+    margin, most = config.rewards.overlong_margin, config.rollout.max_new_tokens
+    if margin > most:
+        raise ValueError(
+            f"grpo: rewards.overlong_margin must be <= {most}, rollout.max_new_tokens, got {margin}"
+        )
+
+
+def _inputs(config: GrpoConfig, task: Task) -> dict[str, str]:
+    """What the inputs hold: the policy's weights, and every problem of the task."""
+    problems = hashlib.sha256(repr((task.name, task.limits, list(task.problems()))).encode())
+    return {"model": hash_model(config.model), "problems": problems.hexdigest()}
+
+
+def _build(
+    config: GrpoConfig,
+    task: Task,
+    directory: Path,
+    *,
+    pool: Pool,
+    rewards: Mapping[str, RewardFunction] | None,
+    make_sampler: MakeSampler,
+    evaluate: Evaluate | None,
+) -> Job:
+    _check(config, directory)
+    rewards_of_run = Rewards(reward_terms(config.rewards, given=rewards))
+    tokenizer = Tokenizer.load(config.model)
+    model = _load_policy(config)
+    encoder = PromptEncoder(
+        tokenizer=tokenizer,
+        max_positions=model.config.max_positions,
+        template=config.rollout.template,
+        fim_order=config.rollout.fim_order,
+    )
+    explorer = Explorer(
+        make_questions(task, encoder, max_new_tokens=config.rollout.max_new_tokens),
+        sampler=make_sampler(model, tokenizer),
+        judge=Judge(task, pool),
+        rewards=rewards_of_run,
+        config=config,
+    )
+    num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
+    steps = GrpoSteps(model, explorer=explorer, config=config, num_ids=num_ids, directory=directory)
+    return Job(
+        model=model,
+        num_steps=config.num_steps,
+        learning_rate=steps.learning_rate,
+        train_step=steps.train_step,
+        export=lambda out: save_pretrained(model, out / MODEL, tokenizer=config.model, overwrite=True),
+        evaluate=None if evaluate is None else lambda: evaluate(model),
+        begin=steps.begin,
+        extra_state=steps.extra_state(),
+    )
+
+
+def run(
+    config: GrpoConfig,
+    task: Task | None = None,
+    *,
+    rewards: Mapping[str, RewardFunction] | None = None,
+    make_sampler: MakeSampler | None = None,
+    evaluate: Evaluate | None = None,
+    on_metrics: OnMetrics | None = None,
+) -> Path:
+    """Train, or go on training, and leave the model in `config.out`/model; returns `config.out`.
+
+    Args:
+        task: whose problems are asked, and whose rules judge the answers; None: the one of the config.
+        rewards: functions made by the caller, from a reward model say, by the name the config has for them.
+        make_sampler: what writes the answers; None: our own engine over the model itself.
+        evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
+        on_metrics: called with every report, after it is written.
+
+    Raises what `run_stage` does.
+    """
+
+    def engine(model: Transformer, tokenizer: Tokenizer) -> Sampler:
+        return EngineSampler(Engine(model, tokenizer, batch=config.rollout.batch))
+
+    learnt = open_task(config.task) if task is None else task
+    with Pool(num_workers=config.rollout.num_workers, isolation=config.rollout.isolation) as pool:
+        return run_stage(
+            config,
+            lambda directory: _build(
+                config,
+                learnt,
+                directory,
+                pool=pool,
+                rewards=rewards,
+                make_sampler=make_sampler or engine,
+                evaluate=evaluate,
+            ),
+            command="grpo",
+            inputs=_inputs(config, learnt),
+            free=_FREE,
+            on_metrics=on_metrics,
+        )
