@@ -211,19 +211,20 @@ def write_tensors(directory: Path, tensors: Sequence[tuple[str, Tensor]], *, max
     sizes = [tensor.nbytes for _, tensor in tensors]
     shards = plan_shards(sizes, max_bytes=max_shard_bytes)
     if len(shards) == 1:
-        _write_shard(directory / WEIGHTS, tensors)
+        write_file(directory / WEIGHTS, tensors)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         part = tensors[shard.start : shard.stop]
-        _write_shard(directory / file, part)
+        write_file(directory / file, part)
         weight_map |= {name: file for name, _ in part}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_file(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write named tensors as one safetensors file; what is on another device is copied."""
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors}
     try:
         # The metadata names the framework; transformers refuses files without it.
@@ -232,4 +233,4 @@ def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         # Not an OSError, whose number it gives in its text alone.
         number = _OS_ERROR.search(str(error))
         code = int(number[1]) if number else errno.EIO
-        raise OSError(code, f"save_pretrained: {path} could not be written: {error}") from error
+        raise OSError(code, f"checkpoint: {path} could not be written: {error}") from error

@@ -37,7 +37,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         hidden_gradient_TD = torch.empty_like(hidden_TD)
-        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        # None beside adapters, where the head stays.
+        weight_gradient_VD = (
+            torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         for start in range(0, len(hidden_TD), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             chunk_TD = hidden_TD[rows]
@@ -45,14 +48,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             gradient_TV = gradient_TV.to(hidden_TD.dtype)
             torch.mm(gradient_TV, weight_VD, out=hidden_gradient_TD[rows])
-            weight_gradient_VD += gradient_TV.T @ chunk_TD
-        ctx.save_for_backward(hidden_gradient_TD, weight_gradient_VD.to(weight_VD.dtype))
+            if weight_gradient_VD is not None:
+                weight_gradient_VD += gradient_TV.T @ chunk_TD
+        if weight_gradient_VD is not None:
+            weight_gradient_VD = weight_gradient_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(hidden_gradient_TD, weight_gradient_VD)
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden_gradient_TD, weight_gradient_VD = ctx.saved_tensors
-        return hidden_gradient_TD * scale, weight_gradient_VD * scale, None
+        if weight_gradient_VD is not None:
+            weight_gradient_VD = weight_gradient_VD * scale
+        return hidden_gradient_TD * scale, weight_gradient_VD, None
 
 
 def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:

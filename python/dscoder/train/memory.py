@@ -31,21 +31,27 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(num_parameters: int, dtype: torch.dtype) -> StateBytes:
-    """What training `num_parameters` weights of type `dtype` takes."""
+def state_bytes(num_parameters: int, dtype: torch.dtype, *, num_adapters: int | None = None) -> StateBytes:
+    """What training `num_parameters` weights of type `dtype` takes, or so many of adapters beside them."""
     num_copies = 2 if dtype == torch.float32 else 3
+    num_trained = num_parameters if num_adapters is None else num_adapters
     return StateBytes(
-        weights=num_parameters * dtype.itemsize,
-        gradients=num_parameters * 4,
-        optimizer=num_parameters * 4 * num_copies,
-        checkpoint=num_parameters * 12,
+        weights=(num_parameters + (num_adapters or 0)) * dtype.itemsize,
+        gradients=num_trained * 4,
+        optimizer=num_trained * 4 * num_copies,
+        checkpoint=num_trained * 12,
     )
 
 
-def require_memory(model: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Log what training `model` takes; ValueError if `device` or the host cannot hold it even when empty."""
+def require_memory(
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_adapters: int | None = None
+) -> None:
+    """Log what training `model` takes; ValueError if `device` or the host cannot hold it even when empty.
+
+    With `num_adapters` so many parameters of adapters are trained, and the model's own stay.
+    """
     count = count_parameters(model)
-    need = state_bytes(count.total, dtype)
+    need = state_bytes(count.total, dtype, num_adapters=num_adapters)
     _LOG.info(
         "%s parameters, %s active a token; weights %.2f, gradients %.2f and optimizer %.2f GiB on %s; "
         "the checkpoint being written %.2f GiB on the host",
@@ -61,6 +67,6 @@ def require_memory(model: ModelConfig, *, dtype: torch.dtype, device: torch.devi
     for where, wanted, there in rooms:
         if wanted > there:
             raise ValueError(
-                f"pretrain: {where} must have {wanted / _GIB:.1f} GiB of memory for the {count.total:,} "
+                f"train: {where} must have {wanted / _GIB:.1f} GiB of memory for the {count.total:,} "
                 f"parameters of the model in training, before activations, got {there / _GIB:.1f} GiB"
             )

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
+from dscoder.checkpoint.adapter import check_adapter_replaceable, lora_parts, save_adapter
 from dscoder.config import ModelConfig
+from dscoder.config.lora import LoraConfig
 from dscoder.config.sft import SftConfig
 from dscoder.data.examples import hash_examples, write_examples
 from dscoder.data.prepare import HELD_OUT, TOKENIZER, TRAIN
 from dscoder.data.shards import Windows
 from dscoder.models import Transformer
+from dscoder.models.lora import add_lora, merge_lora
 from dscoder.runtime.device import resolve_device
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.memory import require_memory
@@ -26,6 +29,7 @@ from dscoder.train.schedule import steps_for_tokens
 from dscoder.train.windows import WindowSteps, answer_loss
 
 EXAMPLES = "examples"
+ADAPTER = "adapter"
 # Besides those of every run: the inputs are compared by what they hold.
 _FREE = ("dialogues", "init_from")
 
@@ -49,11 +53,13 @@ def _checked(config: SftConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _job(config: SftConfig, directory: Path, *, inputs: Mapping[str, str]) -> Job:
     """The run's windows, model and plan, once everything is known to go together."""
     check_replaceable(directory / MODEL, overwrite=True)
+    check_adapter_replaceable(directory / ADAPTER)
     tokenizer = Tokenizer.load(config.init_from)
     target = _checked(config, tokenizer)
     device = resolve_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    require_memory(target, dtype=dtype, device=device)
+    num_adapters = None if config.lora is None else _num_adapters(target, config.lora)
+    require_memory(target, dtype=dtype, device=device, num_adapters=num_adapters)
     data = write_examples(
         directory / EXAMPLES,
         config.dialogues,
@@ -65,7 +71,24 @@ def _job(config: SftConfig, directory: Path, *, inputs: Mapping[str, str]) -> Jo
     chat_tokenizer = Tokenizer.load(data / TOKENIZER / "tokenizer.json")
     target = replace(target, bos_id=chat_tokenizer.require_id("bos"), eos_id=chat_tokenizer.require_id("eos"))
     model = load_pretrained(config.init_from, config=target, dtype=dtype, device=device).train()
+    if config.lora is not None:
+        add_lora(model, lora_parts(target, config.lora.targets), config.lora, seed=config.seed)
     return _window_job(config, model, data)
+
+
+def _num_adapters(target: ModelConfig, config: LoraConfig) -> int:
+    """Parameters of the adapters that the model will have."""
+    shapes = Transformer(target, device="meta")
+    add_lora(shapes, lora_parts(target, config.targets), config, seed=0)
+    return sum(parameter.numel() for parameter in shapes.parameters() if parameter.requires_grad)
+
+
+def _export(config: SftConfig, model: Transformer, data: Path, out: Path) -> None:
+    """The adapters, if there are any, and the model that the next stages read, with them merged."""
+    if config.lora is not None:
+        save_adapter(model, out / ADAPTER, base=config.init_from)
+        merge_lora(model)
+    save_pretrained(model, out / MODEL, tokenizer=data / TOKENIZER, overwrite=True)
 
 
 def _num_steps(config: SftConfig, windows: Windows) -> int:
@@ -99,7 +122,8 @@ def _window_job(config: SftConfig, model: Transformer, data: Path) -> Job:
         num_steps=num_steps,
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
-        export=lambda out: save_pretrained(model, out / MODEL, tokenizer=data / TOKENIZER, overwrite=True),
+        export=lambda out: _export(config, model, data, out),
+        results=(MODEL,) if config.lora is None else (MODEL, ADAPTER),
         evaluate=evaluate if has_held_out else None,
     )
 
