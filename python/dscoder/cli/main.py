@@ -4,7 +4,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dscoder import __version__
-from dscoder.cli import bench, demo, generate, infill, info, prefer, prepare, pretrain, sft, tokenizer
+from dscoder.cli import (
+    bench,
+    demo,
+    generate,
+    grpo,
+    infill,
+    info,
+    prefer,
+    prepare,
+    pretrain,
+    rollouts,
+    sft,
+    tokenizer,
+)
 from dscoder.cli.arguments import check_files, spelled
 from dscoder.train.run import StoppedError
 
@@ -18,6 +31,8 @@ VERBS: dict[str, Verb] = {
     "pretrain": pretrain.main,
     "sft": sft.main,
     "prefer": prefer.main,
+    "grpo": grpo.main,
+    "rollouts": rollouts.main,
     "generate": generate.main,
     "infill": infill.main,
     "bench": bench.main,

@@ -1,0 +1,120 @@
+"""Rollouts for the terminal: a step in a line, a group with its best answer and the others as diffs to it."""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from dscoder.train.rollout import Rollout, by_group
+
+_PROMPT_LINES = 12
+_COMPLAINT_LINES = 6
+_DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+
+
+def visible(text: str) -> str:
+    """`text` with control characters spelled out: what a model wrote must not steer the terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    return _number(sum(there) / len(there) if there else None)
+
+
+def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
+    """One line: how many groups and answers, mean rewards, and what was left out and why."""
+    reasons = Counter(rollout.reason for rollout in rollouts if rollout.reason)
+    names = sorted({name for rollout in rollouts for name in rollout.rewards})
+    means = "  ".join(f"{name} {_mean([r.rewards.get(name) for r in rollouts])}" for name in names)
+    line = Text(f"step {step}", style="bold")
+    line.append(
+        f"  {len(by_group(rollouts))} groups  {len(rollouts)} answers  "
+        f"reward {_mean([r.reward for r in rollouts])}  ({means})",
+        style="not bold",
+    )
+    if reasons:
+        told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        line.append(f"  left out: {told}", style="not bold yellow")
+    return line
+
+
+def _headline(rollout: Rollout, number: int) -> Text:
+    rewards = ", ".join(f"{name} {_number(value)}" for name, value in rollout.rewards.items())
+    verdict = "" if rollout.verdict is None else str(rollout.verdict["outcome"])
+    line = Text(f"answer {number}  ", style="bold")
+    style = {"": "not bold", "passed": "not bold green"}.get(verdict, "not bold red")
+    line.append(f"{verdict or 'not run'}  ", style=style)
+    line.append(
+        f"reward {_number(rollout.reward)} ({rewards})  advantage {_number(rollout.advantage)}  "
+        f"{len(rollout.completion_ids)} tokens, {rollout.finish_reason}",
+        style="not bold",
+    )
+    if rollout.reason:
+        line.append(f"  left out: {rollout.reason}", style="not bold yellow")
+    return line
+
+
+def _complaints(rollout: Rollout) -> Text:
+    """What the sandbox and failed reward functions said, the last lines."""
+    lines = [f"{name}: {reason}" for name, reason in rollout.failures.items()]
+    if rollout.detail:
+        lines.append(rollout.detail)
+    if rollout.verdict is not None and rollout.verdict["outcome"] != "passed":
+        said = rollout.verdict["compiler"] or rollout.verdict["stderr"]
+        lines += str(said).rstrip().split("\n")[-_COMPLAINT_LINES:] if said else []
+    return Text("".join(f"  {visible(line)}\n" for line in lines), style="red")
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in visible(text).split("\n"))
+
+
+def _diff(best: str, other: str) -> Text:
+    """`other` as what changes in `best`."""
+    lines = difflib.unified_diff(
+        visible(best).split("\n"), visible(other).split("\n"), "best", "this", lineterm="", n=2
+    )
+    shown = Text()
+    for line in list(lines)[2:]:  # without the names
+        shown.append(f"    {line}\n", style=_DIFF_STYLES.get(line[:1], ""))
+    return shown if shown else Text("    the same text\n", style="dim")
+
+
+def _worth(rollout: Rollout) -> float:
+    return float("-inf") if rollout.reward is None else rollout.reward
+
+
+def render_group(group: Sequence[Rollout], *, num_answers: int) -> Text:
+    """The end of the prompt, the best answer whole, and others as diffs to it, best and worst first.
+
+    Args:
+        num_answers: how many are shown besides the best.
+    """
+    first = group[0]
+    shown = Text(f"{first.task} {visible(first.problem)}", style="bold")
+    shown.append(f"  {len(group)} answers\n", style="not bold")
+    prompt = first.prompt.split("\n")[-_PROMPT_LINES:]
+    shown.append(_indented("\n".join(prompt)), style="not bold dim")
+    numbered = sorted(enumerate(group, start=1), key=lambda item: (-_worth(item[1]), item[0]))
+    (number, best), *others = numbered
+    shown.append_text(_headline(best, number)).append("\n")
+    shown.append(_indented(best.completion), style="not bold")
+    shown.append_text(_complaints(best))
+    # From both ends: what failed most beside what nearly won.
+    turns = [others[idx // 2] if idx % 2 else others[-1 - idx // 2] for idx in range(len(others))]
+    for number, rollout in turns[:num_answers]:
+        shown.append_text(_headline(rollout, number)).append("\n")
+        shown.append_text(_diff(best.completion, rollout.completion))
+        shown.append_text(_complaints(rollout))
+    left = len(others) - min(num_answers, len(others))
+    if left:
+        shown.append(f"{left} more answers\n", style="not bold dim")
+    return shown
