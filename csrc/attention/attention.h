@@ -109,7 +109,7 @@ struct MlaDecodeParams {
     const int32_t* plan;        // [parts + 1 + B, 2], see mla_decode_plan.h
     void* out;                  // [B, S, H, C]
     float* lse;                 // [B, S, H]
-    float* partial_out;         // scratch [2 * parts, S * H, C]
+    float* partial_out;         // scratch [2 * parts, S * H, C], none for one part
     float* partial_lse;         // scratch [2 * parts, S * H]
     int64_t page_stride;        // elements
     int64_t table_stride;

@@ -6,7 +6,9 @@
 
 namespace dsc::decode {
 
+// One part alone owns all, whatever its plan holds: nothing is shared, and there is no scratch.
 __device__ __forceinline__ DecodePosition position_at(const MlaDecodeParams& p, int part) {
+    if (p.num_parts == 1) return {part == 0 ? 0 : p.num_sequences, 0};
     const int2 row = reinterpret_cast<const int2*>(p.plan)[part];
     return decode_position_of(row.x, row.y, p.num_sequences);
 }

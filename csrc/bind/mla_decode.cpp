@@ -107,7 +107,7 @@ void mla_decode_forward(py::handle q, py::handle cache, py::handle page_table, p
     read_pages(call, kOp, cache, page_table, params);
     const auto plan_R2 = call.read<2>("plan", plan, kInt32, {kAnySize, 2});
     params.num_parts = num_parts_of(kOp, plan_R2, num_sequences);
-    const int64_t num_slots = 2 * int64_t{params.num_parts};
+    const int64_t num_slots = params.num_parts > 1 ? 2 * int64_t{params.num_parts} : 0;
     const auto out_BSHC =
         call.read<4>("out", out, dtype_of(type), {num_sequences, num_new, num_heads, kLatentWidth});
     const auto partial_out_QRC =

@@ -293,8 +293,8 @@ void check(const Case& c) {
     launch_overlapped(played_kernel, grid, dim3(kDecodeConsumers),
                       static_cast<size_t>(kDecodeSm90SharedBytes + kRingAlignment), nullptr, queries_map,
                       cache_map, p);
-    const dim3 combine_grid(static_cast<unsigned>(p.num_parts),
-                            static_cast<unsigned>(ceil_div(call.num_rows, combine::kBlockRows)));
+    const dim3 combine_grid(static_cast<unsigned>(ceil_div(call.num_rows, combine::kBlockRows)),
+                            static_cast<unsigned>(p.num_parts));
     launch_overlapped(combine::mla_decode_combine_kernel<T>, combine_grid, dim3(combine::kNumThreads), 0,
                       nullptr, p);
     double difference = 0, size = 1e-30, worst_lse = 0;

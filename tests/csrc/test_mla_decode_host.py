@@ -55,7 +55,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     q, cache, table, seq_lens = case
     num_sequences, num_new, num_heads, _ = q.shape
-    num_slots, num_rows = 2 * (len(plan) - 1 - num_sequences), num_new * num_heads
+    num_parts, num_rows = len(plan) - 1 - num_sequences, num_new * num_heads
+    num_slots = 2 * num_parts if num_parts > 1 else 0
     out, out_memory = guarded(num_sequences, num_new, num_heads, VALUE_DIM, dtype=q.dtype)
     lse, lse_memory = guarded(num_sequences, num_new, num_heads, dtype=torch.float32)
     partial_out, partial_memory = guarded(num_slots, num_rows, VALUE_DIM, dtype=torch.float32)

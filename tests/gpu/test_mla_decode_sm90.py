@@ -70,7 +70,8 @@ def decode(case: DecodeCase, arch: str, plan: Tensor | None = None) -> tuple[Ten
     q, cache, table, seq_lens = case
     num_sequences, num_new, num_heads, _ = q.shape
     plan = plan_for(case) if plan is None else plan
-    num_slots, num_rows = 2 * (len(plan) - 1 - num_sequences), num_new * num_heads
+    num_parts, num_rows = len(plan) - 1 - num_sequences, num_new * num_heads
+    num_slots = 2 * num_parts if num_parts > 1 else 0
     out = Guarded(num_sequences, num_new, num_heads, VALUE_DIM, dtype=q.dtype)
     lse = Guarded(num_sequences, num_new, num_heads, dtype=torch.float32)
     partial_out = Guarded(num_slots, num_rows, VALUE_DIM, dtype=torch.float32)

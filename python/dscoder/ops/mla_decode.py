@@ -274,8 +274,9 @@ def _forward_kernel(
         max_rows = page_table_BN.shape[1] * cache_PLd.shape[1]
         plan = _plan_kernel(seq_lens_B, num_new, num_heads, max_rows)
     num_parts = plan.shape[0] - 1 - num_sequences
-    partial_out = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, value_dim, dtype=torch.float32)
-    partial_lse = q_BSHd.new_empty(2 * num_parts, num_new * num_heads, dtype=torch.float32)
+    num_slots = 2 * num_parts if num_parts > 1 else 0  # one part alone shares nothing
+    partial_out = q_BSHd.new_empty(num_slots, num_new * num_heads, value_dim, dtype=torch.float32)
+    partial_lse = q_BSHd.new_empty(num_slots, num_new * num_heads, dtype=torch.float32)
     native._C.mla_decode_forward(
         *(aligned(q_BSHd), cache_PLd, page_table_BN, seq_lens_B.contiguous(), aligned(plan)),
         *(out_BSHC, lse_BSH, partial_out, partial_lse),
