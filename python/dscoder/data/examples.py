@@ -9,6 +9,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,20 @@ import numpy as np
 from dscoder.config.sft import ExamplesConfig, FimExamplesConfig
 from dscoder.config.text import FimConfig
 from dscoder.data.dialogues import Dialogue, hash_dialogues, read_dialogues
-from dscoder.data.prepare import HELD_OUT, TOKENIZER, TRAIN
+from dscoder.data.prepare import BATCH_CHARACTERS, HELD_OUT, TOKENIZER, TRAIN
 from dscoder.data.sections import split_sections
 from dscoder.data.shards import SplitWriter, token_dtype
 from dscoder.data.sources import Document, hash_sources, is_held_out, read_documents
 from dscoder.runtime.artifact import Stage, open_stage
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import derive_seed
-from dscoder.text.chat import CHAT_TEMPLATES, EncodedChat, encode_chat
-from dscoder.text.fim import FimDocument, FimOrder, apply_fim, fim_prompt
+from dscoder.text.chat import CHAT_TEMPLATES, EncodedChat, encode_chats
+from dscoder.text.fim import FimDocument, FimOrder, apply_fim, arrange
 from dscoder.text.flavors import EOT
 from dscoder.text.tokenizer import Tokenizer
 
 COMMAND = "sft-examples"
+_BATCH_HOLES = 256
 _LOG = get_logger(__name__)
 
 
@@ -48,20 +50,29 @@ class _Encoder:
     config: ExamplesConfig
     dropped: Counter[str]
 
-    def add_dialogue(self, dialogue: Dialogue, split: _Split) -> None:
-        """Encode and add one dialogue."""
-        encoded = encode_chat(dialogue.messages, tokenizer=self.tokenizer, template=self.config.template)
-        if self._add(encoded, split, can_cut=self.config.too_long == "cut"):
-            split.counts["dialogues"] += 1
+    def add_dialogues(self, dialogues: Sequence[Dialogue], split: _Split) -> None:
+        """Encode and add the dialogues of one batch."""
+        conversations = [dialogue.messages for dialogue in dialogues]
+        template = self.config.template
+        for encoded in encode_chats(conversations, tokenizer=self.tokenizer, template=template):
+            if self._add(encoded, split, can_cut=self.config.too_long == "cut"):
+                split.counts["dialogues"] += 1
 
-    def add_hole(self, document: FimDocument, split: _Split) -> None:
-        """Encode and add one document in its parts."""
-        prompt = fim_prompt(document.prefix, document.suffix, tokenizer=self.tokenizer, order=document.order)
-        end = self.tokenizer.require_id(CHAT_TEMPLATES[self.config.template].end)
-        answer = [*self.tokenizer.encode(document.middle), end]
-        mask = [0] * len(prompt) + [1] * len(answer)
-        if self._add(EncodedChat(ids=[*prompt, *answer], loss_mask=mask), split, can_cut=False):
-            split.counts[f"fim_{document.order.name.lower()}"] += 1
+    def add_holes(self, documents: Sequence[FimDocument], split: _Split) -> None:
+        """Encode and add documents in their parts."""
+        bos, begin, hole, end = (
+            self.tokenizer.require_id(name) for name in ("bos", "fim_begin", "fim_hole", "fim_end")
+        )
+        stop = self.tokenizer.require_id(CHAT_TEMPLATES[self.config.template].end)
+        texts = [text for part in documents for text in (part.prefix, part.suffix, part.middle)]
+        encoded = iter(self.tokenizer.encode_batch(texts))
+        for document in documents:
+            prefix, suffix, middle = islice(encoded, 3)
+            given = [bos, *arrange(document.order, prefix, suffix, (begin, hole, end))]
+            mask = [0] * len(given) + [1] * (len(middle) + 1)
+            example = EncodedChat(ids=[*given, *middle, stop], loss_mask=mask)
+            if self._add(example, split, can_cut=False):
+                split.counts[f"fim_{document.order.name.lower()}"] += 1
 
     def _add(self, encoded: EncodedChat, split: _Split, *, can_cut: bool) -> bool:
         window, length = self.config.window, len(encoded.ids)
@@ -109,6 +120,23 @@ def _holes(config: FimExamplesConfig, *, count: int, seed: int, dropped: Counter
     return whole
 
 
+def _batches(dialogues: Iterator[Dialogue]) -> Iterator[list[Dialogue]]:
+    """Dialogues that are encoded together."""
+    batch: list[Dialogue] = []
+    num_characters = 0
+    for dialogue in dialogues:
+        batch.append(dialogue)
+        num_characters += sum(len(message["content"]) for message in dialogue.messages)
+        if num_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    yield batch
+
+
+def _is_held_out(dialogue: Dialogue, config: ExamplesConfig) -> bool:
+    return dialogue.key < config.held_out_share * 2**64
+
+
 def _write_splits(
     stage: Stage, paths: Sequence[str], encoder: _Encoder, *, seed: int
 ) -> dict[str, Counter[str]]:
@@ -122,14 +150,16 @@ def _write_splits(
         )
 
     splits = {TRAIN: split(TRAIN), HELD_OUT: split(HELD_OUT)}
-    for dialogue in read_dialogues(paths, dropped=encoder.dropped):
-        name = HELD_OUT if dialogue.key < config.held_out_share * 2**64 else TRAIN
-        encoder.add_dialogue(dialogue, splits[name])
+    for batch in _batches(read_dialogues(paths, dropped=encoder.dropped)):
+        for name, part in splits.items():
+            chosen = [each for each in batch if _is_held_out(each, config) == (name == HELD_OUT)]
+            encoder.add_dialogues(chosen, part)
     share = config.fim.share
     num_holes = round(splits[TRAIN].counts["dialogues"] * share / (1.0 - share))
     if num_holes:
-        for hole in _holes(config.fim, count=num_holes, seed=seed, dropped=encoder.dropped):
-            encoder.add_hole(hole, splits[TRAIN])
+        holes = _holes(config.fim, count=num_holes, seed=seed, dropped=encoder.dropped)
+        for start in range(0, len(holes), _BATCH_HOLES):
+            encoder.add_holes(holes[start : start + _BATCH_HOLES], splits[TRAIN])
     for part in splits.values():
         part.writer.flush()
         part.counts["windows"] = part.writer.num_windows

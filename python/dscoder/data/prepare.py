@@ -31,7 +31,7 @@ TRAIN = "train"
 HELD_OUT = "held_out"
 TOKENIZER = "tokenizer"  # a copy, for those who read the windows
 TOKEN_BYTES = "token_bytes.npy"
-_BATCH_CHARACTERS = 2**22  # encoded in one parallel call, and so held as Python integers
+BATCH_CHARACTERS = 2**22  # encoded in one parallel call, and so held as Python integers
 _NO_FIM = FimConfig(rate=0.0)
 _LOG = get_logger(__name__)
 
@@ -78,7 +78,7 @@ def _batches(
         is_held = is_held_out(document, share=share)
         batch += [(is_held, section) for section in _sections(document, section_bytes)]
         num_characters += len(document.text)
-        if num_characters >= _BATCH_CHARACTERS:
+        if num_characters >= BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
     yield batch

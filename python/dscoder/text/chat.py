@@ -94,8 +94,18 @@ def encode_chat(messages: Sequence[Message], *, tokenizer: Tokenizer, template: 
 
     Special strings inside the messages are plain text.
     """
-    rules = _checked("encode_chat", messages, template, last="assistant")
-    return _encoded(messages, tokenizer, rules, ending="")
+    return encode_chats([messages], tokenizer=tokenizer, template=template)[0]
+
+
+def encode_chats(
+    conversations: Sequence[Sequence[Message]], *, tokenizer: Tokenizer, template: str
+) -> list[EncodedChat]:
+    """`encode_chat` of each, encoded in parallel."""
+    parts = []
+    for messages in conversations:
+        rules = _checked("encode_chat", messages, template, last="assistant")
+        parts.append(_parts(messages, rules, ending=""))
+    return _encoded(parts, tokenizer)
 
 
 def chat_prompt(messages: Sequence[Message], *, tokenizer: Tokenizer, template: str) -> list[int]:
@@ -104,19 +114,22 @@ def chat_prompt(messages: Sequence[Message], *, tokenizer: Tokenizer, template: 
     Special strings inside the messages are plain text.
     """
     rules = _checked("chat_prompt", messages, template, last="user")
-    return _encoded(messages, tokenizer, rules, ending=rules.prompt).ids
+    [encoded] = _encoded([_parts(messages, rules, ending=rules.prompt)], tokenizer)
+    return encoded.ids
 
 
-def _encoded(
-    messages: Sequence[Message], tokenizer: Tokenizer, rules: ChatTemplate, *, ending: str
-) -> EncodedChat:
-    ids, loss_mask = [tokenizer.require_id("bos")], [0]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A stretch of a conversation that is encoded in one go, and the special token after it, if any."""
 
-    def append(part: list[int], learned: int) -> None:
-        ids.extend(part)
-        loss_mask.extend([learned] * len(part))
+    text: str
+    is_learnt: bool
+    end: Literal["eos", "eot"] | None = None
 
-    # Everything up to an answer is encoded in one go: a token may cross the messages.
+
+def _parts(messages: Sequence[Message], rules: ChatTemplate, *, ending: str) -> list[_Part]:
+    # Everything up to an answer is one part: a token may cross the messages.
+    parts = []
     told = "" if messages[0]["role"] == "system" else rules.default_system
     for message in messages:
         content = message["content"]
@@ -125,12 +138,27 @@ def _encoded(
         elif message["role"] == "user":
             told += rules.user_start + content + rules.user_end
         else:
-            append(tokenizer.encode(told + rules.prompt), learned=0)
-            append(tokenizer.encode(rules.answer_start + content + rules.answer_end), learned=1)
-            append([tokenizer.require_id(rules.end)], learned=1)
+            answer = rules.answer_start + content + rules.answer_end
+            parts += [
+                _Part(text=told + rules.prompt, is_learnt=False),
+                _Part(text=answer, is_learnt=True, end=rules.end),
+            ]
             told = rules.after_end
-    append(tokenizer.encode(told + ending), learned=0)
-    return EncodedChat(ids=ids, loss_mask=loss_mask)
+    return [*parts, _Part(text=told + ending, is_learnt=False)]
+
+
+def _encoded(conversations: Sequence[Sequence[_Part]], tokenizer: Tokenizer) -> list[EncodedChat]:
+    encoded = iter(tokenizer.encode_batch([part.text for parts in conversations for part in parts]))
+    chats = []
+    for parts in conversations:
+        ids, loss_mask = [tokenizer.require_id("bos")], [0]
+        for part in parts:
+            ids += next(encoded)
+            if part.end is not None:
+                ids.append(tokenizer.require_id(part.end))
+            loss_mask += [int(part.is_learnt)] * (len(ids) - len(loss_mask))
+        chats.append(EncodedChat(ids=ids, loss_mask=loss_mask))
+    return chats
 
 
 def _checked(op: str, messages: Sequence[Message], template: str, *, last: str) -> ChatTemplate:

@@ -9,7 +9,8 @@ try:
 except ImportError:  # the extra "pretrain" is not installed
     Figure = None  # type: ignore[assignment,misc]
 
-HELD_OUT = "held_out_bits_per_byte"
+BITS_PER_BYTE = "held_out_bits_per_byte"
+HELD_OUT_LOSS = "held_out_loss"
 
 
 def has_matplotlib() -> bool:
@@ -18,7 +19,10 @@ def has_matplotlib() -> bool:
 
 
 def plot_loss(reports: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw training loss and held-out bits per byte over the tokens seen, and replace `path` by it."""
+    """Draw the training loss over the tokens seen, and replace `path` by it.
+
+    Beside it stand the held-out bits per byte where there are some, else the held-out loss.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -29,13 +33,15 @@ def plot_loss(reports: Sequence[dict[str, float]], path: Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("training loss (nats per token)")
     handles = list(axes.get_lines())
-    held_out = [report for report in reports if HELD_OUT in report]
+    name = BITS_PER_BYTE if any(BITS_PER_BYTE in report for report in reports) else HELD_OUT_LOSS
+    held_out = [report for report in reports if name in report]
     if held_out:
-        right = axes.twinx()
-        x, y = [r["tokens"] for r in held_out], [r[HELD_OUT] for r in held_out]
-        right.plot(x, y, color="tab:orange", marker="o", markersize=4, label="held out")
-        right.set_ylabel("held-out bits per byte")
-        handles += right.get_lines()
+        other = axes.twinx() if name == BITS_PER_BYTE else axes
+        x, y = [r["tokens"] for r in held_out], [r[name] for r in held_out]
+        drawn = other.plot(x, y, color="tab:orange", marker="o", markersize=4, label="held out")
+        if other is not axes:
+            other.set_ylabel("held-out bits per byte")
+        handles += drawn
     axes.legend(handles=handles)
     axes.grid(alpha=0.3)
     temporary = path.with_name(path.name + ".tmp")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
-from dscoder.checkpoint.adapter import check_adapter_replaceable, lora_parts, save_adapter
+from dscoder.checkpoint.adapter import ADAPTER_WEIGHTS, check_adapter_replaceable, lora_parts, save_adapter
 from dscoder.config import ModelConfig
 from dscoder.config.lora import LoraConfig
 from dscoder.config.sft import SftConfig
@@ -123,7 +123,7 @@ def _window_job(config: SftConfig, model: Transformer, data: Path) -> Job:
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
         export=lambda out: _export(config, model, data, out),
-        results=(MODEL,) if config.lora is None else (MODEL, ADAPTER),
+        results=(MODEL,) if config.lora is None else (MODEL, f"{ADAPTER}/{ADAPTER_WEIGHTS}"),
         evaluate=evaluate if has_held_out else None,
     )
 
