@@ -50,7 +50,8 @@ def cuda_graphs() -> Capture:
     def capture(step: Step) -> Step:
         step()  # loads kernels and sizes workspaces, which capturing forbids
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # What other threads ask of the device, a loader's pinned memory say, is no part of the graph.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = step()
 
         def replay() -> tuple[Tensor, Tensor]:
