@@ -139,6 +139,13 @@ def test_the_policy_becomes_the_reference_at_its_step(model_dir: Path, tmp_path:
     assert reset[4] > 1e-9
 
 
+def test_a_hook_learns_from_the_rollouts_between_resets(model_dir: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    config = config_for(model_dir, tmp_path / "run", num_steps=5, reset_every=2)
+    grpo.run(config, Letters(), on_reset=lambda step, where: seen.append((step, written_steps(where))))
+    assert seen == [(2, [1, 2]), (4, [1, 2, 3, 4])]
+
+
 def test_a_reward_that_fails_is_left_out_and_counted(model_dir: Path, tmp_path: Path) -> None:
     def sometimes(batch: RewardBatch) -> list[float | None]:
         return [float("nan") if idx == 1 else 1.0 for idx in range(len(batch.answers))]
@@ -229,6 +236,17 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         grpo.run(config_for(model_dir, tmp_path / "run", **fields), Letters())
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_bfloat16_weights_move_by_their_float32_masters(model_dir: Path, tmp_path: Path) -> None:
+    seen: list[Mapping[str, float]] = []
+    config = config_for(model_dir, tmp_path / "run", precision="bf16", reset_every=2)
+    out = grpo.run(config, Letters(), on_metrics=seen.append)
+    assert seen[0]["mismatch"] < 0.05
+    after = weights(out)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    before = load_pretrained(model_dir, dtype=torch.bfloat16).state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
 def test_weights_are_copied_in_place() -> None:

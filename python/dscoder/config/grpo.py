@@ -124,7 +124,7 @@ class RolloutConfig:
             ("group_size", self.group_size, 2),
             ("max_rounds", self.max_rounds, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
-            ("num_workers", self.num_workers or 1, 1),
+            ("num_workers", 1 if self.num_workers is None else self.num_workers, 1),
             ("num_scorers", self.num_scorers, 1),
         ):
             if value < least:

@@ -50,6 +50,8 @@ _LOG = get_logger(__name__)
 Evaluate = Callable[[Transformer], Mapping[str, float]]
 # Called with the model and the tokenizer: what writes the answers, instead of our own engine.
 MakeSampler = Callable[[Transformer, Tokenizer], Sampler]
+# Called when the policy has become the reference, with the steps done and the run's directory.
+OnReset = Callable[[int, Path], None]
 
 
 @torch.no_grad()
@@ -74,12 +76,14 @@ class GrpoSteps:
         config: GrpoConfig,
         num_ids: int,
         directory: Path,
+        on_reset: OnReset | None = None,
     ) -> None:
         """`num_ids`: ids from there on are never drawn. `directory`: of the stage."""
         self._model = model
         self._explorer = explorer
         self._config = config
         self._directory = directory
+        self._on_reset = on_reset
         self._reference = None
         if config.loss.kl > 0:
             self._reference = copy.deepcopy(model).requires_grad_(False)
@@ -108,6 +112,8 @@ class GrpoSteps:
         if self._reference is not None and every and step and step % every == 0:
             copy_weights(self._model, self._reference)
             _LOG.info("step %d: the policy is the reference from here on", step)
+            if self._on_reset is not None:
+                self._on_reset(step, self._directory)
         found = self._explorer.explore(step + 1, int(self._position))
         self._position.fill_(found.next_position)
         write_rollouts(self._directory, step + 1, found.rollouts)
@@ -165,8 +171,9 @@ def _build(
     pool: Pool,
     rewards: Mapping[str, RewardFunction] | None,
     make_sampler: MakeSampler,
-    evaluate: Evaluate | None,
+    hooks: tuple[Evaluate | None, OnReset | None],
 ) -> Job:
+    evaluate, on_reset = hooks
     _check(config, directory)
     rewards_of_run = Rewards(reward_terms(config.rewards, given=rewards))
     tokenizer = Tokenizer.load(config.model)
@@ -185,7 +192,9 @@ def _build(
         config=config,
     )
     num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
-    steps = GrpoSteps(model, explorer=explorer, config=config, num_ids=num_ids, directory=directory)
+    steps = GrpoSteps(
+        model, explorer=explorer, config=config, num_ids=num_ids, directory=directory, on_reset=on_reset
+    )
     return Job(
         model=model,
         num_steps=config.num_steps,
@@ -205,6 +214,7 @@ def run(
     rewards: Mapping[str, RewardFunction] | None = None,
     make_sampler: MakeSampler | None = None,
     evaluate: Evaluate | None = None,
+    on_reset: OnReset | None = None,
     on_metrics: OnMetrics | None = None,
 ) -> Path:
     """Train, or go on training, and leave the model in `config.out`/model; returns `config.out`.
@@ -214,6 +224,7 @@ def run(
         rewards: functions made by the caller, from a reward model say, by the name the config has for them.
         make_sampler: what writes the answers; None: our own engine over the model itself.
         evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
+        on_reset: called every `reset_every` steps, where a reward model learns from the rollouts since.
         on_metrics: called with every report, after it is written.
 
     Raises what `run_stage` does.
@@ -233,7 +244,7 @@ def run(
                 pool=pool,
                 rewards=rewards,
                 make_sampler=make_sampler or engine,
-                evaluate=evaluate,
+                hooks=(evaluate, on_reset),
             ),
             command="grpo",
             inputs=_inputs(config, learnt),
