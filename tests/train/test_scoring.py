@@ -1,0 +1,65 @@
+"""Scores of many sequences at once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dscoder.checkpoint import save_pretrained
+from dscoder.models import ScalarModel, Transformer
+from dscoder.tasks.problem import Prompt
+from dscoder.testing.tiny_run import TINY_MOE
+from dscoder.text.tokenizer import Tokenizer
+from dscoder.train.scoring import AnswerScorer, packed, score_sequences
+
+SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6]]
+
+
+@pytest.fixture(scope="module")
+def model() -> ScalarModel:
+    return ScalarModel(Transformer(replace(TINY_MOE, init_std=0.2))).eval()
+
+
+def test_sequences_stand_one_behind_the_other() -> None:
+    tokens_BS, cu_seqlens = packed(SEQUENCES[:2], torch.device("cpu"))
+    assert tokens_BS.tolist() == [[5, 6, 7, 8]]
+    assert cu_seqlens.tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4, 100])
+def test_each_sequence_scores_as_if_alone(model: ScalarModel, max_tokens: int) -> None:
+    with torch.no_grad():
+        wanted = [float(model(torch.tensor([sequence]))) for sequence in SEQUENCES]
+    got = score_sequences(model, SEQUENCES, max_tokens=max_tokens)
+    assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert len(set(got)) == len(got)
+
+
+def test_training_goes_on_after_scoring(model: ScalarModel) -> None:
+    model.train()
+    score_sequences(model, SEQUENCES)
+    assert model.training
+    assert model.backbone.training
+    model.eval()
+    assert score_sequences(model, []) == []
+
+
+def test_a_directory_scores_answers_and_says_which_are_too_long(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"] * 3, vocab_size=300)
+    tokenizer.save(tmp_path / "tokenizer")
+    config = replace(
+        TINY_MOE,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.require_id("bos"),
+        eos_id=tokenizer.require_id("eos"),
+    )
+    saved = ScalarModel(Transformer(config)).eval()
+    save_pretrained(saved, tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    scorer = AnswerScorer.load(tmp_path / "model", device="cpu")
+    asked = Prompt(text="def f(x):", max_new_tokens=8)
+    first, too_long = scorer.scores([(asked, " return x"), (asked, " x" * config.max_positions)])
+    ids = [*tokenizer.encode("def f(x):", add_bos=True), *tokenizer.encode(" return x"), config.eos_id]
+    with torch.no_grad():
+        assert first == pytest.approx(float(saved(torch.tensor([ids]))), rel=1e-4)
+    assert too_long is None
