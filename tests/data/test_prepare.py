@@ -98,7 +98,7 @@ def test_sections_let_whole_rearranged_documents_stand_in_a_window(trained: Path
 def test_pools_bound_memory_and_lose_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
     small = prepare.run(config_for(trained, tmp_path / "small", pool_tokens=20_000))
     large = prepare.run(config_for(trained, tmp_path / "large"))
     assert len(list((small / "train").glob("tokens-*.npy"))) > 1

@@ -16,8 +16,11 @@ from dscoder.config.train import BatchConfig
 from dscoder.data.loader import IGNORED, assemble, window_order
 from dscoder.data.prepare import HELD_OUT, TRAIN
 from dscoder.data.shards import Windows
+from dscoder.infer.engine import Engine
+from dscoder.infer.request import Request
 from dscoder.runtime.artifact import read_manifest
 from dscoder.testing.tiny_sft import sft_config_for, tiny_base, tiny_dialogues
+from dscoder.text.chat import chat_prompt
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train import sft
 from dscoder.train.windows import answer_loss
@@ -93,6 +96,18 @@ def test_transformers_loads_the_model_and_its_chat_template(finished: Path) -> N
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
     assert ours.config.eos_id == tokenizer.eos_token_id
+
+
+def test_the_trained_model_answers_and_stops(base: Path, tmp_path: Path) -> None:
+    dialogues = tiny_dialogues(tmp_path / "d.jsonl", count=4)
+    examples = ExamplesConfig(window=128, held_out_share=0.0)
+    out = sft.run(sft_config_for(base, dialogues, tmp_path / "run", examples=examples, num_steps=70))
+    engine = Engine(load_pretrained(out / "model"), Tokenizer.load(out / "model"))
+    question = [{"role": "user", "content": "What is 3 plus 3?"}]
+    prompt = chat_prompt(question, tokenizer=engine.tokenizer, template="v2")
+    [completion] = engine.generate([Request(prompt=tuple(prompt), max_new_tokens=30)])
+    assert completion.text.startswith(" The sum is ")
+    assert completion.finish_reason == "eos"
 
 
 def test_v1_answers_end_with_eot_in_model_and_tokenizer(base: Path, dialogues: Path, tmp_path: Path) -> None:
