@@ -15,7 +15,6 @@ from dscoder.cli import (
     prepare,
     pretrain,
     reward_model,
-    reward_model,
     rollouts,
     sft,
     tokenizer,
