@@ -64,12 +64,16 @@ def test_no_file_is_no_reports(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / METRICS) == []
 
 
+@pytest.mark.parametrize("name", ["held_out_bits_per_byte", "held_out_loss"])
 @pytest.mark.parametrize("num_reports", [0, 1, 5])
-def test_the_picture_is_a_png(tmp_path: Path, num_reports: int) -> None:
+def test_the_picture_is_a_png(tmp_path: Path, num_reports: int, name: str) -> None:
     reports = [{"step": i, "tokens": 10 * i, "loss": 5.0 - i} for i in range(num_reports)]
-    reports += [{"step": i, "tokens": 10 * i, "held_out_bits_per_byte": 2.0} for i in range(num_reports)]
+    plot_loss(reports, tmp_path / "loss.png")
+    without = (tmp_path / "loss.png").read_bytes()
+    reports += [{"step": i, "tokens": 10 * i, name: 2.0} for i in range(num_reports)]
     plot_loss(reports, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert ((tmp_path / "loss.png").read_bytes() != without) == bool(num_reports)
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
