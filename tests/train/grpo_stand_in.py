@@ -57,17 +57,26 @@ class Programs(Letters):
 
 
 class FakePool:
-    """A sandbox whose verdicts are a function of the source; `results` may hold them back."""
+    """A sandbox whose verdicts are a function of the source; with "never" they do not come."""
 
     def __init__(self, outcome: Callable[[str], str]) -> None:
         self.outcome = outcome
         self.sources: list[str] = []
+        self.waiting: list[Future[Verdict]] = []
 
     def submit(self, program: Program, limits: Limits) -> "Future[Verdict]":
         self.sources.append(program.source or "")
         done: Future[Verdict] = Future()
-        done.set_result(Verdict(outcome=self.outcome(program.source or "")))  # type: ignore[arg-type]
+        outcome = self.outcome(program.source or "")
+        if outcome == "never":
+            self.waiting.append(done)
+        else:
+            done.set_result(Verdict(outcome=outcome))  # type: ignore[arg-type]
         return done
+
+    def cancel(self) -> None:
+        for future in self.waiting:
+            future.cancel()
 
 
 def completion_of(text: str, *, reason: FinishReason = "eos") -> Completion:

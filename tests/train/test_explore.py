@@ -230,6 +230,19 @@ def test_problems_that_leave_no_room_are_left_out() -> None:
         make_questions(Letters(0), ENCODER, max_new_tokens=6)
 
 
+def test_a_sampler_that_fails_does_not_wait_for_programs() -> None:
+    def texts(idx: int, request: Request) -> str:
+        if idx == 6:
+            raise ValueError("logits must be finite")
+        return "some program"
+
+    made, pool = explorer(FakeSampler(texts), config(), outcome=lambda _: "never")
+    with pytest.raises(ValueError, match="logits must be finite"):
+        made.explore(1, 0)
+    assert len(pool.waiting) == 6
+    assert all(future.cancelled() for future in pool.waiting)
+
+
 def test_a_sampler_without_log_probabilities_is_refused() -> None:
     made, _ = explorer(FakeSampler(lambda *_: replace(completion_of("good"), logprobs=None)), config())
     with pytest.raises(ValueError, match="a sampler must give the log-probabilities"):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dscoder.config.generate import DEFAULT_BATCH, BatchConfig, SamplingConfig
+from dscoder.config.generate import BatchConfig, SamplingConfig
 from dscoder.config.task import TaskConfig
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig, ScheduleConfig
 
@@ -113,7 +113,8 @@ class RolloutConfig:
     template: Literal["coder", "v2"] | None = None  # the chat template, for tasks that ask in messages
     fim_order: Literal["psm", "spm"] = "psm"  # of tasks with holes, as the model learnt it
     mask_truncated: bool = False  # answers cut off at their longest are not trained on
-    batch: BatchConfig = DEFAULT_BATCH
+    # Of the engine. On a GPU its cache stays beside the training, which needs the rest of the memory.
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(memory_share=0.3))
     num_workers: int | None = None  # programs run at one time; None: one a core
     isolation: Literal["full", "rlimits"] = "full"  # of those programs; rlimits is much weaker
     num_scorers: int = 4  # groups whose reward functions run at one time

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -77,6 +78,10 @@ class Judge:
         if isinstance(pending, Grade):
             return pending
         return self._grade(problem, completion, pending.result())
+
+    def cancel(self) -> None:
+        """Call off what runs and waits; whoever waits for a verdict gets CancelledError or "sandbox_error"."""
+        self._pool.cancel()
 
     def _grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         try:
@@ -211,7 +216,7 @@ class Explorer:
         began = time.perf_counter()
         judged: dict[int, _Judged] = {}
         futures: dict[int, Future[list[Rollout]]] = {}
-        with ThreadPoolExecutor(self._config.rollout.num_scorers, thread_name_prefix="score") as scorers:
+        with self._scorers() as scorers:
             for request_idx, completion in self._sampler.sample(requests):
                 group = request_idx // size
                 pending = self._judge.submit(questions[group].problem, completion.text)
@@ -223,6 +228,17 @@ class Explorer:
                     )
             seconds = time.perf_counter() - began
         return [futures[group].result() for group in range(len(questions))], seconds
+
+    @contextmanager
+    def _scorers(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that score groups; if sampling fails, they wait for no program that nobody asks about."""
+        with ThreadPoolExecutor(self._config.rollout.num_scorers, thread_name_prefix="score") as scorers:
+            try:
+                yield scorers
+            except BaseException:
+                scorers.shutdown(wait=False, cancel_futures=True)
+                self._judge.cancel()
+                raise
 
     def _score(self, step: int, group: int, question: Question, judged: Sequence[_Judged]) -> list[Rollout]:
         problem = question.problem

@@ -73,7 +73,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits_TV = (chunk_TD @ weight_VD.T).float().div_(ctx.temperature)
             # d logprob / d logits = one hot - softmax.
             gradient_TV = logits_TV.sub_(lse_T[rows, None]).exp_().mul_(-scaled_T[rows, None])
-            gradient_TV.scatter_add_(1, ids_T[rows, None], scaled_T[rows, None])
+            gradient_TV[torch.arange(len(chunk_TD), device=ids_T.device), ids_T[rows]] += scaled_T[rows]
             gradient_TV = gradient_TV.to(hidden_TD.dtype)
             hidden_gradient_TD[rows] = gradient_TV @ weight_VD
             if ctx.needs_input_grad[1]:
@@ -126,7 +126,13 @@ def answer_logprobs(
         torch.tensor([token for text in texts for token in text.answer], device=device),
         temperature=temperature,
     )
-    mask_BS = torch.arange(max(len(text.answer) for text in texts), device=device) < lengths_B1
-    # Row by row, as the answers lie in the packed batch.
-    logprobs_BS = torch.zeros(mask_BS.shape, device=device).masked_scatter(mask_BS, logprob_T)
-    return AnswerLogprobs(logprobs_BS=logprobs_BS, mask_BS=mask_BS, balance=features.balance)
+    longest = max(len(text.answer) for text in texts)
+    # Places are counted here: a device would have to be waited for to find them by the mask.
+    places = [row * longest + idx for row, text in enumerate(texts) for idx in range(len(text.answer))]
+    flat = torch.zeros(len(texts) * longest, device=device)
+    flat = flat.index_copy(0, torch.tensor(places, device=device), logprob_T)
+    return AnswerLogprobs(
+        logprobs_BS=flat.view(len(texts), longest),
+        mask_BS=torch.arange(longest, device=device) < lengths_B1,
+        balance=features.balance,
+    )
