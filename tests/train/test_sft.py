@@ -174,6 +174,16 @@ def test_a_window_longer_than_the_model_is_refused(base: Path, dialogues: Path, 
     assert not (tmp_path / "examples").exists()
 
 
+def test_dialogues_that_teach_nothing_leave_the_directory_free(
+    base: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Q", "completion": ""}\n')
+    with pytest.raises(ValueError, match=r"got none; dropped \{'empty_message': 1\}"):
+        sft.run(sft_config_for(base, bad, tmp_path / "run"))
+    sft.run(sft_config_for(base, dialogues, tmp_path / "run", num_steps=1))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -4,6 +4,7 @@ The examples are written below the run directory first, as a stage of their own;
 on packed windows, with a loss on what is answered alone.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ _FREE = ("dialogues", "init_from")
 
 
 def _checked(config: SftConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The config of the model that is trained, which stops where the template's answers end."""
+    """The config of the model to start from, once it goes with the tokenizer and the windows."""
     model = load_config(config.init_from)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -54,26 +55,39 @@ def _job(config: SftConfig, directory: Path, *, inputs: Mapping[str, str]) -> Jo
     """The run's windows, model and plan, once everything is known to go together."""
     check_replaceable(directory / MODEL, overwrite=True)
     check_adapter_replaceable(directory / ADAPTER)
-    tokenizer = Tokenizer.load(config.init_from)
+    source = Path(config.init_from).expanduser()
+    tokenizer = Tokenizer.load(source if source.exists() else config.init_from)
     target = _checked(config, tokenizer)
     device = resolve_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     num_adapters = None if config.lora is None else _num_adapters(target, config.lora)
     require_memory(target, dtype=dtype, device=device, num_adapters=num_adapters)
-    data = write_examples(
-        directory / EXAMPLES,
-        config.dialogues,
-        tokenizer=tokenizer,
-        config=config.examples,
-        seed=config.seed,
-        inputs=inputs,
-    )
+    data = _write_examples(config, directory / EXAMPLES, tokenizer, inputs)
+    # The template's end token ends an answer, and so it becomes the model's eos.
     chat_tokenizer = Tokenizer.load(data / TOKENIZER / "tokenizer.json")
     target = replace(target, bos_id=chat_tokenizer.require_id("bos"), eos_id=chat_tokenizer.require_id("eos"))
     model = load_pretrained(config.init_from, config=target, dtype=dtype, device=device).train()
     if config.lora is not None:
         add_lora(model, lora_parts(target, config.lora.targets), config.lora, seed=config.seed)
     return _window_job(config, model, data)
+
+
+def _write_examples(
+    config: SftConfig, directory: Path, tokenizer: Tokenizer, inputs: Mapping[str, str]
+) -> Path:
+    try:
+        return write_examples(
+            directory,
+            config.dialogues,
+            tokenizer=tokenizer,
+            config=config.examples,
+            seed=config.seed,
+            inputs=inputs,
+        )
+    except ValueError:
+        # Files that cannot be used bind nobody: the run directory stays free for corrected ones.
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _num_adapters(target: ModelConfig, config: LoraConfig) -> int:
