@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dscoder.config.reward import PairsConfig
 from dscoder.sandbox.verdict import Outcome, Program, Verdict
+from dscoder.tasks.ending import python_program
 from dscoder.tasks.problem import Grade, grade_verdict, graded
 from dscoder.train.pairs import (
     NO_PROGRAM,
@@ -51,6 +52,17 @@ def test_python_that_differs_in_layout_and_comments_is_one_program() -> None:
     assert key("x = 1  # one\n\n\nprint( x )") == key("x=1\nprint(x)\n")
     assert key("x = 1") != key("x = 2")
     assert key("if x:\n    y = 1\nz = 2") != key("if x:\n    y = 1\n    z = 2")
+
+
+def test_the_mark_of_a_program_does_not_tell_it_from_another() -> None:
+    one, other = (python_program(source) for source in ("x = 1\n", "x = 1  # one\n"))
+    assert one.source != other.source
+    assert program_key(one, "") == program_key(other, "")
+    assert program_key(one, "") != program_key(python_program("x = 2\n"), "")
+
+
+def test_half_a_character_has_a_key() -> None:
+    assert key("x = '\ud800'") != key("x = '\ud801'")
 
 
 def test_other_languages_are_compared_by_their_lines() -> None:

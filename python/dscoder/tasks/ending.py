@@ -6,15 +6,23 @@ write a mark, a hash of its own text, which no answer can know while it is being
 """
 
 import hashlib
+import re
 
 from dscoder.sandbox.verdict import Program, Verdict
 from dscoder.tasks.problem import Grade, grade_verdict, graded
+
+_MARK = re.compile(r"(tests ended )[0-9a-f]{24}")
 
 
 def end_mark(source: str) -> str:
     """What a program with this text writes after its tests."""
     digest = hashlib.blake2b(source.encode("utf-8", errors="surrogatepass"), digest_size=12).hexdigest()
     return f"tests ended {digest}"
+
+
+def without_digests(text: str) -> str:
+    """A program's text with its marks alike, for comparing programs."""
+    return _MARK.sub(r"\1", text)
 
 
 def python_program(source: str) -> Program:

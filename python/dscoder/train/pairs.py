@@ -17,6 +17,7 @@ from typing import Any
 
 from dscoder.config.reward import PairsConfig
 from dscoder.sandbox.verdict import Program
+from dscoder.tasks.ending import without_digests
 from dscoder.tasks.problem import Form, Grade
 
 # Outcomes of a grade that no verdict has.
@@ -93,15 +94,16 @@ def program_key(program: Program | None, completion: str) -> str:
     """
     digest = hashlib.sha256()
     if program is None:
-        digest.update(_text_form(completion).encode(errors="surrogateescape"))
+        digest.update(_text_form(completion).encode(errors="surrogatepass"))
         return digest.hexdigest()
     files = program.files or {"": program.source or ""}
     for name, content in files.items():
         if isinstance(content, bytes):
             normal = content
         else:
-            python = _python_form(content) if program.language == "python" else None
-            normal = (python or _text_form(content)).encode(errors="surrogateescape")
+            text = without_digests(content)
+            python = _python_form(text) if program.language == "python" else None
+            normal = (python or _text_form(text)).encode(errors="surrogatepass")
         for part in (name.encode(), normal):
             digest.update(len(part).to_bytes(8, "little") + part)
     digest.update(repr((program.language, program.args, program.stdin)).encode())
