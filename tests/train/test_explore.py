@@ -107,6 +107,13 @@ def test_programs_run_while_their_group_is_still_written() -> None:
     assert len(pool.sources) == 8
 
 
+def test_the_same_answer_of_a_group_runs_once() -> None:
+    made, pool = explorer(FakeSampler(lambda idx, _: "good" if idx % 2 else "bad"), config())
+    rollouts = made.explore(1, 0).rollouts
+    assert pool.sources == ["bad", "good"] * 2  # of two groups
+    assert [r.reward for r in rollouts] == [0.0, 1.0] * 4
+
+
 def test_an_answer_that_nobody_could_judge_is_left_out_and_is_no_zero() -> None:
     def outcome(source: str) -> str:
         return {"bad 0": "sandbox_error", "bad 2": "toolchain_missing"}.get(
@@ -234,7 +241,7 @@ def test_a_sampler_that_fails_does_not_wait_for_programs() -> None:
     def texts(idx: int, request: Request) -> str:
         if idx == 6:
             raise ValueError("logits must be finite")
-        return "some program"
+        return f"program {idx}"
 
     made, pool = explorer(FakeSampler(texts), config(), outcome=lambda _: "never")
     with pytest.raises(ValueError, match="logits must be finite"):

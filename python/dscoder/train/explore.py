@@ -80,7 +80,7 @@ class Judge:
         return self._grade(problem, completion, pending.result())
 
     def cancel(self) -> None:
-        """Call off what runs and waits; whoever waits for a verdict gets CancelledError or "sandbox_error"."""
+        """Call off what runs and waits: a verdict to come is then CancelledError or "sandbox_error"."""
         self._pool.cancel()
 
     def _grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
@@ -215,12 +215,15 @@ class Explorer:
         ]
         began = time.perf_counter()
         judged: dict[int, _Judged] = {}
+        known: dict[tuple[int, str], Pending] = {}  # what a group wrote before is not run again
         futures: dict[int, Future[list[Rollout]]] = {}
         with self._scorers() as scorers:
             for request_idx, completion in self._sampler.sample(requests):
                 group = request_idx // size
-                pending = self._judge.submit(questions[group].problem, completion.text)
-                judged[request_idx] = completion, pending
+                key = group, completion.text
+                if key not in known:
+                    known[key] = self._judge.submit(questions[group].problem, completion.text)
+                judged[request_idx] = completion, known[key]
                 members = range(group * size, group * size + size)
                 if all(idx in judged for idx in members):
                     futures[group] = scorers.submit(
