@@ -55,7 +55,7 @@ def test_rewards_rise_and_the_run_leaves_what_it_made(model_dir: Path, tmp_path:
     config = replace(config, rollout=replace(config.rollout, groups=4, group_size=8))
     out = grpo.run(config, Letters(), on_metrics=seen.append)
     rewards = [report["reward"] for report in seen]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
     assert {"seconds_sampling", "seconds_waiting", "kl", "entropy", "mismatch", "used"} <= set(seen[0])
     assert all(report["mismatch"] < 1e-4 for report in seen)
     assert written_steps(out) == list(range(1, 26))
