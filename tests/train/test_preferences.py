@@ -112,7 +112,10 @@ def test_recorded_candidates_become_pairs_with_their_origin(tmp_path: Path) -> N
 def test_the_manifest_counts_what_was_dropped(tmp_path: Path) -> None:
     config = from_files(tmp_path, *LETTERS, ("strange/1", "abc"))
     manifest = read_manifest(preferences.run(config, task=Letters(2)), command="prefer")
-    assert manifest["dropped"] == {"not_judged": 1, "same_program": 1, "unknown_problem": 1}
+    assert manifest["dropped"] == {
+        **{"not_judged": 1, "same_program": 1},
+        **{"unknown_problem": 1, "problems_without_candidates": 1},
+    }
     assert manifest["counts"] == {
         **{"problems": 2, "candidates": 6, "passed": 1},
         **{"answers": 4, "pairs": 6, "problems_with_pairs": 1},
@@ -160,6 +163,27 @@ def test_a_model_is_sampled(tmp_path: Path, model: str) -> None:
     assert len({c.completion for c in stored}) > 6
     assert {c.source for c in stored} == {"model"}
     assert {c.finish_reason for c in stored} <= {"eos", "stop", "length"}
+
+
+class LongPrompt(Letters):
+    """The first problem's message is longer than the model's context."""
+
+    def problems(self) -> Sequence[Problem]:
+        first, *others = [replace(problem, form="chat") for problem in super().problems()]
+        return [replace(first, prompt="def f(" * 100), *others]
+
+
+def test_a_prompt_without_room_for_an_answer_is_left_out(tmp_path: Path, model: str) -> None:
+    config = replace(sampled(tmp_path, model), template="v2")
+    out = preferences.run(config, task=LongPrompt(3))
+    manifest = read_manifest(out, command="prefer")
+    assert manifest["dropped"]["problems_without_candidates"] == 1
+    assert manifest["counts"]["candidates"] == 8
+
+
+def test_messages_need_a_template(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="template must be one of coder, v2 for a task that asks in chat"):
+        preferences.run(sampled(tmp_path, model), task=LongPrompt(3))
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

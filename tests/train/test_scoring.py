@@ -8,9 +8,11 @@ import torch
 
 from dscoder.checkpoint import save_pretrained
 from dscoder.models import ScalarModel, Transformer
-from dscoder.tasks.problem import Prompt
+from dscoder.tasks.problem import Problem, Prompt
 from dscoder.testing.tiny_run import TINY_MOE
 from dscoder.text.tokenizer import Tokenizer
+from dscoder.train.prompts import PromptEncoder
+from dscoder.train.reward import Answer, RewardBatch
 from dscoder.train.scoring import AnswerScorer, packed, score_sequences
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6]]
@@ -63,3 +65,24 @@ def test_a_directory_scores_answers_and_says_which_are_too_long(tmp_path: Path) 
     with torch.no_grad():
         assert first == pytest.approx(float(saved(torch.tensor([ids]))), rel=1e-4)
     assert too_long is None
+
+
+def test_answers_of_a_group_are_rewarded_by_their_scores(model: ScalarModel) -> None:
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"] * 3, vocab_size=300)
+    scorer = AnswerScorer(model=model, encoder=PromptEncoder(tokenizer=tokenizer, max_positions=64))
+    problem = Problem(task="t", id="1", prompt="not this", max_new_tokens=8)
+    answers = tuple(
+        Answer(
+            problem=problem,
+            prompt="def f(x):",
+            completion=text,
+            tokens=(1,),
+            finish_reason="eos",
+            max_tokens=8,
+        )
+        for text in (" return x", " x")
+    )
+    asked = Prompt(text="def f(x):", max_new_tokens=8)
+    wanted = scorer.scores([(asked, answer.completion) for answer in answers])
+    assert scorer.reward(RewardBatch(answers=answers)) == wanted
+    assert wanted[0] != wanted[1]

@@ -5,13 +5,14 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dscoder.config.generate import EngineConfig, SamplingConfig
 from dscoder.config.reward import PreferConfig
 from dscoder.infer.engine import Engine
+from dscoder.infer.request import Request
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import derive_seed
 from dscoder.sandbox.pool import Pool
@@ -19,7 +20,7 @@ from dscoder.sandbox.verdict import Verdict
 from dscoder.tasks.problem import Problem, Prompt, Task
 from dscoder.tasks.sources import read_records
 from dscoder.train.pairs import Candidate, outcome_of, program_key
-from dscoder.train.prompts import PromptEncoder
+from dscoder.train.prompts import PromptEncoder, PromptTooLongError
 
 _KEPT_STDERR = 500  # characters, the last ones
 _MODEL = "model"
@@ -57,29 +58,32 @@ class Sampled:
         )
 
     def candidates(self, problems: Sequence[Problem]) -> list[Completions]:
-        """`num_candidates` completions of each problem."""
-        config = self._config
-        prompts = [
-            self._encoder.prompt_of(self._task, problem, max_new_tokens=config.max_new_tokens)
-            for problem in problems
-        ]
-        requests = [
-            self._encoder.request(prompt, sampling=self._sampling(problem, idx))
-            for problem, prompt in zip(problems, prompts, strict=True)
-            for idx in range(config.num_candidates)
-        ]
-        answers = self._engine.generate(requests)
-        width = config.num_candidates
-        return [
-            Completions(
-                problem=problem,
-                prompt=prompt,
-                texts=tuple(answer.text for answer in answers[start : start + width]),
-                finish_reasons=tuple(answer.finish_reason for answer in answers[start : start + width]),
-                origins=tuple((_MODEL, idx) for idx in range(width)),
+        """`num_candidates` completions of each problem; none where its prompt leaves no room for one."""
+        asked = [self._asked(problem) for problem in problems]
+        answers = iter(self._engine.generate([request for _, requests in asked for request in requests]))
+        found = []
+        for problem, (prompt, requests) in zip(problems, asked, strict=True):
+            own = [next(answers) for _ in requests]
+            found.append(
+                Completions(
+                    problem=problem,
+                    prompt=prompt,
+                    texts=tuple(answer.text for answer in own),
+                    finish_reasons=tuple(answer.finish_reason for answer in own),
+                    origins=tuple((_MODEL, idx) for idx in range(len(own))),
+                )
             )
-            for problem, prompt, start in zip(problems, prompts, range(0, len(answers), width), strict=True)
-        ]
+        return found
+
+    def _asked(self, problem: Problem) -> tuple[Prompt, list[Request]]:
+        prompt = self._encoder.prompt_of(self._task, problem, max_new_tokens=self._config.max_new_tokens)
+        try:
+            first = self._encoder.request(prompt)
+        except PromptTooLongError as error:
+            _LOG.warning("%s is left out: %s", problem.id, error)
+            return prompt, []
+        count = self._config.num_candidates
+        return prompt, [replace(first, sampling=self._sampling(problem, idx)) for idx in range(count)]
 
     def _sampling(self, problem: Problem, idx: int) -> SamplingConfig:
         return SamplingConfig(

@@ -149,9 +149,11 @@ def _finish(run: _Run, stage: Stage) -> None:
     """Write the results from the candidates, and the manifest."""
     written = _Written()
     outcomes: Counter[str] = Counter()
-    for path, _ in run.chunks(stage.directory):
+    for path, problems in run.chunks(stage.directory):
         candidates = read_candidates(path)
         outcomes.update(count_outcomes(candidates))
+        num_found = len({candidate.problem for candidate in candidates})
+        written.dropped["problems_without_candidates"] += len(problems) - num_found
         for _, group in groupby(candidates, key=lambda candidate: candidate.problem):
             _add_problem(written, list(group), run)
     if not written.pairs:

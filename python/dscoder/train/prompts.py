@@ -15,6 +15,10 @@ from dscoder.text.fim import FimOrder, fim_prompt
 from dscoder.text.tokenizer import Tokenizer
 
 
+class PromptTooLongError(ValueError):
+    """A prompt leaves no room for its answer, and may not be cut."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptEncoder:
     """Prompts and answers to ids.
@@ -38,8 +42,8 @@ class PromptEncoder:
     def request(self, prompt: Prompt, *, sampling: SamplingConfig = GREEDY) -> Request:
         """What to ask an engine.
 
-        A completion prompt that leaves no room for an answer loses its beginning; ValueError for a chat
-        prompt that does.
+        A completion prompt that leaves no room for an answer loses its beginning; PromptTooLongError for a
+        chat prompt that does.
         """
         if prompt.form == "infill":
             config = GenerateConfig(
@@ -92,7 +96,7 @@ class PromptEncoder:
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         num_kept = room - len(start)
         if prompt.form == "chat" or num_kept < 1:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"prompts: a prompt of {len(ids)} tokens and an answer of {prompt.max_new_tokens} must fit "
                 f"into {self.max_positions} positions, the model's"
             )

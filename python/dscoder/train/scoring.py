@@ -14,6 +14,7 @@ from dscoder.runtime.device import resolve_device
 from dscoder.tasks.problem import Prompt
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.prompts import PromptEncoder
+from dscoder.train.reward import RewardBatch
 
 _MAX_TOKENS = 16384  # in one forward pass
 
@@ -96,3 +97,20 @@ class AnswerScorer:
         for idx, score in zip(fitting, found, strict=True):
             scores[idx] = score
         return scores
+
+    def reward(self, batch: RewardBatch) -> list[float | None]:
+        """The scores as a reward function of GRPO."""
+        return self.scores(
+            [
+                (
+                    Prompt(
+                        text=answer.prompt,
+                        suffix=answer.problem.suffix,
+                        form=answer.problem.form,
+                        max_new_tokens=answer.problem.max_new_tokens,
+                    ),
+                    answer.completion,
+                )
+                for answer in batch.answers
+            ]
+        )
