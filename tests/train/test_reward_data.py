@@ -8,7 +8,7 @@ import pytest
 from dscoder.runtime.artifact import open_stage
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.prompts import PromptEncoder
-from dscoder.train.reward_data import Preferences, is_held_out_prompt, read_preferences
+from dscoder.train.reward_data import Preferences, add_replay, is_held_out_prompt, read_preferences
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"] * 3, vocab_size=300)
 ENCODER = PromptEncoder(tokenizer=TOKENIZER, max_positions=64)
@@ -82,6 +82,26 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
     found = read(preferences(tmp_path / "a", answers=("x", "y", long)), max_length=20)
     assert dict(found.dropped) == {"too_long_answers": 40, "too_long_pairs": 80}
     assert max(len(answer.ids) for answer in found.train.answers) <= 20
+
+
+def test_replay_is_a_share_of_all_pairs(tmp_path: Path) -> None:
+    new = read(preferences(tmp_path / "a")).train
+    old = read(preferences(tmp_path / "b", answers=("p", "q", "r"))).train
+    num_new = len(new.pairs)
+    count = add_replay(new, old, share=0.25, is_pairwise=True, seed=0)
+    assert count == round(num_new / 3)
+    assert len(new.pairs) == num_new + count
+    texts = {TOKENIZER.decode(new.answers[pair.chosen].ids[-2:-1]) for pair in new.pairs[num_new:]}
+    assert texts <= {"p", "q"}
+    assert all(new.gap(pair) > 0 for pair in new.pairs)
+
+
+def test_replay_of_answers_takes_no_more_than_there_are(tmp_path: Path) -> None:
+    new, old = (read(preferences(tmp_path / name)).train for name in ("a", "b"))
+    num_new, num_pairs = len(new.answers), len(new.pairs)
+    assert add_replay(new, old, share=0.9, is_pairwise=False, seed=0) == len(old.answers)
+    assert len(new.answers) == num_new + len(old.answers)
+    assert len(new.pairs) == num_pairs
 
 
 def test_a_part_without_a_pair_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from transformers import AutoModelForSequenceClassification
 
 from dscoder.checkpoint import load_scalar_model, save_pretrained
 from dscoder.cli.main import main
-from dscoder.config.reward import PreferConfig, RewardLossConfig, RewardModelConfig
+from dscoder.config.reward import (
+    PreferConfig,
+    ReadingConfig,
+    ReplayConfig,
+    RewardLossConfig,
+    RewardModelConfig,
+)
 from dscoder.config.train import BatchConfig, CheckpointConfig, ReportConfig, ScheduleConfig
 from dscoder.models import Transformer
 from dscoder.runtime.artifact import read_manifest
@@ -189,6 +195,22 @@ def test_a_reward_model_is_trained_further(trained: Path, preferred: str, base: 
     assert record(out)["accuracy"] > 0.9
 
 
+def test_earlier_preferences_are_replayed(preferred: str, base: str, tmp_path: Path) -> None:
+    replay = ReplayConfig(preferences=(preferred,), share=0.25)
+    plain = reward_model.run(config_for(preferred, base, tmp_path / "a", num_steps=1))
+    config = config_for(preferred, base, tmp_path / "b", num_steps=1, replay=replay)
+    replayed = reward_model.run(config)
+    assert record(replayed)["train_pairs"] == record(plain)["train_pairs"] * 4 // 3
+    assert record(replayed)["num_pairs"] == record(plain)["num_pairs"]
+    assert "replay0" in read_manifest(replayed, command="reward-model")["inputs"]
+
+
+def test_bfloat16_weights_are_trained(preferred: str, base: str, tmp_path: Path) -> None:
+    out = reward_model.run(config_for(preferred, base, tmp_path, num_steps=30, precision="bf16", **RARELY))
+    assert record(out)["accuracy"] > 0.9
+    assert load_scalar_model(out / "model").score.weight.dtype == torch.bfloat16
+
+
 def test_micro_batches_do_not_change_the_loss(preferred: str, base: str, tmp_path: Path) -> None:
     losses = []
     for micro in (1, 8):
@@ -211,8 +233,14 @@ def test_an_epoch_sees_every_pair_once(preferred: str, base: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_length": 99999}, "max_length must be <= 64, the model's max_positions, got 99999"),
-        ({"max_length": 3}, "must have a pair, got none on 0 of 0 prompts .*'too_long_answers': 240"),
+        (
+            {"reading": ReadingConfig(max_length=99999)},
+            "max_length must be <= 64, the model's max_positions, got 99999",
+        ),
+        (
+            {"reading": ReadingConfig(max_length=3)},
+            "must have a pair, got none on 0 of 0 prompts .*'too_long_answers': 240",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(
@@ -228,7 +256,7 @@ def test_what_does_not_go_together_is_named(
         ({"preferences": ()}, "preferences must name at least one directory, got none"),
         ({"held_out_share": 0.0}, r"held_out_share must be in \(0, 1\), got 0.0"),
         ({"epochs": 0.0}, "epochs must be positive, got 0.0"),
-        ({"max_length": 0}, "max_length must be >= 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be >= 1, got 0"),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -246,6 +274,13 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], message: str, tmp_path: 
 def test_a_wrong_loss_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardLossConfig(**fields)
+
+
+def test_a_wrong_reading_or_replay_is_named() -> None:
+    with pytest.raises(ValueError, match="max_length must be >= 1, got 0"):
+        ReadingConfig(max_length=0)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\), got 1.0"):
+        ReplayConfig(share=1.0)
 
 
 def test_the_verb_trains(preferred: str, base: str, tmp_path: Path) -> None:

@@ -83,6 +83,31 @@ class RewardLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReadingConfig:
+    """How prompts and answers become tokens."""
+
+    template: Literal["coder", "v2"] | None = None  # the chat template, for prompts that are messages
+    fim_order: Literal["psm", "spm"] = "psm"  # of prompts with a hole
+    max_length: int | None = None  # tokens of prompt and answer; longer ones are dropped; None: the model's
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"ReadingConfig: max_length must be >= 1, got {self.max_length}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig:
+    """Earlier preferences among new ones, where a reward model follows a policy (DeepSeekMath, 4.1.4)."""
+
+    preferences: tuple[str, ...] = ()  # directories of `dscoder prefer` that were learnt from before
+    share: float = 0.1  # of what is learnt from, the rest is new
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"ReplayConfig: share must be in (0, 1), got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelConfig:
     """One run of `dscoder reward-model`. The learning rate is DeepSeekMath's (section 4.2)."""
 
@@ -90,9 +115,8 @@ class RewardModelConfig:
     init_from: str  # a model directory with its tokenizer: of `dscoder sft`, or an earlier reward model
     out: str  # the run directory to write
     loss: RewardLossConfig = field(default_factory=RewardLossConfig)
-    template: Literal["coder", "v2"] | None = None  # the chat template, for prompts that are messages
-    fim_order: Literal["psm", "spm"] = "psm"  # of prompts with a hole
-    max_length: int | None = None  # tokens of prompt and answer; longer ones are dropped; None: the model's
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     held_out_share: float = 0.1  # of the prompts, chosen by a hash of each
     epochs: float = 1.0  # over the pairs, or the answers, where num_steps is not given
     num_steps: int | None = None  # of the optimizer
@@ -120,10 +144,6 @@ class RewardModelConfig:
             )
         if not self.epochs > 0:
             raise ValueError(f"RewardModelConfig: epochs must be positive, got {self.epochs}")
-        for name, value in (
-            ("max_length", self.max_length),
-            ("num_steps", self.num_steps),
-            ("num_threads", self.num_threads),
-        ):
+        for name, value in (("num_steps", self.num_steps), ("num_threads", self.num_threads)):
             if value is not None and value < 1:
                 raise ValueError(f"RewardModelConfig: {name} must be >= 1, got {value}")

@@ -5,6 +5,7 @@ set of preferences that it appears in.
 """
 
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,27 @@ def read_preferences(
                 f"{num_prompts} prompts with held_out_share {held_out_share}; left out: {dict(found.dropped)}"
             )
     return found
+
+
+def add_replay(new: PreferenceSet, old: PreferenceSet, *, share: float, is_pairwise: bool, seed: int) -> int:
+    """Append so many pairs of `old`, or answers, that `share` of all are old, or all that there are.
+
+    Returns how many were appended; `seed` chooses them.
+    """
+    choose = random.Random(seed)
+    size, size_old = (len(part.pairs if is_pairwise else part.answers) for part in (new, old))
+    chosen = sorted(choose.sample(range(size_old), min(size_old, round(size * share / (1.0 - share)))))
+    if not is_pairwise:
+        new.answers += [old.answers[idx] for idx in chosen]
+        return len(chosen)
+    places: dict[int, int] = {}
+    for pair in (old.pairs[idx] for idx in chosen):
+        for place in (pair.chosen, pair.rejected):
+            if place not in places:
+                places[place] = len(new.answers)
+                new.answers.append(old.answers[place])
+        new.pairs.append(ScoredPair(chosen=places[pair.chosen], rejected=places[pair.rejected]))
+    return len(chosen)
 
 
 def _add(

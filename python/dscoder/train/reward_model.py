@@ -4,6 +4,7 @@ model/           the backbone and its scalar head, as transformers' ...ForSequen
 held_out.json    accuracy and calibration on prompts that were not learnt from
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dscoder.train.memory import require_memory
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.prompts import PromptEncoder
 from dscoder.train.report import OnMetrics
-from dscoder.train.reward_data import Preferences, PreferenceSet, read_preferences
+from dscoder.train.reward_data import Preferences, PreferenceSet, add_replay, read_preferences
 from dscoder.train.reward_loss import pairwise_losses, pointwise_losses
 from dscoder.train.reward_report import held_out_report
 from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
@@ -133,17 +134,39 @@ def _encoder(config: RewardModelConfig, tokenizer: Tokenizer) -> PromptEncoder:
             f"reward-model: the begin-of-text token of {config.init_from} must be {model.bos_id}, the "
             f"model's, got {tokenizer.bos_id}"
         )
-    if config.max_length is not None and config.max_length > model.max_positions:
+    if config.reading.max_length is not None and config.reading.max_length > model.max_positions:
         raise ValueError(
             f"reward-model: max_length must be <= {model.max_positions}, the model's max_positions, "
-            f"got {config.max_length}"
+            f"got {config.reading.max_length}"
         )
     return PromptEncoder(
         tokenizer=tokenizer,
         max_positions=model.max_positions,
-        template=config.template,
-        fim_order=config.fim_order,
+        template=config.reading.template,
+        fim_order=config.reading.fim_order,
     )
+
+
+def _read(config: RewardModelConfig, encoder: PromptEncoder) -> Preferences:
+    """The preferences, with some of earlier ones among what is learnt; the new ones' prompts are held out."""
+    read = functools.partial(
+        read_preferences,
+        encoder=encoder,
+        max_length=config.reading.max_length or encoder.max_positions,
+        held_out_share=config.held_out_share,
+    )
+    found = read(config.preferences)
+    if config.replay.preferences:
+        earlier = read(config.replay.preferences)
+        count = add_replay(
+            found.train,
+            earlier.train,
+            share=config.replay.share,
+            is_pairwise=config.loss.kind == "pairwise",
+            seed=config.seed,
+        )
+        _LOG.info("%d earlier examples are learnt from again", count)
+    return found
 
 
 def _export(config: RewardModelConfig, model: ScalarModel, found: Preferences, out: Path) -> None:
@@ -169,12 +192,7 @@ def _job(config: RewardModelConfig, directory: Path) -> Job:
     check_replaceable(directory / MODEL, overwrite=True)
     tokenizer = Tokenizer.load(config.init_from)
     encoder = _encoder(config, tokenizer)
-    found = read_preferences(
-        config.preferences,
-        encoder=encoder,
-        max_length=config.max_length or encoder.max_positions,
-        held_out_share=config.held_out_share,
-    )
+    found = _read(config, encoder)
     device = resolve_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     require_memory(load_config(config.init_from), dtype=dtype, device=device)
@@ -204,6 +222,7 @@ def run(config: RewardModelConfig, *, on_metrics: OnMetrics | None = None) -> Pa
     Raises what `run_stage` does; ValueError too if there is no pair to learn from, or none is held out.
     """
     inputs = {f"preferences{idx}": hash_path(Path(path)) for idx, path in enumerate(config.preferences)}
+    inputs |= {f"replay{idx}": hash_path(Path(path)) for idx, path in enumerate(config.replay.preferences)}
     return run_stage(
         config,
         lambda directory: _job(config, directory),
