@@ -21,6 +21,7 @@ from dscoder.testing.tiny_run import TINY_MOE
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train import preferences
 from dscoder.train.candidates import read_candidates
+from dscoder.train.rollout import Rollout, write_rollouts
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -148,6 +149,50 @@ def test_recorded_verdicts_are_not_believed(tmp_path: Path) -> None:
     out = preferences.run(PreferConfig(out=str(tmp_path / "out"), candidates=(source,)), task=Letters(1))
     rates = {line["completion"]: line["pass_rate"] for line in lines(out / "graded.jsonl")}
     assert rates == {"abc": 1.0, "ab1": 2 / 3, "a12": pytest.approx((1 / 3 + 1 / 4) / 2), "123": 0.0}
+
+
+class Examples(Letters):
+    """The prompt may be asked without its examples."""
+
+    def problems(self) -> Sequence[Problem]:
+        return [replace(problem, shorter_prompts=("short",)) for problem in super().problems()]
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("short", "short"), ("another", "def f0("), (None, "def f0(")])
+def test_the_prompt_is_the_one_that_was_asked(asked: str | None, wanted: str, tmp_path: Path) -> None:
+    source = recorded(tmp_path, *LETTERS, prompt=asked)
+    out = preferences.run(PreferConfig(out=str(tmp_path / "out"), candidates=(source,)), task=Examples(1))
+    assert {line["prompt"] for line in lines(out / "graded.jsonl")} == {wanted}
+
+
+def test_rollouts_are_candidates(tmp_path: Path) -> None:
+    rollouts = [
+        Rollout(
+            step=1,
+            group=0,
+            task="letters",
+            problem=problem,
+            prompt="def f0(",
+            prompt_ids=(1,),
+            completion=text,
+            completion_ids=(2,),
+            logprobs=(-1.0,),
+            finish_reason="eos",
+            verdict=None,
+            detail="",
+            rewards={"tests": 1.0},
+            failures={},
+            reward=1.0,
+            advantage=0.0,
+            is_used=True,
+            reason="",
+        )
+        for problem, text in LETTERS
+    ]
+    write_rollouts(tmp_path, 1, rollouts)
+    config = PreferConfig(out=str(tmp_path / "out"), candidates=(str(tmp_path / "rollouts"),))
+    out = preferences.run(config, task=Letters(1))
+    assert len(lines(out / "pairs.jsonl")) == 6
 
 
 def sampled(tmp_path: Path, model: str, name: str = "out") -> PreferConfig:

@@ -140,9 +140,13 @@ class Recorded:
                 f"prefer: the completion of record {wrong[1]} in {wrong[0]} must be a text, "
                 f"got {wrong[2]['completion']!r}"
             )
+        prompt = self._task.request(problem)
+        asked = {record.get("prompt") for _, _, record in found}
+        # A model with a short context was asked with fewer examples.
+        shorter = next((text for text in problem.shorter_prompts if asked == {text}), prompt.text)
         return Completions(
             problem=problem,
-            prompt=self._task.request(problem),
+            prompt=replace(prompt, text=shorter),
             texts=tuple(record["completion"] for _, _, record in found),
             finish_reasons=tuple(record.get("finish_reason") for _, _, record in found),
             origins=tuple((name, idx) for name, idx, _ in found),
