@@ -22,6 +22,7 @@ def read(source, names=("set.jsonl",), wanted=("id",)):
         ("set.json", json.dumps(ROWS).encode()),
         ("set.json", LINES.encode()),  # lines under the name of an array, as GSM8K's file has it
     ],
+    ids=["lines", "compressed lines", "an array", "lines named an array"],
 )
 def test_every_kind_of_file_gives_the_same_records(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
