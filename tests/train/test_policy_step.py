@@ -85,8 +85,12 @@ def test_the_loss_of_one_update_is_that_of_its_advantages() -> None:
 def test_micro_batches_change_no_weight(objective: str) -> None:
     model = policy()
     loss = PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
-    one, _ = moved(model, loss=loss, update=UpdateConfig(micro=8))
-    cut, _ = moved(model, loss=loss, update=UpdateConfig(micro=1))
+    one, figures = moved(model, loss=loss, update=UpdateConfig(micro=8))
+    cut, figures_cut = moved(model, loss=loss, update=UpdateConfig(micro=1))
+    # A wrong scale moves no weight, since Adam divides it out.
+    for name in ("loss", "grad_norm"):
+        assert figures_cut[name] == pytest.approx(figures[name], rel=1e-4)
+    assert figures["grad_norm"] > 1e-3
     torch.testing.assert_close(weights(one), weights(cut), rtol=0, atol=2e-5)
 
 
@@ -145,7 +149,7 @@ def test_without_a_used_answer_nothing_moves() -> None:
     left_out = [replace(r, is_used=False, reason="equal_rewards") for r in group(model)]
     after, figures = moved(model, rollouts=left_out)
     assert torch.equal(weights(after), weights(model))
-    assert figures == {"loss": 0.0, "updates": 0.0}
+    assert figures == {"updates": 0.0}  # there is no loss
 
 
 def test_a_loss_that_is_no_number_is_named() -> None:
@@ -183,8 +187,16 @@ def test_figures_tell_rewards_and_what_was_left_out() -> None:
             "groups": 3.0,
             "groups_equal": 1.0,
             "groups_too_few": 1.0,
+            "groups_unjudged": 1.0,
             "reward_tests": 0.5,
             "reward_format": 0.5,
             "left_out tests: hung": 2.0,
         }
     )
+
+
+def test_figures_leave_out_what_nobody_could_tell() -> None:
+    unknown = rollout(is_used=False, advantage=None, reason="no_reward", reward=None, rewards={"tests": None})
+    found = rollout_figures([unknown, unknown])
+    assert found["groups_unjudged"] == 1
+    assert not {"reward", "reward_std", "reward_tests"} & set(found)

@@ -143,6 +143,32 @@ def score_until_answered(rewards: Rewards) -> Any:
     return found
 
 
+def test_a_hang_that_ends_while_several_groups_wait_for_it_fails_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reward_module, "_GRACE", 30.0)
+    num_groups, gate = 8, threading.Event()
+    waiting = threading.Barrier(num_groups + 1, timeout=30)
+
+    def hang(batch: RewardBatch) -> list[float | None]:
+        gate.wait(30)
+        return lengths(batch)
+
+    def score(batch: RewardBatch) -> float | None:
+        waiting.wait()
+        return rewards.score(batch)[0].reward
+
+    rewards = Rewards([RewardTerm(name="slow", function=hang, time=0.05)])
+    assert rewards.score(batch_of("ab"))[0].reward is None
+    with ThreadPoolExecutor(num_groups) as threads:
+        found = [threads.submit(score, batch_of("abc")) for _ in range(num_groups)]
+        waiting.wait()
+        time.sleep(0.3)  # until they all wait for the thread that hangs
+        gate.set()
+        for future in found:
+            future.result(timeout=30)
+
+
 def test_an_async_function_that_hangs_is_cancelled() -> None:
     cancelled = threading.Event()
 
@@ -207,12 +233,39 @@ def test_an_empty_group_has_no_scores() -> None:
     assert Rewards([RewardTerm(name="f", function=lengths)]).score(batch_of()) == []
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**5000), 1e305], ids=["int", "long int", "float"])
+def test_what_is_too_large_to_be_compared_is_left_out(value: float) -> None:
+    values, reasons = score_one(answering([value, 1.0]), "a", "b")
+    assert values == [None, 1.0]
+    assert reasons[0].startswith("not_finite: ")
+
+
+def test_a_sum_that_is_too_large_is_left_out_and_counted() -> None:
+    functions = {"a": answering([1e200, 1.0]), "b": answering([-1e200, 1.0])}
+    rewards = Rewards([RewardTerm(name=name, function=f, weight=1e200) for name, f in functions.items()])
+    scores = rewards.score(batch_of("x", "y"))
+    assert [score.reward for score in scores] == [None, 2e200]
+    assert count_failures(scores) == {"mix: not_finite": 1}
+
+
+def test_a_group_is_left_out_where_a_required_function_gives_nothing_at_all() -> None:
+    def scores(*tests: float | None) -> list[float | None]:
+        needed = RewardTerm(name="tests", function=answering(tests), is_required=True)
+        rewards = Rewards([needed, RewardTerm(name="length", function=lengths)])
+        return [score.reward for score in rewards.score(batch_of("a", "bcd"))]
+
+    assert scores(None, None) == [None, None]
+    assert scores(None, 1.0) == [2.0, 4.0]  # one answer alone is filled up
+
+
 def test_terms_need_names_of_their_own() -> None:
     term = RewardTerm(name="f", function=lengths)
-    with pytest.raises(ValueError, match=r"Rewards: terms must be some, each name once, got \['f', 'f'\]"):
+    with pytest.raises(ValueError, match=r"Rewards: terms must be some, each name once .* got \['f', 'f'\]"):
         Rewards([term, term])
-    with pytest.raises(ValueError, match=r"each name once, got \[\]"):
+    with pytest.raises(ValueError, match=r"each name once .* got \[\]"):
         Rewards([])
+    with pytest.raises(ValueError, match=r"none 'mix', got \['mix'\]"):
+        Rewards([RewardTerm(name="mix", function=lengths)])
 
 
 def test_the_mix_is_the_weighted_sum() -> None:

@@ -1,6 +1,7 @@
 """The built-in reward functions on answers with made-up verdicts, and callables by their path."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -136,7 +137,7 @@ def test_a_callable_is_found_by_its_path() -> None:
     [
         ("nothing", "must be tests, compiler, format, length or package.module.name, got 'nothing'"),
         ("no.such.module", "got 'no.such.module': No module named 'no'"),
-        ("dscoder.train.reward_functions.JUDGED", "must be callable, got .*JUDGED"),
+        ("dscoder.train.reward._GRACE", "must be callable, got .*_GRACE"),
         ("dscoder.train.reward_functions.gone", "must be callable, got .*gone': None"),
     ],
 )
@@ -160,3 +161,16 @@ def test_a_config_names_functions_and_weights() -> None:
 
 def test_functions_without_weights_weigh_the_same() -> None:
     assert RewardsConfig(functions=("tests", "length")).weight_of == {"tests": 1.0, "length": 1.0}
+
+
+def test_tests_are_required_where_they_are_used_unless_the_config_says_what_is() -> None:
+    def required(**fields: Any) -> list[str]:
+        terms = reward_terms(RewardsConfig(**fields))
+        return [term.name for term in terms if term.is_required]
+
+    assert required(functions=("length", "tests")) == ["tests"]
+    assert required(functions=("length",)) == []
+    assert required(functions=("tests", "length"), required=("length",)) == ["length"]
+    assert required(required=()) == []
+    with pytest.raises(ValueError, match="required must be some of tests, functions, got compiler"):
+        RewardsConfig(required=("compiler",))

@@ -17,7 +17,7 @@ class PolicyLossConfig:
         objective: what the terms are averaged over. sequence: whole answers, ratio and KL too (DeepSeek-V2
             eqs 32-34); the others have a term a token. grpo: mean over an answer's tokens, then over answers
             (DeepSeekMath eq. 3); dr_grpo: over answers times the longest they may be; dapo: over all tokens
-            of the step; bnpo: over the tokens of each micro-batch, then over micro-batches.
+            of the update; bnpo: over the tokens of each micro-batch, then over micro-batches.
         ratio: of new to old probability, for objectives with a term a token. geometric_mean: that of the
             whole answer, by its length-th root, for each of its tokens.
         ratio_cap: bounds the ratio where clipping does not, for answers worse than their group.
@@ -70,6 +70,8 @@ class RewardsConfig:
     functions: tuple[str, ...] = ("tests",)  # tests, compiler, format, length, or a dotted path to a callable
     weights: tuple[float, ...] = ()  # one a function; none: 1 each
     time: float = 120.0  # seconds that a function may take for one group
+    # Functions without which a group is left out: where one gives nothing at all. None: tests, if it is used.
+    required: tuple[str, ...] | None = None
     format_pattern: str = ""  # format: the regular expression that an answer must match somewhere
     overlong_margin: int = 0  # length: tokens before the longest answer from which on it costs
 
@@ -85,6 +87,12 @@ class RewardsConfig:
             raise ValueError(f"RewardsConfig: weights must be finite and not 0, got {self.weights}")
         if not (math.isfinite(self.time) and self.time > 0):
             raise ValueError(f"RewardsConfig: time must be positive, got {self.time}")
+        strange = set(self.required or ()).difference(self.functions)
+        if strange:
+            raise ValueError(
+                f"RewardsConfig: required must be some of {', '.join(self.functions)}, functions, "
+                f"got {', '.join(sorted(strange))}"
+            )
         if self.overlong_margin < 0:
             raise ValueError(f"RewardsConfig: overlong_margin must be >= 0, got {self.overlong_margin}")
         if ("format" in self.functions) != bool(self.format_pattern):
@@ -92,6 +100,12 @@ class RewardsConfig:
                 "RewardsConfig: function format and format_pattern go together, "
                 f"got {', '.join(self.functions)} and {self.format_pattern!r}"
             )
+
+    @property
+    def is_required(self) -> dict[str, bool]:
+        """Whether a group needs it, by function."""
+        required = ("tests",) if self.required is None else self.required
+        return {name: name in required for name in self.functions}
 
     @property
     def weight_of(self) -> dict[str, float]:

@@ -38,11 +38,11 @@ class GroupAdvantages:
         return self.reason == ""
 
 
-_LARGEST = 1e300  # so that no difference of two rewards overflows
+LARGEST_REWARD = 1e300  # so that no difference of two rewards overflows
 
 
 def _check_finite(op: str, rewards: Sequence[float]) -> None:
-    wrong = next((reward for reward in rewards if not abs(reward) <= _LARGEST), None)
+    wrong = next((reward for reward in rewards if not abs(reward) <= LARGEST_REWARD), None)
     if wrong is not None:
         raise ValueError(f"{op}: rewards must be finite (None where one is missing), got {wrong}")
 

@@ -80,14 +80,14 @@ class PolicyUpdates:
     def update(
         self, optimizer: MasterAdamW, rollouts: Sequence[Rollout], *, step: int, lr: float
     ) -> dict[str, float]:
-        """All updates of a step on the rollouts that are used; figures about them.
+        """All updates of a step on the rollouts that are used; figures about them, those that there are.
 
         Raises:
             LossError: a loss or gradient is not a number.
         """
         used = [rollout for rollout in rollouts if rollout.is_used]
         if not used:
-            return {"loss": 0.0, "updates": 0.0}
+            return {"updates": 0.0}
         examples = self._examples(used)
         seen = _Seen()
         for turn in range(self._config.update.passes):
@@ -209,21 +209,23 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
     rewards = [[r.reward for r in group if r.reward is not None] for group in groups]
     stds = [group_std(group) for group in rewards if len(group) > 1]
     figures = {
-        "reward": _mean([reward for group in rewards for reward in group]),
-        "reward_std": _mean(stds),
-        "length": _mean([float(len(r.completion_ids)) for r in rollouts]),
-        "truncated": _mean([float(r.is_truncated) for r in rollouts]),
-        "used": _mean([float(r.is_used) for r in rollouts]),
+        **_mean("reward", [reward for group in rewards for reward in group]),
+        **_mean("reward_std", stds),
+        **_mean("length", [float(len(r.completion_ids)) for r in rollouts]),
+        **_mean("truncated", [float(r.is_truncated) for r in rollouts]),
+        **_mean("used", [float(r.is_used) for r in rollouts]),
         "groups": float(len(groups)),
         "groups_equal": float(sum(group[0].reason == "equal_rewards" for group in groups)),
         "groups_too_few": float(sum(group[0].reason == "too_few_rewards" for group in groups)),
+        "groups_unjudged": float(sum(not group for group in rewards)),
     }
     for name in sorted({name for r in rollouts for name in r.rewards}):
         there = [value for r in rollouts if (value := r.rewards.get(name)) is not None]
-        figures[f"reward_{name}"] = _mean(there)
+        figures |= _mean(f"reward_{name}", there)
     failures = Counter(failure_kind(name, why) for r in rollouts for name, why in r.failures.items())
     return figures | {f"left_out {kind}": float(count) for kind, count in sorted(failures.items())}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else 0.0
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """A figure; none where there is no value, which is not 0."""
+    return {name: fmean(values)} if values else {}

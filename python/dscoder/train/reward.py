@@ -12,6 +12,7 @@ count it as zero.) An answer without any reward has none, and is left out of its
 import asyncio
 import inspect
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,11 +24,12 @@ from numbers import Real
 from dscoder.infer.request import FinishReason
 from dscoder.runtime.log import get_logger
 from dscoder.tasks.problem import Grade, Problem
-from dscoder.train.advantage import group_mean
+from dscoder.train.advantage import LARGEST_REWARD, group_mean
 
 # Seconds in which a function that ran out of time may still end before it is asked again.
 _GRACE = 1.0
 _LONGEST_REASON = 200  # characters
+_MIX = "mix"  # what failures of the sum are counted under
 _LOG = get_logger(__name__)
 
 
@@ -71,12 +73,14 @@ class RewardTerm:
 
     Attributes:
         time: seconds it may take for one group.
+        is_required: a group for which it gives nothing at all is left out, whatever the others give.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     time: float = 120.0
+    is_required: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +90,7 @@ class Score:
     Attributes:
         rewards: by function; None where it could not tell.
         reasons: by function, why not.
-        reward: the mix; None if no function could tell.
+        reward: the mix; None if no function could tell, or a required one could not for the whole group.
     """
 
     rewards: Mapping[str, float | None]
@@ -136,8 +140,11 @@ def _value(found: object) -> tuple[float | None, str]:
         return None, "no_answer"
     if not isinstance(found, Real):
         return None, f"not_a_number: {type(found).__name__}"
-    value = float(found)
-    return (value, "") if math.isfinite(value) else (None, f"not_finite: {value}")
+    try:
+        value = float(found)
+    except OverflowError:  # of an integer; its digits may be too many to be shown
+        return None, f"not_finite: more than {sys.float_info.max:.0e}"
+    return (value, "") if abs(value) <= LARGEST_REWARD else (None, f"not_finite: {value}")
 
 
 def _checked(found: object, num_answers: int) -> _Result:
@@ -173,6 +180,11 @@ class _Call:
         return _checked(self._done.result(), self._num_answers)
 
 
+def _outlasts(thread: threading.Thread, seconds: float) -> bool:
+    thread.join(seconds)
+    return thread.is_alive()
+
+
 class _Caller:
     """Calls one function for any number of groups at once.
 
@@ -183,14 +195,15 @@ class _Caller:
     def __init__(self, term: RewardTerm) -> None:
         self.term = term
         self._left: list[threading.Thread] = []
+        self._lock = threading.Lock()  # of `_left`: groups are scored by several threads at once
 
     def _still_hangs(self) -> bool:
-        for thread in tuple(self._left):
-            thread.join(_GRACE)
-            if thread.is_alive():
-                return True
-            self._left.remove(thread)
-        return False
+        with self._lock:
+            left = tuple(self._left)
+        is_hung = any(_outlasts(thread, _GRACE) for thread in left)
+        with self._lock:
+            self._left = [thread for thread in self._left if thread.is_alive()]
+        return is_hung
 
     def start(self, batch: RewardBatch) -> _Call | None:
         """Begin a call; None if an earlier one still hangs."""
@@ -202,7 +215,8 @@ class _Caller:
             return _nothing(num_answers, "hung: an earlier call still runs")
         result = call.finish()
         if call.thread.is_alive() and any(reason.startswith("hung") for reason in result.reasons):
-            self._left.append(call.thread)
+            with self._lock:
+                self._left.append(call.thread)
         return result
 
 
@@ -211,10 +225,11 @@ class Rewards:
 
     def __init__(self, terms: Sequence[RewardTerm]) -> None:
         names = [term.name for term in terms]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"Rewards: terms must be some, each name once, got {names}")
+        if not names or len(set(names)) != len(names) or _MIX in names:
+            raise ValueError(f"Rewards: terms must be some, each name once and none {_MIX!r}, got {names}")
         self._callers = [_Caller(term) for term in terms]
         self._weights = {term.name: term.weight for term in terms}
+        self._required = [term.name for term in terms if term.is_required]
         self._told: set[str] = set()  # failures that the log has already
 
     def score(self, batch: RewardBatch) -> list[Score]:
@@ -225,18 +240,21 @@ class Rewards:
             caller.term.name: caller.finish(call, num_answers)
             for caller, call in zip(self._callers, calls, strict=True)
         }
-        mixed = mix({name: result.values for name, result in results.items()}, self._weights)
-        scores = [
-            Score(
-                rewards={name: result.values[idx] for name, result in results.items()},
-                reasons={
-                    name: result.reasons[idx] for name, result in results.items() if result.reasons[idx]
-                },
-                reward=mixed[idx],
-            )
-            for idx in range(num_answers)
-        ]
+        scores = self._mixed(results, num_answers)
         self._tell(scores)
+        return scores
+
+    def _mixed(self, results: Mapping[str, _Result], num_answers: int) -> list[Score]:
+        mixed = mix({name: result.values for name, result in results.items()}, self._weights)
+        is_left_out = any(not _there(results[name].values) for name in self._required)
+        scores = []
+        for idx in range(num_answers):
+            rewards = {name: result.values[idx] for name, result in results.items()}
+            reasons = {name: result.reasons[idx] for name, result in results.items() if result.reasons[idx]}
+            if mixed[idx] is None and _there(rewards.values()):
+                reasons[_MIX] = f"not_finite: the sum is beyond {LARGEST_REWARD:g}"
+            reward = None if is_left_out else mixed[idx]
+            scores.append(Score(rewards=rewards, reasons=reasons, reward=reward))
         return scores
 
     def _tell(self, scores: Sequence[Score]) -> None:
@@ -265,7 +283,7 @@ def mix(
     """One reward an answer: the weighted sum, a missing value counted as the mean of the group's others.
 
     A function without any value in the group is left out of the whole group; an answer without any value gets
-    None.
+    None, and so does one whose sum is too large to be compared.
     """
     means = {name: group_mean(there) for name, by_answer in values.items() if (there := _there(by_answer))}
     rows = zip(*values.values(), strict=True)
@@ -282,4 +300,8 @@ def _mixed(
     if not _there(row.values()):
         return None
     filled = {name: means[name] if (value := row[name]) is None else value for name in means}
-    return math.fsum(weights[name] * value for name, value in filled.items())
+    parts = [weights[name] * value for name, value in filled.items()]
+    if any(abs(part) > LARGEST_REWARD for part in parts):  # their sum may be no number
+        return None
+    mixed = math.fsum(parts)
+    return mixed if abs(mixed) <= LARGEST_REWARD else None

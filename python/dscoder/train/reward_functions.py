@@ -12,8 +12,6 @@ from dscoder.config.grpo import RewardsConfig
 from dscoder.sandbox.verdict import Verdict
 from dscoder.train.reward import Answer, RewardBatch, RewardFunction, RewardTerm
 
-# Functions that need the answers' programs run.
-JUDGED = frozenset({"tests", "compiler"})
 # Python compiles when it is run: what it cannot compile ends with one of these, before any traceback.
 _SYNTAX_ERROR = re.compile(r"^(SyntaxError|IndentationError|TabError)\b", re.MULTILINE)
 
@@ -126,6 +124,7 @@ def reward_terms(
             function=known[name] if name in known else load_function(name),
             weight=weight,
             time=config.time,
+            is_required=config.is_required[name],
         )
         for name, weight in config.weight_of.items()
     ]
