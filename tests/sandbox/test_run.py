@@ -33,6 +33,14 @@ def test_exit_status_0_passes() -> None:
     assert verdict.is_answer
 
 
+@pytest.mark.parametrize("half", [chr(0xD800), chr(0xDCFF)], ids=["upper", "lower"])
+def test_half_a_character_is_a_mistake_of_the_program(half: str) -> None:
+    # Models write them, and a text with one has no UTF-8.
+    assert python(f"x = '{half}'").outcome == "runtime_error"
+    echo = python("import sys; print(len(sys.argv), sys.stdin.buffer.read())", stdin=half, args=(half,))
+    assert (echo.outcome, echo.stdout[:4]) == ("passed", "2 b'")
+
+
 def test_wall_and_processor_time_and_memory_are_those_of_the_program() -> None:
     source = """
 import os, time

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dscoder.sandbox.verdict import Limits, Phase, Stopped
+from dscoder.sandbox.verdict import Limits, Phase, Stopped, as_bytes
 
 FOLDER = "/tmp/program"  # the working directory under full isolation
 STOPPED: Mapping[str, Stopped] = MappingProxyType(
@@ -21,7 +21,7 @@ def _number(value: float) -> bytes:
 
 
 def _text(content: str | bytes) -> bytes:
-    raw = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
+    raw = as_bytes(content)
     return _number(len(raw)) + raw
 
 

@@ -4,7 +4,7 @@ import re
 import signal as signals
 
 from dscoder.sandbox.languages import Language
-from dscoder.sandbox.verdict import Limits, Outcome, Phase
+from dscoder.sandbox.verdict import Limits, Outcome, Phase, as_bytes
 
 _BY_SIGNAL: dict[int, Outcome] = {
     signals.SIGSYS: "security",
@@ -19,7 +19,7 @@ def same_output(found: bytes, wanted: str) -> bool:
     def lines(content: bytes) -> list[bytes]:
         return [line.rstrip() for line in content.rstrip().split(b"\n")]
 
-    return lines(found) == lines(wanted.encode("utf-8", errors="surrogateescape"))
+    return lines(found) == lines(as_bytes(wanted))
 
 
 def _has(mark: str, text: bytes) -> bool:

@@ -18,7 +18,7 @@ from dscoder.sandbox.job import FOLDER, Job, Step, read_report
 from dscoder.sandbox.judge import judge, judge_compiling
 from dscoder.sandbox.seccomp import filter_here
 from dscoder.sandbox.toolchains import Missing, Toolchain, find
-from dscoder.sandbox.verdict import MIB, Isolation, Limits, Phase, Program, Verdict
+from dscoder.sandbox.verdict import MIB, Isolation, Limits, Phase, Program, Verdict, as_bytes
 
 DEFAULT_LIMITS = Limits()
 _SUPERVISOR_MEMORY = 32 * MIB
@@ -37,10 +37,6 @@ def _filter(keeps_broadcast: bool) -> bytes:
     return filter_here(keeps_broadcast=keeps_broadcast)
 
 
-def _as_bytes(content: str | bytes) -> bytes:
-    return content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
-
-
 def _steps(program: Program, toolchain: Toolchain, limits: Limits) -> list[Step]:
     compiling, running = toolchain.commands(
         next(iter(program.files), toolchain.language.file_name),
@@ -51,7 +47,7 @@ def _steps(program: Program, toolchain: Toolchain, limits: Limits) -> list[Step]
     run_step = Step(
         argv=running,
         env=toolchain.env,
-        stdin=_as_bytes(program.stdin),
+        stdin=as_bytes(program.stdin),
         time=limits.time,
         is_bounded_in_address_space=toolchain.language.is_bounded_in_address_space,
     )
@@ -64,7 +60,7 @@ def _job(program: Program, toolchain: Toolchain, limits: Limits) -> Job:
     """The job under full isolation."""
     sources = program.files or {toolchain.language.file_name: program.source or ""}
     return Job(
-        files=[(name, _as_bytes(content)) for name, content in sources.items()],
+        files=[(name, as_bytes(content)) for name, content in sources.items()],
         steps=_steps(program, toolchain, limits),
         limits=limits,
         folder=FOLDER,

@@ -33,6 +33,20 @@ def _is_inside(name: str) -> bool:
     return is_plain and ".." not in path.parts and path.name != ""
 
 
+def as_bytes(content: str | bytes) -> bytes:
+    """Text as a program gets it: UTF-8, and what has none all the same.
+
+    Lower halves of characters that stand for bytes, as in names of files, become those bytes; models write
+    others.
+    """
+    if isinstance(content, bytes):
+        return content
+    try:
+        return content.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:
+        return content.encode("utf-8", errors="surrogatepass")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
     """A program, its input and, if its output decides, what it must write.
@@ -63,7 +77,7 @@ class Program:
         if outside:
             raise ValueError(f"Program: files must be named by relative paths, got {outside[0]!r}")
         arguments = (*self.args, *self.compiler_args)
-        sizes = [len(argument.encode(errors="surrogateescape")) for argument in arguments]
+        sizes = [len(as_bytes(argument)) for argument in arguments]
         if max(sizes, default=0) > _MAX_ARGUMENT or sum(sizes) > _MAX_ARGUMENTS:
             raise ValueError(
                 f"Program: args must take <= {_MAX_ARGUMENT} bytes each and <= {_MAX_ARGUMENTS} together, "
