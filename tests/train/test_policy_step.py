@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dscoder.config import BalanceConfig
 from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, UpdateConfig
 from dscoder.config.train import OptimizerConfig
 from dscoder.models import Transformer
@@ -200,3 +201,24 @@ def test_figures_leave_out_what_nobody_could_tell() -> None:
     found = rollout_figures([unknown, unknown])
     assert found["groups_unjudged"] == 1
     assert not {"reward", "reward_std", "reward_tests"} & set(found)
+
+
+def test_experts_are_balanced_as_the_config_says() -> None:
+    config = replace(policy("tiny_moe").config, num_layers=2)  # the first has no experts
+    assert config.moe is not None
+
+    def gates(weight: float) -> tuple[torch.Tensor, dict[str, float]]:
+        """The gates after a step whose answers all teach nothing."""
+        moe = replace(config.moe, balance=BalanceConfig(expert=weight), capacity_factor=0.5)
+        weighted = Transformer(replace(config, moe=moe)).eval()
+        after, figures = moved(weighted, rollouts=[replace(r, advantage=0.0) for r in group(weighted)[:3]])
+        assert not after.training
+        found = [p.detach().flatten() for name, p in after.named_parameters() if ".gate." in name]
+        return torch.cat(found), figures
+
+    balanced, figures = gates(0.5)
+    free, figures_free = gates(0.0)
+    assert figures["balance"] > 0.1
+    assert figures_free["balance"] == 0
+    assert figures["mismatch"] == figures_free["mismatch"]  # the answers are as likely as without
+    assert (balanced - free).abs().max() > 1e-4

@@ -106,7 +106,7 @@ class Moe(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x_TD -> [T, D], added to `onto_TD` in place where there is one, and balance terms.
 
-        Those are [3], unweighted, and computed while they are trained on.
+        Those are [3], unweighted, and there with gradients alone: in training mode, or as `placement` says.
         """
         config = self.config
         logits_TE = gate_logits(x_TD, self.gate.weight)
@@ -142,7 +142,8 @@ class Moe(nn.Module):
         balance = config.balance
         is_weighted = max(balance.expert, balance.device, balance.communication) > 0
         # Without a weight or a gradient the balance terms would be computed for nobody.
-        if not (is_weighted and self.training and torch.is_grad_enabled()):
+        is_wanted = self.training or placement.has_balance
+        if not (is_weighted and is_wanted and torch.is_grad_enabled()):
             idx_TK, weight_TK = ops.moe_gate(
                 logits_TE,
                 num_topk=config.num_topk,

@@ -30,6 +30,7 @@ class Placement:
     cache: Cache | None
     append: Append | None
     never_dropped_T: Tensor | None  # bool: tokens whose experts may not drop them; None: nothing is dropped
+    has_balance: bool  # whether experts give balance terms outside training mode too
 
 
 def check_documents(tokens_BS: Tensor, cu_seqlens: Tensor) -> None:
@@ -95,6 +96,7 @@ def place(
     cache: Cache | None,
     num_new_B: Tensor | None,
     drops_tokens: bool,
+    has_balance: bool = False,
 ) -> Placement:
     """The placement of `tokens_BS`; ValueError for arguments that do not go together."""
     check_tensor("Transformer", "tokens_BS", tokens_BS, num_dims=2, dtypes=(torch.int32, torch.int64))
@@ -133,4 +135,5 @@ def place(
         cache=cache,
         append=append,
         never_dropped_T=never_dropped_T,
+        has_balance=has_balance,
     )

@@ -21,7 +21,7 @@ class Features:
     """What a forward gives before the head."""
 
     hidden_BSD: Tensor  # after the final norm
-    balance: Tensor  # float32 scalar, weighted and summed over layers; 0 unless training with experts
+    balance: Tensor  # float32 scalar, weighted and summed over layers; 0 unless trained, with experts
     balance_terms_3: Tensor | None  # unweighted expert, device, communication; mean over layers; detached
 
 
@@ -126,6 +126,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         num_new_B: Tensor | None = None,
+        has_balance: bool = False,
     ) -> Features:
         """Everything but the head.
 
@@ -138,6 +139,7 @@ class Transformer(nn.Module):
                 nothing is differentiated and, whatever the mode, no token dropped.
             num_new_B: with a cache, how many of each row's tokens count; the rest is right padding, whose
                 output means nothing. None: all.
+            has_balance: in evaluation mode too, where no token is dropped, gradients bring balance terms.
         """
         moe = self.config.moe
         is_trained = self.training and cache is None
@@ -148,6 +150,7 @@ class Transformer(nn.Module):
             cache=cache,
             num_new_B=num_new_B,
             drops_tokens=is_trained and moe is not None and moe.capacity_factor is not None,
+            has_balance=has_balance,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             hidden_BSD, layer_terms = self._run_layers(tokens_BS, placement)

@@ -39,7 +39,7 @@ class AnswerLogprobs:
     Attributes:
         logprobs_BS: float32, padded on the right with zeros.
         mask_BS: bool, the tokens of the answers.
-        balance: the model's weighted balance loss.
+        balance: the model's weighted balance loss, in evaluation mode too; 0 without gradients.
     """
 
     logprobs_BS: Tensor
@@ -119,6 +119,7 @@ def answer_logprobs(
     features = model.features(
         torch.tensor([[token for ids in inputs for token in ids]], device=device),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+        has_balance=True,
     )
     logprob_T = token_logprobs(
         features.hidden_BSD[0, torch.tensor(rows, device=device)],

@@ -65,7 +65,7 @@ class PolicyUpdates:
     """Moves a policy on rollouts.
 
     Policy and reference are in evaluation mode throughout: the sampler drops no tokens at crowded experts, so
-    the probabilities that are compared with its own must not either.
+    the probabilities that are compared with its own must not either. Balance losses are added all the same.
     """
 
     def __init__(
