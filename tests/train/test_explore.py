@@ -1,7 +1,7 @@
 """Exploration with scripted answers: order, overlap with sandboxes, what is left out, dynamic sampling."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,34 @@ def test_what_is_asked_depends_on_the_place_among_the_problems_alone() -> None:
     seeds = [request.sampling.seed for request in samplers[0].requests]
     assert len(set(seeds)) == 16
     assert all(request.keep_logprobs for request in samplers[0].requests)
+
+
+def test_a_failure_to_judge_is_told_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {0: "sandbox_error", 1: "toolchain_missing"}
+    made, _ = explorer(FakeSampler(some_good), config(), outcome=lambda source: kinds[len(source) % 2])
+    with caplog.at_level("WARNING", logger="dscoder"):
+        made.explore(1, 0)
+    told = [message for message in caplog.messages if "was not judged" in message]
+    assert sorted(message.partition("(")[2].partition(":")[0] for message in told) == sorted(kinds.values())
+
+
+def test_a_sampler_that_leaves_a_request_out_is_named() -> None:
+    class Forgetful(FakeSampler):
+        def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+            return (found for found in super().sample(requests) if found[0] != 2)
+
+    made, _ = explorer(Forgetful(some_good), config())
+    with pytest.raises(ValueError, match="must complete all 8 requests, got none for 1"):
+        made.explore(1, 0)
+
+
+def test_a_chat_template_that_is_missing_is_no_matter_of_room() -> None:
+    class Chats(Letters):
+        def problems(self) -> list[Problem]:
+            return [Problem(task="chats", id="0", prompt="a", form="chat", max_new_tokens=4)]
+
+    with pytest.raises(ValueError, match=r"^prompts: template must be one of"):
+        make_questions(Chats(), ENCODER, max_new_tokens=6)
 
 
 def test_problems_that_leave_no_room_are_left_out() -> None:

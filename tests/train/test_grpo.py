@@ -1,6 +1,7 @@
 """The stage `grpo` in one process: it learns, resumes to the same rollouts and weights, says what it did."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from dscoder.infer.engine import Engine
 from dscoder.models import Transformer
 from dscoder.runtime.artifact import read_manifest
 from dscoder.sandbox.run import run as run_program
-from dscoder.sandbox.verdict import Program
-from dscoder.tasks.problem import Problem, Task
+from dscoder.sandbox.verdict import Program, Verdict
+from dscoder.tasks.problem import Grade, Problem, Task
 from dscoder.train import grpo
 from dscoder.train.grpo import copy_weights
 from dscoder.train.reward import RewardBatch
@@ -160,6 +161,21 @@ def test_a_reward_that_fails_is_left_out_and_counted(model_dir: Path, tmp_path: 
     # The mean of the others stands for it.
     tests = [r.rewards["tests"] or 0.0 for r in rollouts]
     assert [r.reward for r in rollouts] == pytest.approx([share + 2.0 for share in tests])
+
+
+def test_a_step_that_nobody_can_judge_ends_the_run(model_dir: Path, tmp_path: Path) -> None:
+    class Broken(Letters):
+        def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
+            raise KeyError("no such test")
+
+    rewards = RewardsConfig(functions=("tests", "length"))
+    config = config_for(model_dir, tmp_path / "run", num_steps=2, rewards=rewards)
+    told = (
+        "got none for all 8 (the first: the task could not grade: KeyError('no such test'); tests: no_answer)"
+    )
+    with pytest.raises(ValueError, match="of step 1 must have a reward, " + re.escape(told)):
+        grpo.run(config, Broken())
+    assert written_steps(tmp_path / "run") == [1]  # for whoever looks why
 
 
 def test_a_hook_evaluates_the_policy(model_dir: Path, tmp_path: Path) -> None:

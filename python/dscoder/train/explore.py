@@ -6,6 +6,7 @@ place among the problems alone, as far as verdicts and reward functions do.
 """
 
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from dscoder.sandbox.pool import Pool
 from dscoder.sandbox.verdict import Verdict
 from dscoder.tasks.problem import Grade, Problem, Task, not_judged
 from dscoder.train.advantage import group_advantages
-from dscoder.train.prompts import PromptEncoder
+from dscoder.train.prompts import PromptEncoder, PromptTooLongError
 from dscoder.train.reward import Answer, RewardBatch, Rewards, Score
 from dscoder.train.rollout import Reason, Rollout, verdict_record
 
@@ -62,6 +63,8 @@ class Judge:
     def __init__(self, task: Task, pool: Pool) -> None:
         self._task = task
         self._pool = pool
+        self._told: set[str] = set()  # kinds of failure that the log has already
+        self._lock = threading.Lock()  # of `_told`: groups are graded by several threads at once
 
     def submit(self, problem: Problem, completion: str) -> Pending:
         """Have the answer's program run; the grade at once if there is nothing to run."""
@@ -75,9 +78,19 @@ class Judge:
 
     def grade(self, problem: Problem, completion: str, pending: Pending) -> Grade:
         """What the answer is worth; waits for the verdict."""
-        if isinstance(pending, Grade):
-            return pending
-        return self._grade(problem, completion, pending.result())
+        grade = pending if isinstance(pending, Grade) else self._grade(problem, completion, pending.result())
+        if grade.is_passed is None:
+            self._tell(problem, grade.detail)
+        return grade
+
+    def _tell(self, problem: Problem, detail: str) -> None:
+        """Warn of each kind of failure once."""
+        kind = detail.partition(":")[0]
+        with self._lock:
+            is_known = kind in self._told
+            self._told.add(kind)
+        if not is_known:
+            _LOG.warning("an answer to %s was not judged (%s); it has no reward", problem.id, detail)
 
     def cancel(self) -> None:
         """Call off what runs and waits: a verdict to come is then CancelledError or "sandbox_error"."""
@@ -111,7 +124,7 @@ def make_questions(task: Task, encoder: PromptEncoder, *, max_new_tokens: int) -
         prompt = encoder.prompt_of(task, problem, max_new_tokens=most)
         try:
             request = encoder.request(prompt)
-        except ValueError as error:
+        except PromptTooLongError as error:
             reason = f"{problem.id}: {error}"
             continue
         request = replace(request, keep_logprobs=True)
@@ -229,6 +242,11 @@ class Explorer:
                     futures[group] = scorers.submit(
                         self._score, step, first + group, questions[group], [judged[idx] for idx in members]
                     )
+            missing = len(requests) - len(judged)
+            if missing:
+                raise ValueError(
+                    f"grpo: a sampler must complete all {len(requests)} requests, got none for {missing}"
+                )
             seconds = time.perf_counter() - began
         return [futures[group].result() for group in range(len(questions))], seconds
 

@@ -37,7 +37,7 @@ from dscoder.train.prompts import PromptEncoder
 from dscoder.train.report import OnMetrics
 from dscoder.train.reward import RewardFunction, Rewards
 from dscoder.train.reward_functions import reward_terms
-from dscoder.train.rollout import drop_rollouts_after, write_rollouts
+from dscoder.train.rollout import drop_rollouts_after, require_rewards, write_rollouts
 from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
 from dscoder.train.schedule import learning_rate
 
@@ -117,6 +117,7 @@ class GrpoSteps:
         found = self._explorer.explore(step + 1, int(self._position))
         self._position.fill_(found.next_position)
         write_rollouts(self._directory, step + 1, found.rollouts)
+        require_rewards(found.rollouts)
         began = time.perf_counter()
         figures = self._updates.update(optimizer, found.rollouts, step=step + 1, lr=lr)
         seconds = {

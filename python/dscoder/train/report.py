@@ -14,6 +14,7 @@ from dscoder.train.metrics import METRICS, MetricsWriter, has_tensorboard, read_
 from dscoder.train.plot import has_matplotlib, plot_loss
 
 LOSS_PICTURE = "loss.png"
+_STEPS = "steps of "  # before a figure's name: how many of the steps that wait for a report have it
 _SHOWN = ("loss", "accuracy", "reward")  # of a step's figures, in the line that a reader follows
 _INSTALL = "pip install 'dscoder[pretrain]'"
 _LOG = get_logger(__name__)
@@ -69,16 +70,23 @@ class RunReport:
     def step_done(
         self, seen_now: Mapping[str, float], *, step: int, lr: float, num_tokens: int, total_tokens: int
     ) -> None:
-        """Count one step; every `log_every` steps, and after the last, their means become a report."""
-        seen = {"steps": 1, **seen_now}
-        self._waiting = {name: self._waiting.get(name, 0.0) + value for name, value in seen.items()}
+        """Count one step; every `log_every` steps, and after the last, their means become a report.
+
+        A figure that some steps do not have is the mean over those that have it.
+        """
+        for name, value in seen_now.items():
+            for key, more in ((name, value), (_STEPS + name, 1)):
+                self._waiting[key] = self._waiting.get(key, 0.0) + more
         self._timed_tokens += num_tokens
         self._bar.update(self._task, completed=step)
         if step % self._config.log_every and step != self._num_steps:
             return
         seconds = time.perf_counter() - self._since
-        num_steps = self._waiting.pop("steps")
-        means = {name: total / num_steps for name, total in self._waiting.items()}
+        means = {
+            name: total / self._waiting[_STEPS + name]
+            for name, total in self._waiting.items()
+            if not name.startswith(_STEPS)
+        }
         speed = self._timed_tokens / seconds
         self.write({"step": step, "tokens": total_tokens, **means, "lr": lr, "tokens_per_second": speed})
         shown = "".join(f"{name} {means[name]:.3f}  " for name in _SHOWN if name in means)
@@ -90,7 +98,7 @@ class RunReport:
         self._since = time.perf_counter()
 
     def waiting(self) -> dict[str, float]:
-        """Sums over the steps that no report covers yet, and under "steps" how many: for whoever goes on."""
+        """Sums over the steps that no report covers yet, and of how many steps each: for whoever goes on."""
         return dict(self._waiting)
 
     def evaluated(self, found: Mapping[str, float], *, step: int, total_tokens: int) -> None:

@@ -104,6 +104,19 @@ def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> N
     write_bytes(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
+def require_rewards(rollouts: Sequence[Rollout]) -> None:
+    """ValueError if no answer of a step has a reward: whatever judges them does not work."""
+    if any(rollout.reward is not None for rollout in rollouts):
+        return
+    first = rollouts[0]
+    reasons = [f"{name}: {reason}" for name, reason in first.failures.items()]
+    told = "; ".join([first.detail, *reasons] if first.detail else reasons)
+    raise ValueError(
+        f"grpo: some answer of step {first.step} must have a reward, got none for all {len(rollouts)} "
+        f"(the first: {told})"
+    )
+
+
 def written_steps(directory: Path) -> list[int]:
     """The steps whose rollouts the run in `directory` has written, ascending."""
     folder = directory / ROLLOUTS
