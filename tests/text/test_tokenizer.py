@@ -203,3 +203,11 @@ def test_the_padded_vocabulary_is_that_of_the_published_models(tokenizer: Tokeni
 def test_a_missing_or_unknown_name_is_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"name must be one of bos, eos, pad, .*, got 'mask'"):
         tokenizer.require_id("mask")
+
+
+def test_a_place_below_the_home_directory_is_found(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Tokenizer.load("~/mine").encode("def f") == tokenizer.encode("def f")

@@ -313,3 +313,22 @@ def test_wrong_arguments_are_named() -> None:
         policy_loss(policy_BS, batch, PolicyLossConfig(correction="token"), scale=scale)
     with pytest.raises(ValueError, match="LossScale: all sizes must be >= 1"):
         LossScale(num_sequences=0, num_tokens=1, max_tokens=1)
+
+
+@pytest.mark.parametrize("objective", ["sequence", "grpo"])
+def test_a_reference_far_likelier_than_the_policy_keeps_the_loss_finite(objective: str) -> None:
+    config = PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
+    policy_BS = torch.tensor([[-200.0, -1.0]], requires_grad=True)
+    batch = PolicyBatch(
+        mask_BS=torch.ones(1, 2, dtype=torch.bool),
+        advantage_B1=torch.ones(1, 1),
+        old_BS=policy_BS.detach(),
+        reference_BS=torch.full((1, 2), -1.0),
+        sampler_BS=None,
+    )
+    found = policy_loss(policy_BS, batch, config, scale=scale_of(batch))
+    found.loss.backward()
+    assert found.loss.isfinite()
+    assert policy_BS.grad is not None
+    assert policy_BS.grad.isfinite().all()
+    assert policy_BS.grad[0, 0] < 0  # towards the reference, or up by its advantage

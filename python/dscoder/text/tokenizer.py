@@ -55,7 +55,7 @@ class Tokenizer:
 
         bos, eos, pad and the chat template come from the tokenizer_config.json beside it, where there is one.
         """
-        path = Path(path_or_repo_id)
+        path = Path(path_or_repo_id).expanduser()
         if path.is_dir():
             path = path / _TOKENIZER_FILE
         if not path.is_file():

@@ -130,7 +130,7 @@ def _terms(
     terms = -torch.minimum(capped * advantage, clipped * advantage) * weight
     k3 = torch.zeros_like(terms)
     if log_reference is not None:
-        k3 = log_reference.exp() - log_reference - 1
+        k3 = log_reference.clamp(max=_LARGEST_LOG_RATIO).exp() - log_reference - 1
         terms = terms + config.kl * k3
     with torch.no_grad():
         seen = [
