@@ -218,6 +218,10 @@ def refused(directory, message):
         ("use_dora", True, "use_dora must be False, got True"),
         ("rank_pattern", {"q_proj": 2}, "rank_pattern must be {}, got {'q_proj': 2}"),
         ("bias", "all", "bias must be 'none', got 'all'"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights must be one of .*, got 'pissa_niter_4'"),
+        ("init_lora_weights", "olora", "init_lora_weights must be one of .*, got 'olora'"),
+        ("init_lora_weights", ["pissa"], "init_lora_weights must be one of .*, got .'pissa'.: such an"),
+        ("kasa_config", {"beta": 1.0}, "kasa_config must be None, got {'beta': 1.0}"),
         ("r", None, "must have r and lora_alpha"),
         ("r", 5, r"must be \(5, \d+\) of .* got \(3, \d+\)"),
     ],
@@ -226,6 +230,15 @@ def test_a_config_beyond_ours_is_named(damaged, name, value, message):
     path = damaged / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     refused(damaged, message)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_as_it_is_are_loaded(damaged, start):
+    path = damaged / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    model = build(CONFIGS["lite"])
+    load_adapter(model, damaged)
+    assert any(lora_layers(model))
 
 
 def test_tensors_that_fit_nowhere_are_named(damaged):

@@ -40,7 +40,11 @@ _PLAIN: Mapping[str, Sequence[object]] = {
     "alpha_pattern": ({}, None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
+    "kasa_config": (None,),
 }
+# How adapters may have begun. Other ways (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take what they put into the
+# adapters out of the weights of the base, which then are not the published ones that stand beside them here.
+_PLAIN_STARTS: Sequence[object] = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def lora_parts(config: ModelConfig, targets: Sequence[str]) -> list[LoraPart]:
@@ -149,6 +153,12 @@ def _read_config(path: Path) -> LoraConfig:
     for name, plain in _PLAIN.items():
         if name in data and data[name] not in plain:
             raise ValueError(f"load_adapter: {path}: {name} must be {plain[0]!r}, got {data[name]!r}")
+    start = data.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ValueError(
+            f"load_adapter: {path}: init_lora_weights must be one of {', '.join(map(str, _PLAIN_STARTS))}, "
+            f"got {start!r}: such an adapter belongs to changed weights of its base"
+        )
     try:
         return LoraConfig(
             rank=int(data["r"]),
