@@ -110,6 +110,24 @@ def test_recorded_candidates_become_pairs_with_their_origin(tmp_path: Path) -> N
     assert twice["candidates"] == [["answers.jsonl", 2], ["answers.jsonl", 4]]
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    sources = []
+    for name, completion in (("a", "abc"), ("b", "123")):
+        (tmp_path / name).mkdir()
+        sources.append(recorded(tmp_path / name, ("letters/0", completion)))
+    config = PreferConfig(out=str(tmp_path / "out"), candidates=tuple(sources))
+    (pair,) = lines(preferences.run(config, task=Letters(1)) / "pairs.jsonl")
+    assert pair["chosen"]["candidates"] == [[sources[0], 0]]
+    assert pair["rejected"]["candidates"] == [[sources[1], 0]]
+
+
+@pytest.mark.parametrize("problem", [["letters/0"], None])
+def test_a_problem_that_is_no_text_is_named(problem: object, tmp_path: Path) -> None:
+    config = from_files(tmp_path, ("letters/0", "abc"), (problem, "123"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the problem of record 1 in answers\.jsonl must be a text, got"):
+        preferences.run(config, task=Letters(1))
+
+
 def test_the_manifest_counts_what_was_dropped(tmp_path: Path) -> None:
     config = from_files(tmp_path, *LETTERS, ("strange/1", "abc"))
     manifest = read_manifest(preferences.run(config, task=Letters(2)), command="prefer")

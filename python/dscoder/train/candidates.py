@@ -105,6 +105,12 @@ def candidate_files(sources: Sequence[str]) -> list[Path]:
     return files
 
 
+def _names(files: Sequence[Path]) -> list[str]:
+    """What candidates say of the file they are from: its name, or its path where several have that name."""
+    counts = Counter(path.name for path in files)
+    return [path.name if counts[path.name] == 1 else str(path) for path in files]
+
+
 class Recorded:
     """Candidates that others wrote down: JSONL records with `problem` (its id) and `completion`.
 
@@ -117,12 +123,16 @@ class Recorded:
         self._found: defaultdict[str, list[tuple[str, int, dict[str, Any]]]] = defaultdict(list)
         self.num_strangers = 0
         known = {problem.id for problem in problems}
-        for path in files:
-            for idx, record in enumerate(
-                read_records(path, names=(path.name,), wanted=("problem", "completion"))
-            ):
-                if record["problem"] in known:
-                    self._found[record["problem"]].append((path.name, idx, record))
+        for name, path in zip(_names(files), files, strict=True):
+            records = read_records(path, names=(path.name,), wanted=("problem", "completion"))
+            for idx, record in enumerate(records):
+                problem = record["problem"]
+                if not isinstance(problem, str):
+                    raise ValueError(
+                        f"prefer: the problem of record {idx} in {name} must be a text, got {problem!r}"
+                    )
+                if problem in known:
+                    self._found[problem].append((name, idx, record))
                 else:
                     self.num_strangers += 1
         if self.num_strangers:
@@ -226,8 +236,7 @@ def hash_problems(problems: Sequence[Problem]) -> str:
     """sha256 of all that the problems say, wherever their records lie."""
     digest = hashlib.sha256()
     for problem in problems:
-        fields = {name: getattr(problem, name) for name in problem.__dataclass_fields__}
-        fields["metadata"] = dict(problem.metadata)
+        fields = asdict(replace(problem, metadata=dict(problem.metadata)))
         digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
