@@ -15,7 +15,6 @@ from dscoder.tasks.problem import Grade, Problem, Task, grade_verdict, graded, n
 from dscoder.tasks.sources import Record, read_records
 
 STOPS = ("Question", "----------------")
-MAX_PROMPT_TOKENS = 2048  # of a longer prompt the last are kept
 _MAX_NEW_TOKENS = 512
 
 _FILES = ("gsm8k_test.json", "gsm8k_test.jsonl", "test.jsonl")
