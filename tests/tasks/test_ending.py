@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 
 from dscoder.sandbox.run import run
 from dscoder.sandbox.verdict import Verdict
-from dscoder.tasks.ending import end_mark, grade_ended, python_program
+from dscoder.tasks.ending import end_mark, end_statement, grade_ended, python_program, without_digests
 from dscoder.tasks.human_eval import HumanEval
 
 # Ways out of a program that leave exit status 0 behind.
@@ -14,6 +15,8 @@ WAYS_OUT = [
     "import os; os._exit(0)",
     "exit()",
     "import os, signal; signal.signal(15, lambda *_: os._exit(0)); signal.raise_signal(15)",
+    "import os; print(open(__file__).read(), flush=True); os._exit(0)",
+    "import inspect, os, sys; print(inspect.getsource(sys.modules['__main__']), flush=True); os._exit(0)",
 ]
 
 
@@ -55,7 +58,40 @@ def test_the_mark_follows_the_text():
     assert end_mark("a") != end_mark("b")
     source = python_program("x = 1\n").source
     assert source.startswith("x = 1\n")
-    assert end_mark("x = 1\n") in source
+    assert end_statement("x = 1\n") in source
+
+
+@pytest.mark.parametrize("language", ["python", "cpp", "java", "javascript", "bash"])
+def test_the_mark_does_not_stand_in_the_program(language):
+    statement = end_statement("x = 1\n", language)
+    label, _, total = end_mark("x = 1\n").rpartition(" ")
+    assert total not in statement
+    assert sum(map(int, re.findall(r"\d{15}", statement))) == int(total)
+    assert re.search(rf"{label} \D", statement)
+
+
+@pytest.mark.parametrize("language", ["python", "cpp", "java", "javascript", "bash"])
+def test_programs_are_compared_without_their_numbers(language):
+    one, other = (end_statement(source, language) for source in ("x = 1\n", "x = 2\n"))
+    assert one != other
+    assert without_digests(one) == without_digests(other) != other
+    assert without_digests("x = 100000000000000 + 200000000000000") == "x = 100000000000000 + 200000000000000"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "is_passed"),
+    [
+        ("{mark}\n", True),
+        ("1\n\n{mark}\n", True),
+        ("{mark}\nmore\n", False),
+        ("x = 1\nwrite('{mark}')\n", False),
+        ("1{mark}", False),
+        ("", False),
+    ],
+)
+def test_the_mark_is_the_last_line(stdout, is_passed):
+    verdict = Verdict(outcome="passed", stdout=stdout.format(mark=end_mark("x = 1\n")))
+    assert grade_ended("x = 1\n", verdict).is_passed is is_passed
 
 
 def test_no_answer_stays_no_answer():

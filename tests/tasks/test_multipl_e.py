@@ -189,6 +189,32 @@ def test_leaving_before_the_tests_end_is_not_passing(written, language, leave):
     assert found == {"sum_of": ("passed", "the program ended before its tests did")}
 
 
+PRINT_AND_LEAVE = {
+    "cpp": 'for (FILE* f = fopen("main.cpp", "r"); int c = fgetc(f); putchar(c)) if (c == EOF) exit(0);',
+    "java": "try { System.out.print(new String(java.nio.file.Files.readAllBytes("
+    'java.nio.file.Paths.get("Problem.java")))); } catch (java.io.IOException e) {} System.exit(0);',
+    "javascript": "process.stdout.write(require('fs').readFileSync(__filename)); process.exit(0);",
+}
+
+
+@pytest.mark.parametrize("language", PRINT_AND_LEAVE)
+@pytest.mark.usefixtures("sandbox")
+def test_printing_the_program_is_not_passing(written, language):
+    answer = f"    {PRINT_AND_LEAVE[language]}\n{ANSWERS[language]}"
+    found = outcomes(task_of(written, language), {"sum_of": answer})
+    assert found == {"sum_of": ("passed", "the program ended before its tests did")}
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_printing_the_program_in_bash_is_not_passing(written):
+    answer = '    echo 0\n}\ncat "$0"\nexit 0\nother() {\n    echo 1'
+    # The stop string is a brace: as an instruct model says it.
+    block_of_it = f"```bash\n{WRITTEN['sh'][0]}{answer}\n}}\n```"
+    assert outcomes(task_of(written, "bash", asking="instruct"), {"sum_of": block_of_it}) == {
+        "sum_of": ("passed", "the program ended before its tests did")
+    }
+
+
 @pytest.mark.usefixtures("sandbox")
 def test_leaving_bash_before_the_tests_end_is_not_passing(written):
     task = task_of(written, "bash", asking="instruct")

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
 from dscoder.tasks.answers import Dialect, complete_function, cut_at
-from dscoder.tasks.ending import end_mark, grade_ended
+from dscoder.tasks.ending import end_statement, grade_ended
 from dscoder.tasks.human_eval import BASE_TOKENS, INSTRUCT_TOKENS, Asking, ask, limits_for
 from dscoder.tasks.problem import Grade, Problem, Task, not_judged
 from dscoder.tasks.sources import Record, read_records
@@ -53,8 +53,7 @@ class _Translation:
     file_name: str
     dialect: Dialect
     headers: tuple[str, ...] = ()
-    write_mark: str  # the statement that writes it
-    num_braces_after: int  # closing braces that the tests have after the place of that statement
+    num_braces_after: int  # closing braces that the tests have after the place where the program ends
 
 
 _TRANSLATIONS: Mapping[str, _Translation] = MappingProxyType(
@@ -64,28 +63,24 @@ _TRANSLATIONS: Mapping[str, _Translation] = MappingProxyType(
             file_name="main.cpp",
             dialect=Dialect(fence="cpp", main="int main()"),
             headers=_CPP_HEADERS,
-            write_mark='std::cout << "\\n{mark}" << std::endl;',
             num_braces_after=1,
         ),
         "java": _Translation(
             suffix="java",
             file_name="Problem.java",  # named after its class
             dialect=Dialect(fence="java", main="public static void main", indent=4),
-            write_mark='System.out.println("\\n{mark}");',
             num_braces_after=2,
         ),
         "javascript": _Translation(
             suffix="js",
             file_name="main.js",
             dialect=Dialect(fence="javascript", adds_brace=True),
-            write_mark='process.stdout.write("\\n{mark}\\n");',
             num_braces_after=0,
         ),
         "bash": _Translation(
             suffix="sh",
             file_name="main.sh",
             dialect=Dialect(fence="bash"),
-            write_mark="printf '\\n%s\\n' '{mark}'",
             num_braces_after=0,
         ),
     }
@@ -162,9 +157,8 @@ class MultiPlE(Task):
         return grade_ended(self._source(problem, completion, problem.tests), verdict)
 
     def _marked(self, problem: Problem, completion: str) -> str:
-        mark = end_mark(self._source(problem, completion, problem.tests))
+        statement = end_statement(self._source(problem, completion, problem.tests), self.language)
         place = _before_braces(problem.tests, self._rules.num_braces_after)
-        statement = self._rules.write_mark.format(mark=mark)
         tests = f"{problem.tests[:place]}\n{statement}\n{problem.tests[place:]}"
         return self._source(problem, completion, tests)
 
