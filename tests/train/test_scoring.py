@@ -1,5 +1,6 @@
 """Scores of many sequences at once."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dscoder.models import ScalarModel, Transformer
 from dscoder.tasks.problem import Problem, Prompt
 from dscoder.testing.tiny_run import TINY_MOE
 from dscoder.text.tokenizer import Tokenizer
+from dscoder.train import scoring
 from dscoder.train.prompts import PromptEncoder
 from dscoder.train.reward import Answer, RewardBatch
 from dscoder.train.scoring import AnswerScorer, packed, score_sequences
@@ -86,3 +88,19 @@ def test_answers_of_a_group_are_rewarded_by_their_scores(model: ScalarModel) -> 
     wanted = scorer.scores([(asked, answer.completion) for answer in answers])
     assert scorer.reward(RewardBatch(answers=answers)) == wanted
     assert wanted[0] != wanted[1]
+
+
+def test_equal_answers_have_equal_scores_whatever_they_are_packed_with(
+    model: ScalarModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(_: ScalarModel, sequences: Sequence[Sequence[int]]) -> list[float]:
+        return [len(sequence) + 1e-8 * idx for idx, sequence in enumerate(sequences)]
+
+    monkeypatch.setattr(scoring, "score_sequences", noisy)
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"] * 3, vocab_size=300)
+    scorer = AnswerScorer(model=model, encoder=PromptEncoder(tokenizer=tokenizer, max_positions=64))
+    asked = Prompt(text="def f(x):", max_new_tokens=8)
+    scores = scorer.scores([(asked, " x"), (asked, " return x"), (asked, " x"), (asked, " x" * 64)] * 4)
+    assert scores[3] is None
+    assert len(set(scores)) == 3
+    assert scores[:4] * 4 == scores

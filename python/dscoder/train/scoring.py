@@ -88,15 +88,16 @@ class AnswerScorer:
         return cls(model=model, encoder=encoder)
 
     def scores(self, answers: Sequence[tuple[Prompt, str]]) -> list[float | None]:
-        """The score of each answer to its prompt; None where both are too long for the model."""
+        """The score of each answer to its prompt; None where both are too long for the model.
+
+        The same sequence has the same score, bit for bit: what packing does to the last bits would become
+        advantages of full size in a group whose answers are all alike.
+        """
         sequences = [self.encoder.sequence(prompt, completion) for prompt, completion in answers]
         longest = self.encoder.max_positions
-        fitting = [idx for idx, sequence in enumerate(sequences) if len(sequence) <= longest]
-        found = score_sequences(self.model, [sequences[idx] for idx in fitting])
-        scores: list[float | None] = [None] * len(answers)
-        for idx, score in zip(fitting, found, strict=True):
-            scores[idx] = score
-        return scores
+        distinct = list(dict.fromkeys(sequence for sequence in sequences if len(sequence) <= longest))
+        found = dict(zip(distinct, score_sequences(self.model, distinct), strict=True))
+        return [found.get(sequence) for sequence in sequences]
 
     def reward(self, batch: RewardBatch) -> list[float | None]:
         """The scores as a reward function of GRPO."""
