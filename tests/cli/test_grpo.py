@@ -65,7 +65,7 @@ def test_rollouts_shows_the_last_step(finished: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert shown.startswith("step 2  2 groups  6 answers  reward 0")
     assert shown.count("letters p") == 2
-    assert "not run" in shown
+    assert "(program: not run)" in shown
 
 
 def test_rollouts_shows_what_is_asked_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,11 @@ def test_a_group_is_its_best_answer_and_diffs() -> None:
         rollout(completion="a\nb\nc", reward=0.5, advantage=0.0),
         rollout(completion="a\nx\nc", reward=0.0, advantage=-1.2247, verdict=VERDICT, detail="failed: no"),
         rollout(
-            completion="a\nb\nc\nd", reward=1.0, advantage=1.2247, verdict=VERDICT | {"outcome": "passed"}
+            completion="a\nb\nc\nd",
+            reward=1.0,
+            advantage=1.2247,
+            verdict=VERDICT | {"outcome": "passed"},
+            is_passed=True,
         ),
         rollout(reward=None, advantage=None, is_used=False, reason="no_reward", failures={"tests": "hung"}),
     ]
@@ -120,6 +124,25 @@ def test_a_group_is_its_best_answer_and_diffs() -> None:
     assert "failed: no\n" in whole
     assert "AssertionError\n" in whole
     assert "Traceback" not in whole  # the last lines alone
+
+
+@pytest.mark.parametrize(
+    ("is_passed", "outcome", "shown"),
+    [
+        (True, "passed", "passed  reward"),
+        (False, "passed", "failed (program: passed)  reward"),
+        (False, "failed", "failed  reward"),
+        (False, "time_limit", "failed (program: time_limit)  reward"),
+        (None, "sandbox_error", "not judged (program: sandbox_error)  reward"),
+    ],
+)
+def test_an_answer_is_headed_by_its_grade(is_passed: bool | None, outcome: str, shown: str) -> None:
+    found = render_group(
+        [rollout(is_passed=is_passed, verdict=VERDICT | {"outcome": outcome})], num_answers=0
+    )
+    assert f"answer 1  {shown}" in found.plain
+    green = [str(span.style) for span in found.spans if "green" in str(span.style)]
+    assert bool(green) == bool(is_passed)
 
 
 def test_a_step_is_one_line() -> None:

@@ -75,6 +75,8 @@ def test_each_answer_has_its_verdict_reward_and_advantage() -> None:
     assert [r.step for r in rollouts] == [7] * 8
     assert [r.verdict["outcome"] for r in rollouts[:3]] == ["failed", "passed", "failed"]  # type: ignore[index]
     assert [r.reward for r in rollouts[:4]] == [0.0, 1.0, 0.0, 0.0]
+    assert [r.is_passed for r in rollouts[:3]] == [False, True, False]
+    assert [r.score for r in rollouts[:3]] == [0.0, 1.0, 0.0]
     assert [r.advantage for r in rollouts[:4]] == pytest.approx([-0.5, 1.5, -0.5, -0.5])
     assert all(r.is_used and r.reason == "" for r in rollouts)
     assert rollouts[1].completion_ids == completion_of("good").tokens

@@ -147,6 +147,47 @@ def test_a_hook_learns_from_the_rollouts_between_resets(model_dir: Path, tmp_pat
     assert seen == [(2, [1, 2]), (4, [1, 2, 3, 4])]
 
 
+class Refreshed:
+    """A reward that changes with the reset: it likes answers as long as those of the steps before."""
+
+    def __init__(self) -> None:
+        self.wanted = 0.0
+
+    def learn(self, step: int, directory: Path) -> None:
+        seen = [r for number in range(1, step + 1) for r in read_rollouts(directory, number)]
+        self.wanted = sum(len(r.completion) for r in seen) / len(seen)
+
+    def __call__(self, batch: RewardBatch) -> list[float | None]:
+        return [-abs(len(answer.completion) - self.wanted) for answer in batch.answers]
+
+
+def test_a_reward_that_learns_at_resets_knows_as_much_after_a_kill(model_dir: Path, tmp_path: Path) -> None:
+    def stop(report: Mapping[str, float]) -> None:
+        if report["step"] == 4:
+            raise StopHereError
+
+    def go(out: str, **hooks: Any) -> Path:
+        config = config_for(
+            model_dir,
+            tmp_path / out,
+            num_steps=6,
+            reset_every=3,
+            rewards=RewardsConfig(functions=("learnt",)),
+        )
+        learnt = Refreshed()
+        return grpo.run(config, Letters(), rewards={"learnt": learnt}, on_reset=learnt.learn, **hooks)
+
+    whole = go("whole")
+    with pytest.raises(StopHereError):
+        go("cut", on_metrics=stop)
+    again = go("cut")  # from step 2, before the reset
+    with pytest.raises(StopHereError):
+        go("later", on_metrics=lambda report: stop({"step": report["step"] - 1}))
+    later = go("later")  # from step 4, after it
+    for step in range(1, 7):
+        assert read_rollouts(again, step) == read_rollouts(whole, step) == read_rollouts(later, step)
+
+
 def test_a_reward_that_fails_is_left_out_and_counted(model_dir: Path, tmp_path: Path) -> None:
     def sometimes(batch: RewardBatch) -> list[float | None]:
         return [float("nan") if idx == 1 else 1.0 for idx in range(len(batch.answers))]

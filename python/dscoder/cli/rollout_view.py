@@ -10,6 +10,8 @@ from dscoder.train.rollout import Rollout, by_group
 
 _PROMPT_LINES = 12
 _COMPLAINT_LINES = 6
+_GRADES = {True: "passed", False: "failed", None: "not judged"}
+_STYLES = {"passed": "not bold green", "failed": "not bold red", "not judged": "not bold yellow"}
 _DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
@@ -48,10 +50,11 @@ def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
 
 def _headline(rollout: Rollout, number: int) -> Text:
     rewards = ", ".join(f"{name} {_number(value)}" for name, value in rollout.rewards.items())
-    verdict = "" if rollout.verdict is None else str(rollout.verdict["outcome"])
+    grade = _GRADES[rollout.is_passed]
+    program = "not run" if rollout.verdict is None else str(rollout.verdict["outcome"])
     line = Text(f"answer {number}  ", style="bold")
-    style = {"": "not bold", "passed": "not bold green"}.get(verdict, "not bold red")
-    line.append(f"{verdict or 'not run'}  ", style=style)
+    # What the program did is no grade: one that ends well may have printed what is wrong.
+    line.append(f"{grade}  " if grade == program else f"{grade} (program: {program})  ", style=_STYLES[grade])
     line.append(
         f"reward {_number(rollout.reward)} ({rewards})  advantage {_number(rollout.advantage)}  "
         f"{len(rollout.completion_ids)} tokens, {rollout.finish_reason}",

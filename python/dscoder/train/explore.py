@@ -316,6 +316,8 @@ class Explorer:
             advantage=advantage,
             is_used=not reason,
             reason=reason,
+            is_passed=None if answer.grade is None else answer.grade.is_passed,
+            score=None if answer.grade is None else answer.grade.score,
         )
 
     def _own_reason(self, answer: Answer, score: Score) -> Reason:

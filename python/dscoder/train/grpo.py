@@ -50,7 +50,8 @@ _LOG = get_logger(__name__)
 Evaluate = Callable[[Transformer], Mapping[str, float]]
 # Called with the model and the tokenizer: what writes the answers, instead of our own engine.
 MakeSampler = Callable[[Transformer, Tokenizer], Sampler]
-# Called when the policy has become the reference, with the steps done and the run's directory.
+# Called when the policy has become the reference, with the steps done and the run's directory. A run that
+# goes on calls it again for its last reset: what it does must follow from the rollouts of those steps alone.
 OnReset = Callable[[int, Path], None]
 
 
@@ -99,8 +100,12 @@ class GrpoSteps:
         return state
 
     def begin(self, step: int) -> None:
-        """Forget the rollouts of steps that a killed run made after its last checkpoint."""
+        """Forget the rollouts of steps that a killed run made after its last checkpoint, and have rewards
+        learn again what they had learnt at the last reset."""
         drop_rollouts_after(self._directory, step)
+        every = self._config.reset_every
+        if self._on_reset is not None and every and step > every and step % every:
+            self._on_reset(step - step % every, self._directory)
 
     def learning_rate(self, step: int) -> float:
         """Of step `step`, from 0."""
@@ -225,7 +230,8 @@ def run(
         rewards: functions made by the caller, from a reward model say, by the name the config has for them.
         make_sampler: what writes the answers; None: our own engine over the model itself.
         evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
-        on_reset: called every `reset_every` steps, where a reward model learns from the rollouts since.
+        on_reset: called every `reset_every` steps, where a reward model learns from the rollouts since; and
+            by a run that goes on for the last of those steps, when rollouts of later ones may lie there too.
         on_metrics: called with every report, after it is written.
 
     Raises what `run_stage` does.

@@ -33,6 +33,8 @@ class Rollout:
         logprobs: of each token of the completion, by the sampler.
         verdict: what `verdict_record` keeps; None where no program was run.
         detail: of the grade: one line for a person.
+        is_passed: by the task's rules, which a program that ran well may still fail; None: not judged.
+        score: by those rules; None where `is_passed` is.
         rewards: by function, None where it could not tell; `failures` say why not.
         reward: the mix; None if no function could tell.
         advantage: over the group; None where there is none.
@@ -57,6 +59,8 @@ class Rollout:
     advantage: float | None
     is_used: bool
     reason: Reason
+    is_passed: bool | None = None
+    score: float | None = None
 
     @property
     def is_truncated(self) -> bool:
