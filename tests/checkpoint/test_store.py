@@ -297,9 +297,7 @@ def test_a_file_that_cannot_be_written_is_an_os_error_with_its_number(tmp_path):
     tensors = [("a", torch.zeros(100_000))]
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(
-            OSError, match=r"checkpoint: .*model\.safetensors could not be written"
-        ) as caught:
+        with pytest.raises(OSError, match=r"checkpoint: .*model\.safetensors could not be written") as caught:
             write_tensors(tmp_path, tensors, max_shard_bytes=1_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
