@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from dscoder.checkpoint import load_pretrained
+from dscoder.checkpoint import load_pretrained, save_pretrained
 from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, RewardsConfig, UpdateConfig
 from dscoder.config.train import ScheduleConfig
 from dscoder.infer.engine import Engine
-from dscoder.models import Transformer
+from dscoder.models import ScalarModel, Transformer
 from dscoder.runtime.artifact import read_manifest
 from dscoder.sandbox.run import run as run_program
 from dscoder.sandbox.verdict import Program, Verdict
-from dscoder.tasks.problem import Grade, Problem, Task
+from dscoder.tasks.problem import Grade, Problem, Prompt, Task
 from dscoder.train import grpo
 from dscoder.train.grpo import copy_weights
 from dscoder.train.reward import RewardBatch
 from dscoder.train.rollout import read_rollouts, written_steps
+from dscoder.train.scoring import AnswerScorer
 from tests.infer.stand_in import PROMPTS, ask
 from tests.train.grpo_stand_in import TOKENIZER, FakeSampler, Letters, config_for, policy, save_policy
 
@@ -217,6 +218,29 @@ def test_a_step_that_nobody_can_judge_ends_the_run(model_dir: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="of step 1 must have a reward, " + re.escape(told)):
         grpo.run(config, Broken())
     assert written_steps(tmp_path / "run") == [1]  # for whoever looks why
+
+
+def test_a_directory_rewards_as_its_model_scores(model_dir: Path, tmp_path: Path) -> None:
+    judge = ScalarModel(policy())
+    torch.nn.init.normal_(judge.score.weight)
+    save_pretrained(judge, tmp_path / "judge", tokenizer=model_dir)
+    config = config_for(
+        model_dir,
+        tmp_path / "run",
+        num_steps=1,
+        reward_model=str(tmp_path / "judge"),
+        rewards=RewardsConfig(functions=("reward_model",)),
+    )
+    out = grpo.run(config, Letters())
+    scorer = AnswerScorer.load(tmp_path / "judge", device="cpu")
+    for rollout in read_rollouts(out, 1):
+        asked = Prompt(text=rollout.prompt, max_new_tokens=6)
+        assert rollout.reward == pytest.approx(scorer.scores([(asked, rollout.completion)])[0], rel=1e-3)
+    assert "reward_model" in read_manifest(out, command="grpo")["inputs"]
+    with pytest.raises(ValueError, match="must have a trained scalar head, got a model with a vocabulary"):
+        grpo.run(replace(config, out=str(tmp_path / "other"), reward_model=str(model_dir)), Letters())
+    with pytest.raises(ValueError, match=r"reward_model must be among rewards.functions .* got tests and"):
+        replace(config, rewards=RewardsConfig())
 
 
 def test_a_hook_evaluates_the_policy(model_dir: Path, tmp_path: Path) -> None:

@@ -99,14 +99,19 @@ def load_scalar_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> ScalarModel:
     """A model with a scalar head, in evaluation mode; the arguments are those of `load_pretrained`.
 
-    From a model with a vocabulary its backbone is taken, and the head is drawn by `seed`.
+    From a model with a vocabulary its backbone is taken, and the head is drawn by `seed`; ValueError if None.
     """
     source = _open(path_or_repo_id, config=None, dtype=dtype)
     if not source.is_scalar:
+        if seed is None:
+            raise ValueError(
+                f"load_scalar_model: {path_or_repo_id} must have a trained scalar head, "
+                "got a model with a vocabulary"
+            )
         backbone = load_pretrained(source.directory, dtype=dtype, device=device)
         return ScalarModel(backbone, seed=seed).eval()
     parts = _parts(source)

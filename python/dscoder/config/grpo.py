@@ -67,7 +67,7 @@ class PolicyLossConfig:
 class RewardsConfig:
     """What answers are rewarded for: functions by name, and how much each counts."""
 
-    functions: tuple[str, ...] = ("tests",)  # tests, compiler, format, length, or a dotted path to a callable
+    functions: tuple[str, ...] = ("tests",)  # tests, compiler, format, length, reward_model, or a dotted path
     weights: tuple[float, ...] = ()  # one a function; none: 1 each
     time: float = 120.0  # seconds that a function may take for one group
     # Functions without which a group is left out: where one gives nothing at all. None: tests, if it is used.
@@ -182,6 +182,7 @@ class GrpoConfig:
     num_steps: int = 600
     advantage: Literal["group", "mean", "rloo"] = "group"
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    reward_model: str = ""  # the directory of the reward function reward_model, such as RUN/model
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -203,6 +204,11 @@ class GrpoConfig:
             raise ValueError(
                 "GrpoConfig: num_steps must be >= 1 and reset_every >= 0, "
                 f"got {self.num_steps} and {self.reset_every}"
+            )
+        if self.reward_model and "reward_model" not in self.rewards.functions:
+            raise ValueError(
+                "GrpoConfig: reward_model must be among rewards.functions where one is named, "
+                f"got {', '.join(self.rewards.functions)} and {self.reward_model!r}"
             )
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"GrpoConfig: num_threads must be >= 1, got {self.num_threads}")

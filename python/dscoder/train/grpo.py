@@ -40,9 +40,10 @@ from dscoder.train.reward_functions import reward_terms
 from dscoder.train.rollout import drop_rollouts_after, require_rewards, write_rollouts
 from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
 from dscoder.train.schedule import learning_rate
+from dscoder.train.scoring import AnswerScorer
 
 # The inputs are compared by what they hold, wherever they lie.
-_FREE = ("model", "task")
+_FREE = ("model", "task", "reward_model")
 _POSITION = "position"
 _REFERENCE = "reference."
 _LOG = get_logger(__name__)
@@ -164,9 +165,27 @@ def _check(config: GrpoConfig, directory: Path) -> None:
 
 
 def _inputs(config: GrpoConfig, task: Task) -> dict[str, str]:
-    """What the inputs hold: the policy's weights, and every problem of the task."""
+    """What the inputs hold: the weights of policy and reward model, and every problem of the task."""
     problems = hashlib.sha256(repr((task.name, task.limits, list(task.problems()))).encode())
-    return {"model": hash_model(config.model), "problems": problems.hexdigest()}
+    inputs = {"model": hash_model(config.model), "problems": problems.hexdigest()}
+    if config.reward_model:
+        inputs["reward_model"] = hash_model(config.reward_model)
+    return inputs
+
+
+def _made(config: GrpoConfig, rewards: Mapping[str, RewardFunction] | None) -> dict[str, RewardFunction]:
+    """The reward functions by name that are not built in: the config's reward model, and the caller's."""
+    made: dict[str, RewardFunction] = {}
+    if config.reward_model:
+        scorer = AnswerScorer.load(
+            config.reward_model,
+            template=config.rollout.template,
+            fim_order=config.rollout.fim_order,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            device=config.device,
+        )
+        made["reward_model"] = scorer.reward
+    return made | dict(rewards or {})
 
 
 def _build(
@@ -181,7 +200,7 @@ def _build(
 ) -> Job:
     evaluate, on_reset = hooks
     _check(config, directory)
-    rewards_of_run = Rewards(reward_terms(config.rewards, given=rewards))
+    rewards_of_run = Rewards(reward_terms(config.rewards, given=_made(config, rewards)))
     tokenizer = Tokenizer.load(config.model)
     model = _load_policy(config)
     encoder = PromptEncoder(

@@ -78,7 +78,7 @@ class AnswerScorer:
         device: str = "auto",
     ) -> "AnswerScorer":
         """The model that `dscoder reward-model` left in RUN/model; `template` as it was trained."""
-        model = load_scalar_model(directory, dtype=dtype, device=resolve_device(device))
+        model = load_scalar_model(directory, dtype=dtype, device=resolve_device(device), seed=None)
         encoder = PromptEncoder(
             tokenizer=Tokenizer.load(directory),
             max_positions=model.config.max_positions,
