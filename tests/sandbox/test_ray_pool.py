@@ -8,7 +8,10 @@ import pytest
 from dscoder.sandbox.verdict import Program
 from tests.sandbox.conftest import SMALL
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: dscoder[ray]")
+pytest.importorskip(
+    "ray.actor", reason="Ray is not installed: dscoder[ray]"
+)  # any folder named ray is a package
+ray = pytest.importorskip("ray")
 ray_pool = pytest.importorskip("dscoder.sandbox.ray_pool")
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.usefixtures("full_isolation")]
