@@ -8,9 +8,8 @@ import pytest
 from dscoder.sandbox.verdict import Program
 from tests.sandbox.conftest import SMALL
 
-pytest.importorskip(
-    "ray.actor", reason="Ray is not installed: dscoder[ray]"
-)  # any folder named ray is a package
+# Any folder named ray passes for a package of that name.
+pytest.importorskip("ray.actor", reason="Ray is not installed: dscoder[ray]")
 ray = pytest.importorskip("ray")
 ray_pool = pytest.importorskip("dscoder.sandbox.ray_pool")
 
