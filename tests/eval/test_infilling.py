@@ -8,7 +8,6 @@ from dscoder.eval.infilling import (
     Hole,
     HoleRule,
     InfillingScore,
-    first_line,
     is_exact,
     line_end_holes,
     score_infilling,
@@ -129,10 +128,6 @@ def test_line_ends_begin_anywhere_in_the_code() -> None:
 )
 def test_the_first_generated_line_must_equal_the_answer_stripped(completion: str, expected: bool) -> None:
     assert is_exact(completion, "    return x\n") is expected
-
-
-def test_the_first_line_ends_at_the_first_line_break() -> None:
-    assert [first_line(text) for text in ("a\nb", "a", "\nb", "a\x0cb\r\n")] == ["a", "a", "", "a\x0cb\r"]
 
 
 def test_a_score_counts_exact_holes() -> None:

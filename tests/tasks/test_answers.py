@@ -20,7 +20,9 @@ def test_a_text_ends_before_the_first_stop_string():
     assert cut_at("body", ()) == "body"
 
 
-@pytest.mark.parametrize(("text", "line"), [("a\nb", "a"), ("a", "a"), ("\na", ""), ("a\r\nb", "a\r")])
+@pytest.mark.parametrize(
+    ("text", "line"), [("a\nb", "a"), ("a", "a"), ("\na", ""), ("a\x0cb\r\n", "a\x0cb\r")]
+)
 def test_the_first_line_ends_before_the_first_line_break(text, line):
     assert first_line(text) == line
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 
 from dscoder.tasks.problem import Problem
 from dscoder.train import reward as reward_module
-from dscoder.train.reward import Answer, RewardBatch, RewardFunction, Rewards, RewardTerm, count_failures, mix
+from dscoder.train.reward import (
+    Answer,
+    RewardBatch,
+    RewardFunction,
+    Rewards,
+    RewardTerm,
+    Score,
+    failure_kind,
+    mix,
+)
 
 PROBLEM = Problem(task="test", id="0", prompt="p", max_new_tokens=8)
 
@@ -31,6 +41,10 @@ def batch_of(*completions: str) -> RewardBatch:
             for text in completions
         )
     )
+
+
+def failures_of(scores: Sequence[Score]) -> Counter[str]:
+    return Counter(failure_kind(name, reason) for score in scores for name, reason in score.reasons.items())
 
 
 def lengths(batch: RewardBatch) -> list[float | None]:
@@ -130,7 +144,7 @@ def test_a_function_that_hangs_is_named_and_not_asked_again_until_it_ends(
     assert first[0].reasons == {"slow": "hung: more than 0.1 s"}
     assert second[0].reasons == {"slow": "hung: an earlier call still runs"}
     assert first[0].rewards == second[0].rewards == {"slow": None, "fast": 2.0}
-    assert count_failures([*first, *second]) == {"slow: hung": 2}
+    assert failures_of([*first, *second]) == {"slow: hung": 2}
     gate.set()
     assert score_until_answered(rewards) == {"slow": 2.0, "fast": 2.0}
 
@@ -221,7 +235,7 @@ def test_failures_are_counted_by_function_and_kind() -> None:
     )
     scores = rewards.score(batch_of("a", "b", "c"))
     assert [score.reward for score in scores] == [None, None, None]
-    assert count_failures(scores) == {
+    assert failures_of(scores) == {
         "odd: not_finite": 1,
         "odd: not_a_number": 1,
         "odd: no_answer": 1,
@@ -245,7 +259,7 @@ def test_a_sum_that_is_too_large_is_left_out_and_counted() -> None:
     rewards = Rewards([RewardTerm(name=name, function=f, weight=1e200) for name, f in functions.items()])
     scores = rewards.score(batch_of("x", "y"))
     assert [score.reward for score in scores] == [None, 2e200]
-    assert count_failures(scores) == {"mix: not_finite": 1}
+    assert failures_of(scores) == {"mix: not_finite": 1}
 
 
 def test_a_group_is_left_out_where_a_required_function_gives_nothing_at_all() -> None:

@@ -11,6 +11,8 @@ import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from dscoder.tasks.answers import first_line
+
 _COMMENT_STARTS = ("#", "//", "/*", "*", "--", '"""', "'''")
 
 
@@ -79,11 +81,6 @@ def line_end_holes(holes: Sequence[Hole], *, seed: int = 0) -> list[Hole]:
     either side.
     """
     return [_from_inside(hole, seed) for hole in holes]
-
-
-def first_line(completion: str) -> str:
-    """What counts of a completion: everything before its first line break."""
-    return completion.split("\n", 1)[0]
 
 
 def is_exact(completion: str, answer: str) -> bool:

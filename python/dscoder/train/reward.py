@@ -15,7 +15,6 @@ import math
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -270,11 +269,6 @@ class Rewards:
 def failure_kind(name: str, reason: str) -> str:
     """What failures of a function are counted under: "name: kind"."""
     return f"{name}: {reason.partition(':')[0]}"
-
-
-def count_failures(scores: Iterable[Score]) -> Counter[str]:
-    """For how many answers each function gave nothing, by `failure_kind`."""
-    return Counter(failure_kind(name, reason) for score in scores for name, reason in score.reasons.items())
 
 
 def mix(
