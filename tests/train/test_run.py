@@ -14,6 +14,7 @@ from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
 from dscoder.runtime.artifact import read_manifest
 from dscoder.train.loop import LossError, apply_gradients
 from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.report import RunReport
 from dscoder.train.run import Job, StepDone, StoppedError, run_stage
 
 NUM_STEPS = 6
@@ -114,6 +115,24 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert rest.result is not None
     assert torch.equal(whole.result, rest.result)
     assert reports(tmp_path / "cut") == reports(tmp_path / "whole")
+
+
+def test_a_stop_asked_for_after_the_save_waits_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = RunReport.resume
+    waits = [1]  # steps until SIGTERM comes, when it was decided that the step is not saved
+
+    def stop_late(report: RunReport, paused: float) -> None:
+        resume(report, paused)
+        waits[0] -= 1
+        if waits[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunReport, "resume", stop_late)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step 2"):
+        run(Toy(), tmp_path)
+    assert (tmp_path / "checkpoints" / "step-000000002").is_dir()
 
 
 def test_a_finished_run_builds_nothing(tmp_path: Path) -> None:

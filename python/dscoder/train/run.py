@@ -198,12 +198,13 @@ def _train(run: _Run, writer: CheckpointWriter, report: RunReport, stop: _StopRe
         is_last = step == run.job.num_steps
         if evaluate is not None and (is_last or step % config.report.eval_every == 0):
             report.evaluated(evaluate(), step=step, total_tokens=run.progress.num_tokens)
-        if is_last or stop.signal_number is not None or step % config.checkpoint.every == 0:
+        asked = stop.signal_number  # read once: a signal after the save below waits for the next step
+        if is_last or asked is not None or step % config.checkpoint.every == 0:
             writer.save(replace(run.progress, waiting=report.waiting()), run.state())
         report.resume(paused)
-        if stop.signal_number is not None and not is_last:
+        if asked is not None and not is_last:
             writer.wait()
-            raise StoppedError(stop.signal_number, step=step, directory=writer.directory)
+            raise StoppedError(asked, step=step, directory=writer.directory)
 
 
 def _num_threads(config: RunConfig, directory: Path, *, command: str) -> int:
