@@ -57,9 +57,13 @@ class Programs(Letters):
 
 
 class FakePool:
-    """A sandbox whose verdicts are a function of the source; with "never" they do not come."""
+    """A sandbox whose verdicts are a function of the source.
 
-    def __init__(self, outcome: Callable[[str], str]) -> None:
+    With "never" they do not come, with "cancelled" they are called off, and an exception is raised: by the
+    future, or at once if its text is "submit".
+    """
+
+    def __init__(self, outcome: Callable[[str], str | BaseException]) -> None:
         self.outcome = outcome
         self.sources: list[str] = []
         self.waiting: list[Future[Verdict]] = []
@@ -68,7 +72,13 @@ class FakePool:
         self.sources.append(program.source or "")
         done: Future[Verdict] = Future()
         outcome = self.outcome(program.source or "")
-        if outcome == "never":
+        if isinstance(outcome, BaseException):
+            if str(outcome) == "submit":
+                raise outcome
+            done.set_exception(outcome)
+        elif outcome == "cancelled":
+            done.cancel()
+        elif outcome == "never":
             self.waiting.append(done)
         else:
             done.set_result(Verdict(outcome=outcome))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Exploration with scripted answers: order, overlap with sandboxes, what is left out, dynamic sampling."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ def explorer(
     made: GrpoConfig,
     *,
     task: Task | None = None,
-    outcome: Callable[[str], str] = lambda source: "passed" if "good" in source else "failed",
+    outcome: Callable[[str], str | BaseException] = lambda source: "passed" if "good" in source else "failed",
     reward: Any = passed_tests,
 ) -> tuple[Explorer, FakePool]:
     task = Programs() if task is None else task
@@ -153,6 +154,29 @@ def test_a_task_that_fails_on_an_answer_leaves_it_out() -> None:
     assert [r.reward for r in rollouts] == [None, 1.0, None, 0.0]
     assert rollouts[0].detail == "the task could not make a program: IndexError('no block')"
     assert rollouts[2].detail == "the task could not grade: KeyError('score')"
+
+
+@pytest.mark.parametrize(
+    ("happening", "told"),
+    [
+        (RuntimeError("pipe"), "the sandbox raised: RuntimeError('pipe')"),
+        (SystemExit(3), "the sandbox raised: SystemExit(3)"),
+        (asyncio.CancelledError(), "the sandbox raised: CancelledError()"),
+        ("cancelled", "the program was called off"),
+        (RuntimeError("submit"), "the sandbox took no program: RuntimeError('submit')"),
+    ],
+    ids=["raised", "exited", "task_cancelled", "cancelled", "refused"],
+)
+def test_a_sandbox_that_fails_is_no_wrong_answer_and_ends_no_run(
+    happening: str | BaseException, told: str
+) -> None:
+    def outcome(source: str) -> str | BaseException:
+        return happening if source == "bad 0" else "passed" if source == "good" else "failed"
+
+    made, _ = explorer(FakeSampler(some_good), config(groups=1), outcome=outcome)
+    rollouts = made.explore(1, 0).rollouts
+    assert [r.reward for r in rollouts] == [None, 1.0, 0.0, 0.0]
+    assert (rollouts[0].is_passed, rollouts[0].reason, rollouts[0].detail) == (None, "no_reward", told)
 
 
 def test_groups_of_equal_rewards_are_left_out() -> None:

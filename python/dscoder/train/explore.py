@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -57,6 +57,16 @@ class EngineSampler:
                 yield event.request_idx, event.completion
 
 
+def _awaited(pending: Future[Verdict]) -> Verdict | Grade:
+    """The verdict to come; where the sandbox failed instead, a grade that says so."""
+    try:
+        error = pending.exception()
+    except CancelledError:
+        return not_judged("the program was called off")
+    # Whatever it is that was raised elsewhere, it is not to end this thread.
+    return pending.result() if error is None else not_judged(f"the sandbox raised: {error!r}")
+
+
 class Judge:
     """Grades answers by a task's rules; what goes wrong on the way is no answer, never a wrong one."""
 
@@ -74,11 +84,15 @@ class Judge:
             return not_judged(f"the task could not make a program: {error!r}")
         if program is None:
             return self._grade(problem, completion, None)
-        return self._pool.submit(program, self._task.limits)
+        try:
+            return self._pool.submit(program, self._task.limits)
+        except Exception as error:
+            return not_judged(f"the sandbox took no program: {error!r}")
 
     def grade(self, problem: Problem, completion: str, pending: Pending) -> Grade:
         """What the answer is worth; waits for the verdict."""
-        grade = pending if isinstance(pending, Grade) else self._grade(problem, completion, pending.result())
+        found = pending if isinstance(pending, Grade) else _awaited(pending)
+        grade = found if isinstance(found, Grade) else self._grade(problem, completion, found)
         if grade.is_passed is None:
             self._tell(problem, grade.detail)
         return grade
