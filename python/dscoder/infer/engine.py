@@ -9,7 +9,6 @@ and step.
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
@@ -17,11 +16,11 @@ from dscoder.checkpoint import load_pretrained
 from dscoder.config import MlaConfig
 from dscoder.config.generate import DEFAULT_BATCH, BatchConfig, EngineConfig
 from dscoder.infer.pages import PagePool, Room, plan_room
-from dscoder.infer.request import Completion, Event, FinishReason, Request
+from dscoder.infer.request import Completion, Event, Request
 from dscoder.infer.runner import Runner, cuda_graphs, waits_for_device
 from dscoder.infer.sampler import draw_numbers
 from dscoder.infer.scheduler import Job, Scheduler
-from dscoder.infer.stream import TextStream
+from dscoder.infer.written_text import WrittenText
 from dscoder.models.cache import cache_token_bytes
 from dscoder.models.transformer import Transformer
 from dscoder.runtime.device import resolve_device
@@ -30,69 +29,10 @@ from dscoder.text.tokenizer import Tokenizer
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class _Text:
-    """What one request has written so far."""
-
-    def __init__(
-        self,
-        request_idx: int,
-        request: Request,
-        *,
-        stream: TextStream,
-        eos_id: int | None,
-        room: int,
-    ) -> None:
-        self.request_idx = request_idx
-        self.request = request
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []  # empty if they are not kept
-        self.budget = min(request.max_new_tokens, room)
-        self._budget_reason: FinishReason = "length" if request.max_new_tokens <= room else "context"
-        self._eos_id = eos_id
-        self._stream = stream
-
-    @property
-    def last_token(self) -> int:
-        """The one that the next is drawn after."""
-        return self.tokens[-1] if self.tokens else self.request.prompt[-1]
-
-    def piece(self, start: int, length: int) -> Sequence[int]:
-        """Tokens of the prompt and what follows it."""
-        known = [*self.request.prompt, *self.tokens] if self.tokens else self.request.prompt
-        return known[start : start + length]
-
-    def job(self) -> Job:
-        """What the scheduler has to know; the last token drawn is never read back."""
-        num_tokens = len(self.request.prompt)
-        return Job(
-            request_idx=self.request_idx, num_tokens=num_tokens, most_tokens=num_tokens + self.budget - 1
-        )
-
-    def accept(self, token: int) -> Event:
-        """Take one token; the event carries the completion if it is the last."""
-        self.tokens.append(token)
-        if token == self._eos_id:
-            return self.finish("eos")
-        if token in self.request.stop_ids:
-            return self.finish("stop")
-        text = self._stream.push(token)
-        if self._stream.is_stopped:
-            return self.finish("stop", text)
-        if len(self.tokens) == self.budget:
-            return self.finish(self._budget_reason, text)
-        return Event(request_idx=self.request_idx, text=text)
-
-    def finish(self, reason: FinishReason | None = None, text: str = "") -> Event:
-        """End the text; without a reason the budget is what ended it."""
-        text += self._stream.finish()
-        completion = Completion(
-            tokens=tuple(self.tokens),
-            text=self._stream.text,
-            logprobs=tuple(self.logprobs) if self.request.keep_logprobs else None,
-            # What was held back may turn out to be a stop string only once the text is complete.
-            finish_reason="stop" if self._stream.is_stopped else reason or self._budget_reason,
-        )
-        return Event(request_idx=self.request_idx, text=text, completion=completion)
+def _job(text: WrittenText) -> Job:
+    """What the scheduler has to know; the last token drawn is never read back."""
+    num_tokens = len(text.request.prompt)
+    return Job(request_idx=text.request_idx, num_tokens=num_tokens, most_tokens=num_tokens + text.budget - 1)
 
 
 class Engine:
@@ -155,7 +95,7 @@ class Engine:
     def _run(self, requests: Sequence[Request]) -> Iterator[Event]:
         texts = [self._text(request_idx, request) for request_idx, request in enumerate(requests)]
         yield from (text.finish() for text in texts if text.budget == 0)
-        jobs = [text.job() for text in texts if text.budget > 0]
+        jobs = [_job(text) for text in texts if text.budget > 0]
         if not jobs:
             return
         runner, is_sound = self._take_runner(jobs), True
@@ -175,20 +115,16 @@ class Engine:
         finally:
             self._kept = runner if is_sound and runner.is_captured else None
 
-    def _text(self, request_idx: int, request: Request) -> _Text:
-        return _Text(
+    def _text(self, request_idx: int, request: Request) -> WrittenText:
+        return WrittenText(
             request_idx,
             request,
-            stream=TextStream(
-                partial(self.tokenizer.decode, skip_special=True),
-                stop=request.stop,
-                whole=self._whole_tokens,
-            ),
-            eos_id=self.tokenizer.eos_id,
-            room=self.max_positions - len(request.prompt),
+            tokenizer=self.tokenizer,
+            max_positions=self.max_positions,
+            whole_tokens=self._whole_tokens,
         )
 
-    def _advance(self, scheduler: Scheduler, runner: Runner, texts: Sequence[_Text]) -> list[Event]:
+    def _advance(self, scheduler: Scheduler, runner: Runner, texts: Sequence[WrittenText]) -> list[Event]:
         """Compute one chunk of prompts, if any wait, and one step of those that decode."""
         scheduler.admit()
         chunk = scheduler.next_chunk()
