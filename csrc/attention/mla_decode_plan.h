@@ -19,12 +19,7 @@
 #include <cstdint>
 
 #include "core/check.h"
-
-#ifdef __CUDACC__
-#define DSC_HOST_DEVICE __host__ __device__
-#else
-#define DSC_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace dsc {
 

@@ -10,6 +10,7 @@
 // device alone, so a plan (mla_prefill_plan.h) lists them, those with the most work first.
 #pragma once
 
+#include "attention/mla_prefill_plan.h"
 #include "core/device.h"
 #include "core/dtype.h"
 
@@ -22,11 +23,20 @@ struct HeadRows {
     int64_t token_stride, head_stride;
 };
 
+struct MlaPrefillPlanParams {
+    const int32_t* cu_seqlens_q;  // [B + 1]
+    const int32_t* cu_seqlens_k;  // [B + 1]
+    int32_t* plan;                // [2 * (1 + most tiles) + B]
+    int64_t num_queries, num_keys;
+    int num_sequences;
+    PrefillTiling tiling;
+};
+
 struct MlaPrefillParams {
     HeadRows q, k, v;             // [Tq, H, d], [Tk, G, d], [Tk, G, v]
     const int32_t* cu_seqlens_q;  // [B + 1]
     const int32_t* cu_seqlens_k;  // [B + 1]
-    int32_t* plan;                // scratch, see mla_prefill_plan.h
+    int32_t* plan;                // scratch [prefill_plan_size(Tq, B)]
     void* out;                    // [Tq, H, v], contiguous
     float* lse;                   // [Tq, H]: -inf for a query that sees nothing, whose out is 0
     int64_t num_queries, num_keys;
@@ -43,7 +53,7 @@ struct MlaPrefillBackwardParams {
     const float* lse;             // [Tq, H]
     const int32_t* cu_seqlens_q;  // [B + 1]
     const int32_t* cu_seqlens_k;  // [B + 1]
-    int32_t* plan;                // scratch
+    int32_t* plan;                // scratch [prefill_plan_size(max(Tq, Tk), B)]
     float* row_values;            // scratch [2, H, Tq]: log2(e) * lse, and delta = sum(grad_out * out)
     float* sums_q;                // scratch [Tq, H, d], float32 sums of grad_q; none where deterministic
     void* grad_q;                 // [Tq, H, d], contiguous
@@ -58,6 +68,8 @@ struct MlaPrefillBackwardParams {
 };
 
 enum class PrefillArch { kAuto, kSm80, kSm90 };
+
+void launch_mla_prefill_plan(const MlaPrefillPlanParams& p, cudaStream_t stream);
 
 void launch_mla_prefill(const MlaPrefillParams& p, PrefillArch arch, cudaStream_t stream);
 void launch_mla_prefill_backward(const MlaPrefillBackwardParams& p, PrefillArch arch, cudaStream_t stream);

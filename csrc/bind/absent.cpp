@@ -51,4 +51,8 @@ void register_mla_decode(py::module_& module) {
     define_absent(module, "mla_decode", {"mla_decode_plan", "mla_decode_forward"});
 }
 
+void register_mla_prefill(py::module_& module) {
+    define_absent(module, "mla_prefill", {"mla_prefill_plan"});
+}
+
 }  // namespace dsc

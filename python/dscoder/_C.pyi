@@ -180,6 +180,30 @@ def mla_decode_forward(
 def mla_decode_num_parts(num_new: int, num_heads: int, num_sms: int) -> int: ...
 def mla_decode_plan_of(seq_lens: Sequence[int], num_parts: int, max_rows: int) -> list[tuple[int, int]]: ...
 def mla_decode_sm80_plan(num_new: int, num_heads: int, max_shared_bytes: int) -> dict[str, int]: ...
+def mla_prefill_plan(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    plan: Tensor,
+    num_queries: int,
+    num_keys: int,
+    side: str,
+    tile_rows: int,
+    block_rows: int,
+    causal: bool,
+) -> None: ...
+def mla_prefill_plan_of(
+    cu_seqlens_q: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    num_queries: int,
+    num_keys: int,
+    side: str,
+    tile_rows: int,
+    block_rows: int,
+    causal: bool,
+) -> list[tuple[int, int]]: ...
+def mla_prefill_plan_size(num_rows: int, num_sequences: int) -> int: ...
+def mla_prefill_class(cost: int) -> int: ...
+def mla_prefill_works(num_tiles: int, num_heads: int) -> list[tuple[int, int]]: ...
 def fim_plan(
     texts: tuple[str, ...],
     keys: NDArray[np.uint64],
