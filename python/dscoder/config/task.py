@@ -8,7 +8,7 @@ from typing import Literal
 class TaskConfig:
     """A task by its name; what a task has no use for must be left out."""
 
-    name: str  # human_eval, multipl_e, mbpp, single_line_infilling, gsm8k_pal, or package.module.function
+    name: str  # human_eval, multipl_e, mbpp, single_line_infilling, gsm8k_pal, generated, or module.function
     sources: tuple[str, ...] = ()  # files or directories of records, or hf://datasets/<owner>/<name>/<path>
     asking: Literal["base", "instruct", "instruct_v2"] = "base"  # to be continued, or as a chat message
     language: str | None = None  # of multipl_e

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from dscoder.config.task import TaskConfig
+from dscoder.tasks.generated import Generated
 from dscoder.tasks.gsm8k_pal import Gsm8kPal
 from dscoder.tasks.human_eval import HumanEval
 from dscoder.tasks.mbpp import Mbpp
@@ -29,6 +30,7 @@ _MAKERS: dict[str, Callable[[TaskConfig], Task]] = {
     "mbpp": _mbpp,
     "single_line_infilling": lambda config: SingleLineInfilling(config.sources),
     "gsm8k_pal": lambda config: Gsm8kPal(config.sources, examples=config.examples),
+    "generated": lambda config: Generated(config.sources, asking=config.asking),
 }
 
 
