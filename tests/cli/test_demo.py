@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dscoder.cli.demo import sparkline
 from dscoder.cli.main import main
+from dscoder.cli.progress import sparkline
 from dscoder.config.demo import DemoConfig
 
 MODULE = """import os

@@ -3,17 +3,17 @@
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from dscoder.cli import align_demo
 from dscoder.cli.arguments import parse
 from dscoder.cli.context import render_in_context
+from dscoder.cli.progress import sparkline, step
 from dscoder.config.demo import DemoConfig
 from dscoder.data import prepare, tokenizer
 from dscoder.eval import held_out
@@ -24,23 +24,30 @@ from dscoder.train import pretrain
 from dscoder.train.metrics import METRICS, read_metrics
 from dscoder.train.run import MODEL
 
-_SPARKS = [chr(0x2581 + level) for level in range(8)]
+_ALIGN = "--align"
 _SPARK_WIDTH = 60
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a tiny DeepSeek-Coder-V2 on Python's standard library and fill holes with it."""
+    """Train a tiny DeepSeek-Coder-V2 on Python's standard library and fill holes with it.
+
+    With --align it learns to write small functions instead, and then by GRPO from what tests say of them:
+    dscoder demo --align --help.
+    """
+    if _ALIGN in argv:
+        align_demo.main([word for word in argv if word != _ALIGN])
+        return
     log.configure()
     config = parse(argv, DemoConfig, verb="demo", description=main.__doc__)
     screen = Console()
     begin = time.perf_counter()
-    with _step(screen, "1/4 tokenizer"):
+    with step(screen, "1/4 tokenizer"):
         tokenizer.run(config.tokenizer())
-    with _step(screen, "2/4 prepare"):
+    with step(screen, "2/4 prepare"):
         data = prepare.run(config.prepare())
-    with _step(screen, "3/4 pretrain"):
+    with step(screen, "3/4 pretrain"):
         run = _pretrain(config, data)
-    with _step(screen, "4/4 held-out files"):
+    with step(screen, "4/4 held-out files"):
         results = json.loads((held_out.run(config.held_out()) / held_out.RESULTS).read_text())
     _show_curve(screen, run)
     _show_figures(screen, results, config)
@@ -51,14 +58,6 @@ def main(argv: Sequence[str]) -> None:
         f"--model {run / MODEL}",
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _step(screen: Console, title: str) -> Iterator[None]:
-    screen.rule(title, align="left")
-    begin = time.perf_counter()
-    yield
-    screen.print(f"{title}: {time.perf_counter() - begin:.1f} s", style="dim")
 
 
 def _pretrain(config: DemoConfig, data: Path) -> Path:
@@ -72,16 +71,6 @@ def _show_curve(screen: Console, run: Path) -> None:
     picture = sparkline(losses, width=_SPARK_WIDTH)
     screen.rule("results", align="left")
     screen.print(f"training loss, nats per token\n{losses[0]:.2f} {picture} {losses[-1]:.2f}")
-
-
-def sparkline(values: Sequence[float], *, width: int) -> str:
-    """One character a value, or a mean of neighbours where there are more than `width`."""
-    count = min(width, len(values))
-    edges = [i * len(values) // count for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
 
 
 def _show_figures(screen: Console, results: dict[str, Any], config: DemoConfig) -> None:
