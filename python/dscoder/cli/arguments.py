@@ -79,10 +79,12 @@ def _leaves(kind: Any, start: Any, prefix: str = "") -> Iterator[_Leaf]:
 
 
 def _item(hint: Any) -> Any:
-    """The type of the items of a tuple of any length; None for other hints."""
-    match typing.get_origin(hint), typing.get_args(hint):
-        case origin, (item, end) if origin is tuple and end is ...:
-            return item
+    """The type of the items of a tuple of any length, which may be optional; None for other hints."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    for option in typing.get_args(hint) if is_union else (hint,):
+        match typing.get_origin(option), typing.get_args(option):
+            case origin, (item, end) if origin is tuple and end is ...:
+                return item
     return None
 
 
