@@ -211,3 +211,17 @@ def test_a_place_below_the_home_directory_is_found(
     tokenizer.save(tmp_path / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Tokenizer.load("~/mine").encode("def f") == tokenizer.encode("def f")
+
+
+# ---- bytes ----
+
+
+@given(st.data())
+def test_the_bytes_of_tokens_are_what_they_decode_to(data: st.DataObject) -> None:
+    tokenizer = Tokenizer.train(["caf\u00e9 \u4e2d\u6587"] * 2, vocab_size=300)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+    spelled = tokenizer.token_bytes()
+    text = b"".join(spelled[token] for token in ids).decode(errors="replace")
+    assert text == tokenizer.decode(ids, skip_special=True)
+    assert spelled[tokenizer.require_id("eos")] == b""
+    assert tokenizer.byte_lengths() == [len(found) for found in spelled]

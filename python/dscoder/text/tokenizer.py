@@ -40,6 +40,7 @@ class Tokenizer:
         self._special = {token.content: i for i, token in added.items() if not is_letter[i]}
         self._special_ids = frozenset(self._special.values())
         self._plain = _without_special(backend, self._special)
+        self._token_bytes: tuple[bytes, ...] | None = None  # made when it is asked for
         self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.bos_id = self._named_id("bos_token", BOS)
         self.eos_id = self._named_id("eos_token", EOS)
@@ -176,15 +177,26 @@ class Tokenizer:
 
     def byte_lengths(self) -> list[int]:
         """How many bytes of text each id stands for, in UTF-8; 0 for special tokens and ids without one."""
-        lengths = [0] * self.vocab_size
+        return list(map(len, self.token_bytes()))
+
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes of text that each id stands for; none for special tokens and ids without text.
+
+        What `decode` makes of ids without their special ones is these bytes as UTF-8.
+        """
+        if self._token_bytes is None:
+            self._token_bytes = self._read_token_bytes()
+        return self._token_bytes
+
+    def _read_token_bytes(self) -> tuple[bytes, ...]:
+        spelled = dict(zip(_byte_letters(), range(_NUM_BYTES), strict=True))
+        found = [b""] * self.vocab_size
         for content, token_id in self._backend.get_vocab().items():
-            if token_id in self._letters:
-                lengths[token_id] = len(content.encode())
-            elif token_id not in self._special_ids:
-                lengths[token_id] = len(
-                    content
-                )  # byte-level: the vocabulary spells each byte as one character
-        return lengths
+            is_spelled = token_id not in self._letters and spelled.keys() >= set(content)
+            if token_id not in self._special_ids:
+                spelling = [spelled[letter] for letter in content] if is_spelled else content.encode()
+                found[token_id] = bytes(spelling)
+        return tuple(found)
 
     def require_id(self, name: str) -> int:
         """The id called bos, eos, pad, eot, fim_begin, fim_hole or fim_end; ValueError if it is missing."""
@@ -203,6 +215,13 @@ class Tokenizer:
         value = self._config.get(key)
         content = value.get("content") if isinstance(value, dict) else value
         return self._backend.token_to_id(content if isinstance(content, str) else default)
+
+
+def _byte_letters() -> str:
+    """The character that byte-level BPE spells each byte as, by byte: itself where it can be seen."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in visible else next(others)) for byte in range(_NUM_BYTES))
 
 
 def _first_wrong(texts: Sequence[object]) -> Exception:
