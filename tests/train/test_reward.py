@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -303,3 +304,90 @@ def test_a_function_that_never_answers_leaves_the_others() -> None:
 
 def test_an_answer_without_rewards_has_none() -> None:
     assert mix({"a": [None, 1.0], "b": [None, 2.0]}, {"a": 1.0, "b": 1.0}) == (None, 3.0)
+
+
+def steps_of(*answers: tuple[str, ...]) -> RewardBatch:
+    """Answers cut into these steps."""
+    batch = batch_of(*("".join(steps) for steps in answers))
+    return RewardBatch(
+        answers=tuple(
+            replace(answer, steps=steps) for answer, steps in zip(batch.answers, answers, strict=True)
+        )
+    )
+
+
+def process_term(function: Any, name: str = "process.f", **fields: Any) -> RewardTerm:
+    return RewardTerm(name=name, function=function, is_process=True, **fields)
+
+
+def step_lengths(batch: RewardBatch) -> list[list[float]]:
+    return [[float(len(step)) for step in answer.steps] for answer in batch.answers]
+
+
+TELLING = RewardTerm(name="tests", function=lengths)
+
+
+def test_each_step_is_rewarded_and_mixed() -> None:
+    async def later(batch: RewardBatch) -> list[list[float]]:
+        await asyncio.sleep(0)
+        return [[1.0] * len(answer.steps) for answer in batch.answers]
+
+    terms = [TELLING, process_term(step_lengths, weight=2.0), process_term(later, "process.g")]
+    scores = Rewards(terms).score(steps_of(("a", "bcd"), ("ef",)))
+    assert [score.steps for score in scores] == [(3.0, 7.0), (5.0,)]
+    assert scores[0].step_rewards == {"process.f": (1.0, 3.0), "process.g": (1.0, 1.0)}
+    # Rewards of whole answers are mixed apart.
+    assert [(score.rewards, score.reward) for score in scores] == [
+        ({"tests": 4.0}, 4.0),
+        ({"tests": 2.0}, 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "steps", "reason"),
+    [
+        ([[1.0, None], [3.0]], [(1.0, None), (3.0,)], "no_answer"),
+        ([None, [3.0]], [(None, None), (3.0,)], "no_answer"),
+        ([[1.0], [3.0]], [(None, None), (3.0,)], "wrong_length: 1 for 2 steps"),
+        ([[math.nan, 1.0], [3.0]], [(None, 1.0), (3.0,)], "not_finite: nan"),
+        ([5.0, [3.0]], [(None, None), (3.0,)], "not_a_sequence: float"),
+        ([[1.0, 2.0]], [(None, None), (None,)], "wrong_length: 1 for 2 answers"),
+        (7, [(None, None), (None,)], "not_a_sequence: int"),
+    ],
+)
+def test_what_a_process_function_cannot_tell_is_none_with_a_reason(
+    found: Any, steps: list[tuple[float | None, ...]], reason: str
+) -> None:
+    scores = Rewards([TELLING, process_term(answering(found))]).score(steps_of(("a", "b"), ("c",)))
+    assert [score.steps for score in scores] == steps
+    assert scores[0].reasons == {"process.f": reason}
+
+
+def test_a_process_function_that_fails_is_replaced_by_the_mean_of_the_others_steps() -> None:
+    def some(batch: RewardBatch) -> list[list[float | None]]:
+        return [[1.0, None], [5.0]]
+
+    terms = [TELLING, process_term(step_lengths), process_term(some, "process.g")]
+    scores = Rewards(terms).score(steps_of(("a", "b"), ("c",)))
+    assert [score.steps for score in scores] == [(2.0, 4.0), (6.0,)]  # 3 stands for the missing one
+
+
+def test_a_process_function_that_raises_or_hangs_leaves_the_others_alone() -> None:
+    def fails(_: RewardBatch) -> list[list[float]]:
+        raise KeyError("x")
+
+    terms = [
+        TELLING,
+        process_term(fails),
+        process_term(lambda _: time.sleep(1), "process.slow", time=0.05),
+        process_term(step_lengths, "process.g"),
+    ]
+    scores = Rewards(terms).score(steps_of(("a", "b"), ("c",)))
+    assert [score.steps for score in scores] == [(1.0, 1.0), (1.0,)]
+    assert failures_of(scores) == {"process.f: raised": 2, "process.slow: hung": 2}
+
+
+def test_a_required_function_that_gives_nothing_leaves_the_steps_out_too() -> None:
+    required = RewardTerm(name="tests", function=answering([None, None]), is_required=True)
+    scores = Rewards([required, process_term(step_lengths)]).score(steps_of(("a", "b"), ("c",)))
+    assert [score.steps for score in scores] == [(None, None), (None,)]

@@ -58,10 +58,16 @@ class ScalarModel(nn.Module):
         The head is computed in float32 whatever the dtype of the weights is: two answers to one prompt may
         differ by less than bfloat16 tells apart.
         """
-        last_B = _last_tokens(tokens_BS, cu_seqlens)
+        return self.scores_at(tokens_BS, _last_tokens(tokens_BS, cu_seqlens), cu_seqlens=cu_seqlens)
+
+    def scores_at(self, tokens_BS: Tensor, place_B: Tensor, *, cu_seqlens: Tensor | None = None) -> Scores:
+        """As `scores`, with one number for each of `place_B`, places among all tokens: int64.
+
+        A token has seen what is before it in its sequence, so its number is that of the sequence up to there.
+        """
         features = self.backbone.features(tokens_BS, cu_seqlens=cu_seqlens)
-        last_BD = features.hidden_BSD.flatten(0, 1)[last_B]
-        score_B1 = F.linear(last_BD.float(), self.score.weight.float())
+        hidden_BD = features.hidden_BSD.flatten(0, 1)[place_B]
+        score_B1 = F.linear(hidden_BD.float(), self.score.weight.float())
         return Scores(score_B=score_B1.squeeze(1), balance=features.balance)
 
 

@@ -20,6 +20,20 @@ class PromptTooLongError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedAnswer:
+    """A prompt, an answer and the end token as ids.
+
+    Attributes:
+        num_before: tokens before the answer.
+        shift: characters that those after it say before the answer's own first one.
+    """
+
+    ids: tuple[int, ...]
+    num_before: int
+    shift: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptEncoder:
     """Prompts and answers to ids.
 
@@ -72,6 +86,10 @@ class PromptEncoder:
 
         Nothing is cut: it may be longer than `max_positions`.
         """
+        return self.placed(prompt, completion).ids
+
+    def placed(self, prompt: Prompt, completion: str) -> PlacedAnswer:
+        """`sequence`, and where the answer is in it."""
         if prompt.form == "chat":
             name = self._checked_template()
             rules = CHAT_TEMPLATES[name]
@@ -80,8 +98,12 @@ class PromptEncoder:
             encoded = encode_chat(messages, tokenizer=self.tokenizer, template=name)
             # A template may have a line break after the end token.
             num_after = encoded.loss_mask[::-1].index(1)
-            return tuple(encoded.ids[: len(encoded.ids) - num_after])
-        return (*self._prompt_ids(prompt), *self.tokenizer.encode(completion), self._end_id(prompt))
+            ids = tuple(encoded.ids[: len(encoded.ids) - num_after])
+            shift = 0 if completion.startswith(rules.answer_start) else len(rules.answer_start)
+            return PlacedAnswer(ids=ids, num_before=encoded.loss_mask.index(1), shift=shift)
+        before = self._prompt_ids(prompt)
+        ids = (*before, *self.tokenizer.encode(completion), self._end_id(prompt))
+        return PlacedAnswer(ids=ids, num_before=len(before))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt.form == "chat":

@@ -7,6 +7,9 @@ finite numbers gives None there, with a reason that is kept and counted.
 The rule for None: that reward is left out of this answer's mix. The mix takes the mean of the group's others
 in its place, so the answer is neither better nor worse than its group for it. (To add nothing would be to
 count it as zero.) An answer without any reward has none, and is left out of its group.
+
+A process reward function gives for each answer a number for each of its steps, or None where it cannot tell:
+for a step, or for a whole answer. The same rule holds among all steps of the group.
 """
 
 import asyncio
@@ -17,7 +20,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from numbers import Real
 
 from dscoder.infer.request import FinishReason
@@ -39,6 +43,7 @@ class Answer:
     Attributes:
         tokens: its ids, the one that ended it included.
         grade: with the verdict of the sandbox, if it was asked; None where no function needs it.
+        steps: the completion cut into pieces, under process supervision.
     """
 
     problem: Problem
@@ -48,6 +53,7 @@ class Answer:
     finish_reason: FinishReason
     max_tokens: int
     grade: Grade | None = None
+    steps: tuple[str, ...] = ()
 
     @property
     def is_truncated(self) -> bool:
@@ -64,6 +70,9 @@ class RewardBatch:
 
 RewardValues = Sequence[float | None]
 RewardFunction = Callable[[RewardBatch], RewardValues | Awaitable[RewardValues]]
+# A number a step for each answer.
+StepRewardValues = Sequence[RewardValues | None]
+StepRewardFunction = Callable[[RewardBatch], StepRewardValues | Awaitable[StepRewardValues]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +82,19 @@ class RewardTerm:
     Attributes:
         time: seconds it may take for one group.
         is_required: a group for which it gives nothing at all is left out, whatever the others give.
+        is_process: whether it rewards steps.
     """
 
     name: str
-    function: RewardFunction
+    function: RewardFunction | StepRewardFunction
     weight: float = 1.0
     time: float = 120.0
     is_required: bool = False
+    is_process: bool = False
+
+    def num_values(self, batch: RewardBatch) -> int:
+        """How many rewards it gives for a group."""
+        return sum(len(answer.steps) for answer in batch.answers) if self.is_process else len(batch.answers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,32 +103,39 @@ class Score:
 
     Attributes:
         rewards: by function; None where it could not tell.
-        reasons: by function, why not.
+        reasons: by function, why not (of its steps: the first of them that it could not tell of).
         reward: the mix; None if no function could tell, or a required one could not for the whole group.
+        step_rewards: by process function, one a step.
+        steps: their mix, one a step; None as for `reward`.
     """
 
     rewards: Mapping[str, float | None]
     reasons: Mapping[str, str]
     reward: float | None
+    step_rewards: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    steps: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Result:
-    """What one function gave for a group; `reasons` are of the values that are None."""
+    """What one function gave for a group, of all steps one behind the other; `reasons` are of the Nones."""
 
     values: tuple[float | None, ...]
     reasons: tuple[str, ...]
 
 
-def _nothing(num_answers: int, reason: str) -> _Result:
-    return _Result(values=(None,) * num_answers, reasons=(reason,) * num_answers)
+_Found = RewardValues | StepRewardValues
+
+
+def _nothing(num_values: int, reason: str) -> _Result:
+    return _Result(values=(None,) * num_values, reasons=(reason,) * num_values)
 
 
 class _HungError(Exception):
     """An async function ran out of time."""
 
 
-async def _within(found: Awaitable[RewardValues], seconds: float) -> RewardValues:
+async def _within(found: Awaitable[_Found], seconds: float) -> _Found:
     try:
         async with asyncio.timeout(seconds) as scope:
             return await found
@@ -123,7 +145,7 @@ async def _within(found: Awaitable[RewardValues], seconds: float) -> RewardValue
         raise
 
 
-def _call(term: RewardTerm, batch: RewardBatch, done: "Future[RewardValues]") -> None:
+def _call(term: RewardTerm, batch: RewardBatch, done: "Future[_Found]") -> None:
     """The body of a thread: run the function, async or not, and say how it went."""
     try:
         found = term.function(batch)
@@ -146,13 +168,36 @@ def _value(found: object) -> tuple[float | None, str]:
     return (value, "") if abs(value) <= LARGEST_REWARD else (None, f"not_finite: {value}")
 
 
-def _checked(found: object, num_answers: int) -> _Result:
+def _misfit(found: object, wanted: int, what: str) -> str:
+    """Why `found` is not `wanted` values; empty if it is."""
     if not isinstance(found, Sequence) or isinstance(found, str | bytes):
-        return _nothing(num_answers, f"not_a_sequence: {type(found).__name__}")
-    if len(found) != num_answers:
-        return _nothing(num_answers, f"wrong_length: {len(found)} for {num_answers} answers")
+        return f"not_a_sequence: {type(found).__name__}"
+    return "" if len(found) == wanted else f"wrong_length: {len(found)} for {wanted} {what}"
+
+
+def _checked(found: object, wanted: int, what: str) -> _Result:
+    reason = _misfit(found, wanted, what)
+    if reason:
+        return _nothing(wanted, reason)
+    assert isinstance(found, Sequence)
     values, reasons = zip(*map(_value, found), strict=True) if found else ((), ())
     return _Result(values=values, reasons=reasons)
+
+
+def _checked_steps(found: object, batch: RewardBatch) -> _Result:
+    sizes = [len(answer.steps) for answer in batch.answers]
+    reason = _misfit(found, len(sizes), "answers")
+    if reason:
+        return _nothing(sum(sizes), reason)
+    assert isinstance(found, Sequence)
+    parts = [
+        _nothing(size, "no_answer") if values is None else _checked(values, size, "steps")
+        for values, size in zip(found, sizes, strict=True)
+    ]
+    return _Result(
+        values=tuple(value for part in parts for value in part.values),
+        reasons=tuple(reason for part in parts for reason in part.reasons),
+    )
 
 
 class _Call:
@@ -160,8 +205,8 @@ class _Call:
 
     def __init__(self, term: RewardTerm, batch: RewardBatch) -> None:
         self._term = term
-        self._num_answers = len(batch.answers)
-        self._done: Future[RewardValues] = Future()
+        self._batch = batch
+        self._done: Future[_Found] = Future()
         self._deadline = time.monotonic() + term.time
         self.thread = threading.Thread(
             target=_call, args=(term, batch, self._done), name=f"reward {term.name}", daemon=True
@@ -172,11 +217,15 @@ class _Call:
         """What the call gave; waits for it as long as its limit allows."""
         wait([self._done], timeout=max(0.0, self._deadline - time.monotonic()))
         error = self._done.exception() if self._done.done() else _HungError()
+        num_values = self._term.num_values(self._batch)
         if isinstance(error, _HungError):
-            return _nothing(self._num_answers, f"hung: more than {self._term.time:g} s")
+            return _nothing(num_values, f"hung: more than {self._term.time:g} s")
         if error is not None:
-            return _nothing(self._num_answers, f"raised: {error!r}"[:_LONGEST_REASON])
-        return _checked(self._done.result(), self._num_answers)
+            return _nothing(num_values, f"raised: {error!r}"[:_LONGEST_REASON])
+        found = self._done.result()
+        if self._term.is_process:
+            return _checked_steps(found, self._batch)
+        return _checked(found, num_values, "answers")
 
 
 def _outlasts(thread: threading.Thread, seconds: float) -> bool:
@@ -208,10 +257,10 @@ class _Caller:
         """Begin a call; None if an earlier one still hangs."""
         return None if self._still_hangs() else _Call(self.term, batch)
 
-    def finish(self, call: _Call | None, num_answers: int) -> _Result:
+    def finish(self, call: _Call | None, batch: RewardBatch) -> _Result:
         """What the call gave."""
         if call is None:
-            return _nothing(num_answers, "hung: an earlier call still runs")
+            return _nothing(self.term.num_values(batch), "hung: an earlier call still runs")
         result = call.finish()
         if call.thread.is_alive() and any(reason.startswith("hung") for reason in result.reasons):
             with self._lock:
@@ -233,28 +282,54 @@ class Rewards:
 
     def score(self, batch: RewardBatch) -> list[Score]:
         """The score of each answer of a group; all functions run at once."""
-        num_answers = len(batch.answers)
         calls = [caller.start(batch) for caller in self._callers]
         results = {
-            caller.term.name: caller.finish(call, num_answers)
+            caller.term.name: caller.finish(call, batch)
             for caller, call in zip(self._callers, calls, strict=True)
         }
-        scores = self._mixed(results, num_answers)
+        process = {c.term.name: results.pop(c.term.name) for c in self._callers if c.term.is_process}
+        is_left_out = any(not _there(results[name].values) for name in self._required)
+        scores = self._mixed(results, len(batch.answers), is_left_out=is_left_out)
+        if process:
+            scores = self._with_steps(scores, process, batch, is_left_out=is_left_out)
         self._tell(scores)
         return scores
 
-    def _mixed(self, results: Mapping[str, _Result], num_answers: int) -> list[Score]:
+    def _mixed(self, results: Mapping[str, _Result], num_answers: int, *, is_left_out: bool) -> list[Score]:
         mixed = mix({name: result.values for name, result in results.items()}, self._weights)
-        is_left_out = any(not _there(results[name].values) for name in self._required)
         scores = []
         for idx in range(num_answers):
             rewards = {name: result.values[idx] for name, result in results.items()}
             reasons = {name: result.reasons[idx] for name, result in results.items() if result.reasons[idx]}
-            if mixed[idx] is None and _there(rewards.values()):
+            reward = mixed[idx] if mixed else None
+            if reward is None and _there(rewards.values()):
                 reasons[_MIX] = f"not_finite: the sum is beyond {LARGEST_REWARD:g}"
-            reward = None if is_left_out else mixed[idx]
-            scores.append(Score(rewards=rewards, reasons=reasons, reward=reward))
+            scores.append(Score(rewards=rewards, reasons=reasons, reward=None if is_left_out else reward))
         return scores
+
+    def _with_steps(
+        self,
+        scores: Sequence[Score],
+        results: Mapping[str, _Result],
+        batch: RewardBatch,
+        *,
+        is_left_out: bool,
+    ) -> list[Score]:
+        """The same with what the process functions gave for each step."""
+        mixed = mix({name: result.values for name, result in results.items()}, self._weights)
+        bounds = pairwise(accumulate((len(answer.steps) for answer in batch.answers), initial=0))
+        found = []
+        for score, own in zip(scores, (slice(*bound) for bound in bounds), strict=True):
+            whys = {name: next(filter(None, result.reasons[own]), "") for name, result in results.items()}
+            found.append(
+                replace(
+                    score,
+                    reasons={**score.reasons, **{name: why for name, why in whys.items() if why}},
+                    step_rewards={name: result.values[own] for name, result in results.items()},
+                    steps=(None,) * len(mixed[own]) if is_left_out else mixed[own],
+                )
+            )
+        return found
 
     def _tell(self, scores: Sequence[Score]) -> None:
         """Warn of each kind of failure once; that a function cannot tell is none."""
