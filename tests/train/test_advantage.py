@@ -11,6 +11,7 @@ from dscoder.train.advantage import (
     group_mean,
     group_std,
     process_advantages,
+    step_credits,
 )
 
 
@@ -103,6 +104,53 @@ def test_steps_without_rewards_are_left_out() -> None:
         "equal_rewards",
     )
     assert process_advantages([None, [1.0]], [[], [1]], num_tokens=[1, 1])[1] == "too_few_rewards"
+
+
+def test_a_missing_step_reward_is_that_of_the_mean_and_no_zero() -> None:
+    # Of 1, 3 and 5 (mean 3, deviation 2); the missing one between counts 0, whatever the mean is.
+    values, _ = process_advantages([[1.0, None], [3.0, 5.0]], [[1, 2], [1, 2]], num_tokens=[2, 2])
+    assert values == ((-1.0, 0.0), (1.0, 1.0))
+    shifted, _ = process_advantages([[101.0, None], [103.0, 105.0]], [[1, 2], [1, 2]], num_tokens=[2, 2])
+    assert shifted == values
+    # Without any it is no answer to compare; the steps of one answer alone are no group.
+    found = process_advantages([[None], [1.0, 2.0]], [[1], [1, 2]], num_tokens=[1, 2])
+    assert found == ((None, None), "too_few_rewards")
+
+
+def test_steps_may_be_compared_without_the_deviation() -> None:
+    values, _ = process_advantages([[1.0, 0.0], [5.0]], [[2, 3], [1]], num_tokens=[3, 1], kind="mean")
+    assert values == ((-3.0, -3.0, -2.0), (3.0,))
+    with pytest.raises(ValueError, match="process_advantages: kind must be group or mean, got 'rloo'"):
+        process_advantages([[1.0]], [[1]], num_tokens=[1], kind="rloo")
+
+
+def test_each_step_is_credited_with_what_follows_it() -> None:
+    rewards, ends = [[1.0, 0.0], [2.0]], [[2, 3], [4]]
+    outcomes = group_advantages([1.0, 0.0], kind="mean")
+    alone = step_credits(rewards, ends, outcomes, outcome_weight=0.0)
+    assert [credit.steps for credit in alone] == [(-1.0, -1.0), (1.0,)]
+    assert [credit.outcome for credit in alone] == [0.5, -0.5]
+    mixed = step_credits(rewards, ends, outcomes, outcome_weight=2.0)
+    assert [credit.steps for credit in mixed] == [(0.0, 0.0), (0.0,)]
+
+
+def test_what_is_missing_of_steps_or_outcome_counts_as_the_group_does() -> None:
+    rewards = [[1.0], [3.0], [None], [None]]
+    outcomes = group_advantages([1.0, None, 3.0, None], kind="mean")
+    credits = step_credits(rewards, [[1]] * 4, outcomes, outcome_weight=1.0, kind="mean")
+    assert [credit.steps for credit in credits] == [(-2.0,), (1.0,), (1.0,), ()]
+    alone = step_credits(rewards, [[1]] * 4, outcomes, outcome_weight=0.0, kind="mean")
+    assert [credit.steps for credit in alone] == [(-1.0,), (1.0,), (), ()]
+
+
+def test_a_group_is_left_out_where_neither_steps_nor_outcomes_differ() -> None:
+    equal, differ = group_advantages([1.0, 1.0]), group_advantages([1.0, 0.0])
+    by_outcome = step_credits([[2.0], [2.0]], [[1], [1]], differ, outcome_weight=1.0)
+    assert [credit.reason for credit in by_outcome] == ["", ""]
+    assert by_outcome[0].steps == (pytest.approx(0.5**0.5),)
+    for outcomes, weight in ((equal, 1.0), (differ, 0.0)):
+        credits = step_credits([[2.0], [2.0]], [[1], [1]], outcomes, outcome_weight=weight)
+        assert [(credit.reason, credit.steps) for credit in credits] == [("equal_rewards", ())] * 2
 
 
 @pytest.mark.parametrize("ends", [[2, 2], [3, 1], [0, 1], [1, 5], [1]])

@@ -107,17 +107,22 @@ def group_advantages(rewards: Sequence[float | None], *, kind: AdvantageKind = "
 
 
 def process_advantages(
-    step_rewards: Sequence[Sequence[float] | None],
+    step_rewards: Sequence[Sequence[float | None] | None],
     step_ends: Sequence[Sequence[int]],
     *,
     num_tokens: Sequence[int],
+    kind: AdvantageKind = "group",
 ) -> tuple[tuple[tuple[float, ...] | None, ...], GroupReason]:
     """The advantage of each token of each answer, from a reward for each step of reasoning.
 
     Args:
-        step_rewards: by answer, the rewards of its steps; None where they are missing.
+        step_rewards: by answer, the rewards of its steps, which are compared with those of all steps of the
+            group. A missing one counts as their mean, 0 once they are compared; without any, or with None in
+            place of them all, the answer is left out.
         step_ends: by answer, how many tokens it has up to the end of each step, ascending.
         num_tokens: by answer, how many tokens it has; those after its last step get 0.
+        kind: group, or mean for no division by the deviation. There is no rloo of steps: the others of a
+            step would be other answers, or other steps.
 
     Returns:
         by answer, one advantage a token (None where rewards are missing), and why the group is left out, in
@@ -128,22 +133,28 @@ def process_advantages(
             "process_advantages: step_rewards, step_ends and num_tokens must be as many, "
             f"got {len(step_rewards)}, {len(step_ends)} and {len(num_tokens)}"
         )
+    if kind not in ("group", "mean"):
+        raise ValueError(f"process_advantages: kind must be group or mean, got {kind!r}")
     for answer_idx, (rewards, ends) in enumerate(zip(step_rewards, step_ends, strict=True)):
         _check_steps(answer_idx, rewards, ends, num_tokens[answer_idx])
-    present = [reward for rewards in step_rewards if rewards is not None for reward in rewards]
+    by_answer = [[reward for reward in rewards or () if reward is not None] for rewards in step_rewards]
+    present = [reward for rewards in by_answer for reward in rewards]
     _check_finite("process_advantages", present)
-    reason = _reason(present)
+    # The steps of one answer alone are no group.
+    reason = _reason(present) if sum(map(bool, by_answer)) > 1 else "too_few_rewards"
     if reason:
         return (None,) * len(step_rewards), reason
-    found = iter(_standardised(present))
+    found = iter(_centred(present, kind))
     return tuple(
-        None if rewards is None else _sums_from([next(found) for _ in rewards], ends, length)
-        for rewards, ends, length in zip(step_rewards, step_ends, num_tokens, strict=True)
+        _sums_from([0.0 if reward is None else next(found) for reward in rewards], ends, length)
+        if rewards and there
+        else None
+        for rewards, there, ends, length in zip(step_rewards, by_answer, step_ends, num_tokens, strict=True)
     ), ""
 
 
 def _check_steps(
-    answer_idx: int, rewards: Sequence[float] | None, ends: Sequence[int], num_tokens: int
+    answer_idx: int, rewards: Sequence[float | None] | None, ends: Sequence[int], num_tokens: int
 ) -> None:
     if rewards is None:
         return
@@ -164,3 +175,50 @@ def _sums_from(values: Sequence[float], ends: Sequence[int], num_tokens: int) ->
         total, end_after = total + values[step_idx], ends[step_idx]
     sums[:end_after] = [total] * end_after
     return tuple(sums)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credit:
+    """What an answer of a group counts.
+
+    Attributes:
+        outcome: the advantage by its own reward; None where there is none.
+        steps: the advantage of the tokens of each of its steps; empty where there is none.
+        reason: why the whole group is left out; empty if it is used.
+    """
+
+    outcome: float | None
+    steps: tuple[float, ...] = ()
+    reason: GroupReason = ""
+
+
+def step_credits(
+    step_rewards: Sequence[Sequence[float | None]],
+    step_ends: Sequence[Sequence[int]],
+    outcomes: GroupAdvantages,
+    *,
+    outcome_weight: float,
+    kind: AdvantageKind = "group",
+) -> list[Credit]:
+    """`process_advantages` a step, plus `outcome_weight` times the answer's own advantage.
+
+    Where one of the two is missing it counts 0, that of an answer like its group; where both are (or the one
+    that counts is) the answer has no advantage. The group is left out where neither compares anything.
+    """
+    by_token, reason = process_advantages(
+        step_rewards, step_ends, num_tokens=[max(ends, default=0) for ends in step_ends], kind=kind
+    )
+    has_outcomes = outcome_weight > 0 and outcomes.is_used
+    credits = []
+    for process, ends, outcome in zip(by_token, step_ends, outcomes.values, strict=True):
+        counted = outcome if has_outcomes else None
+        parts = [0.0] * len(ends) if process is None else [process[end - 1] for end in ends]
+        is_missing = process is None and counted is None
+        credits.append(
+            Credit(
+                outcome=outcome,
+                steps=() if is_missing else tuple(part + outcome_weight * (counted or 0.0) for part in parts),
+                reason="" if has_outcomes else reason,
+            )
+        )
+    return credits
