@@ -127,6 +127,7 @@ class RolloutConfig:
     template: Literal["coder", "v2"] | None = None  # the chat template, for tasks that ask in messages
     fim_order: Literal["psm", "spm"] = "psm"  # of tasks with holes, as the model learnt it
     mask_truncated: bool = False  # answers cut off at their longest are not trained on
+    engine: Literal["own", "vllm"] = "own"  # what writes the answers; vllm: in this process, by dscoder[vllm]
     # Of the engine. On a GPU its cache stays beside the training, which needs the rest of the memory.
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(memory_share=0.3))
     num_workers: int | None = None  # programs run at one time; None: one a core

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
 from dscoder.config.grpo import GrpoConfig
-from dscoder.infer.engine import Engine
 from dscoder.models import Transformer
 from dscoder.runtime.device import resolve_device
 from dscoder.runtime.log import get_logger
@@ -29,7 +29,7 @@ from dscoder.sandbox.pool import Pool
 from dscoder.tasks.by_name import open_task
 from dscoder.tasks.problem import Task
 from dscoder.text.tokenizer import Tokenizer
-from dscoder.train.explore import EngineSampler, Explorer, Judge, Sampler, make_questions
+from dscoder.train.explore import Explorer, Judge, Sampler, make_questions
 from dscoder.train.memory import require_memory
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.policy_step import PolicyUpdates, rollout_figures
@@ -39,6 +39,7 @@ from dscoder.train.reward import RewardFunction, Rewards
 from dscoder.train.reward_functions import reward_terms
 from dscoder.train.rollout import drop_rollouts_after, require_rewards, write_rollouts
 from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
+from dscoder.train.samplers import open_sampler
 from dscoder.train.schedule import learning_rate
 from dscoder.train.scoring import AnswerScorer
 
@@ -247,7 +248,7 @@ def run(
     Args:
         task: whose problems are asked, and whose rules judge the answers; None: the one of the config.
         rewards: functions made by the caller, from a reward model say, by the name the config has for them.
-        make_sampler: what writes the answers; None: our own engine over the model itself.
+        make_sampler: what writes the answers; None: what `rollout.engine` says.
         evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
         on_reset: called every `reset_every` steps, where a reward model learns from the rollouts since; and
             by a run that goes on for the last of those steps, when rollouts of later ones may lie there too.
@@ -255,9 +256,6 @@ def run(
 
     Raises what `run_stage` does.
     """
-
-    def engine(model: Transformer, tokenizer: Tokenizer) -> Sampler:
-        return EngineSampler(Engine(model, tokenizer, batch=config.rollout.batch))
 
     learnt = open_task(config.task) if task is None else task
     with Pool(num_workers=config.rollout.num_workers, isolation=config.rollout.isolation) as pool:
@@ -269,7 +267,7 @@ def run(
                 directory,
                 pool=pool,
                 rewards=rewards,
-                make_sampler=make_sampler or engine,
+                make_sampler=make_sampler or partial(open_sampler, config),
                 hooks=(evaluate, on_reset),
             ),
             command="grpo",

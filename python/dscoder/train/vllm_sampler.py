@@ -99,8 +99,8 @@ def logprobs_mode(rollout: RolloutConfig) -> str:
         return "raw_logprobs"
     if rollout.top_p < 1 or rollout.top_k:
         raise ValueError(
-            "grpo: rollout.temperature must be 1 beside top_p or top_k for vLLM, which else tells how likely a "
-            f"token was after they chose, got {rollout.temperature}"
+            "grpo: rollout.temperature must be 1 beside top_p or top_k for vLLM, whose probabilities are "
+            f"else those after filtering, got {rollout.temperature}"
         )
     return "processed_logprobs"
 
