@@ -25,6 +25,10 @@ NO_PROGRAM = "no_program"  # the answer holds nothing to run
 _UNFINISHED = {NO_PROGRAM: 0, "compile_error": 1}  # how far an answer came; all others came further
 
 
+class NoPairsError(ValueError):
+    """No two answers to a prompt differ in what they are worth: there is nothing to learn an order from."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One completion of a problem as it was judged; a line of the candidates' files.

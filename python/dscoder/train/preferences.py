@@ -12,12 +12,12 @@ and verdicts give the same bytes.
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from dscoder.config.reward import PreferConfig
+from dscoder.config.reward import PairsConfig, PreferConfig
 from dscoder.runtime.artifact import Stage, hash_files, open_stage, write_bytes
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import derive_seed
@@ -34,7 +34,7 @@ from dscoder.train.candidates import (
     hash_problems,
     read_candidates,
 )
-from dscoder.train.pairs import Candidate, choose_pairs, pool_answers
+from dscoder.train.pairs import Candidate, NoPairsError, choose_pairs, pool_answers
 from dscoder.train.run import hash_model
 
 COMMAND = "prefer"
@@ -70,6 +70,7 @@ class _Written:
     pairs: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
     pair_outcomes: Counter[str] = field(default_factory=Counter)
     chosen_lengths: list[int] = field(default_factory=list)  # characters
     rejected_lengths: list[int] = field(default_factory=list)
@@ -106,9 +107,9 @@ def _judge_all(run: _Run, directory: Path) -> None:
             _store(*waiting)
 
 
-def _asked(candidate: Candidate, task: Task) -> dict[str, str]:
+def _asked(candidate: Candidate, task: str) -> dict[str, str]:
     return {
-        "task": task.name,
+        "task": task,
         "problem": candidate.problem,
         "form": candidate.form,
         "prompt": candidate.prompt,
@@ -116,10 +117,13 @@ def _asked(candidate: Candidate, task: Task) -> dict[str, str]:
     }
 
 
-def _add_problem(written: _Written, candidates: Sequence[Candidate], run: _Run) -> None:
+def _add_problem(
+    written: _Written, candidates: Sequence[Candidate], *, task: str, config: PairsConfig, seed: int
+) -> None:
     """The lines of one problem's candidates."""
     answers = pool_answers(candidates)
     judged = [candidate.score for candidate in candidates if candidate.score is not None]
+    written.outcomes.update(count_outcomes(candidates))
     written.counts["candidates"] += len(candidates)
     written.counts["passed"] += sum(candidate.outcome == "passed" for candidate in candidates)
     written.counts["answers"] += len(answers)
@@ -127,10 +131,10 @@ def _add_problem(written: _Written, candidates: Sequence[Candidate], run: _Run) 
     written.dropped["same_program"] += len(judged) - len(answers)
     if not answers:
         return
-    asked = _asked(candidates[0], run.task) | {"prompt_pass_rate": statistics.fmean(judged)}
+    asked = _asked(candidates[0], task) | {"prompt_pass_rate": statistics.fmean(judged)}
     written.graded += [json.dumps(asked | asdict(answer)) + "\n" for answer in answers]
-    seed = derive_seed("pairs", run.config.seed, run.task.name, candidates[0].problem)
-    pairs = choose_pairs(answers, run.config.pairs, seed=seed)
+    own_seed = derive_seed("pairs", seed, task, candidates[0].problem)
+    pairs = choose_pairs(answers, config, seed=own_seed)
     written.counts["pairs"] += len(pairs)
     written.counts["problems_with_pairs"] += bool(pairs)
     for chosen, rejected in pairs:
@@ -145,32 +149,45 @@ def _mean(values: Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _finish(run: _Run, stage: Stage) -> None:
-    """Write the results from the candidates, and the manifest."""
+def write_results(
+    stage: Stage,
+    groups: Iterable[Sequence[Candidate]],
+    *,
+    task: str,
+    config: PairsConfig,
+    seed: int,
+    num_problems: int,
+    num_strangers: int | None = None,
+) -> None:
+    """Write graded answers and pairs of `groups`, the candidates of one problem each, and the manifest.
+
+    Args:
+        num_problems: of all, those without candidates too.
+        num_strangers: candidates of other problems, where that is known.
+
+    NoPairsError if no two answers to a prompt differ.
+    """
     written = _Written()
-    outcomes: Counter[str] = Counter()
-    for path, problems in run.chunks(stage.directory):
-        candidates = read_candidates(path)
-        outcomes.update(count_outcomes(candidates))
-        num_found = len({candidate.problem for candidate in candidates})
-        written.dropped["problems_without_candidates"] += len(problems) - num_found
-        for _, group in groupby(candidates, key=lambda candidate: candidate.problem):
-            _add_problem(written, list(group), run)
+    num_groups = 0
+    for group in groups:
+        num_groups += 1
+        _add_problem(written, group, task=task, config=config, seed=seed)
+    written.dropped["problems_without_candidates"] += num_problems - num_groups
     if not written.pairs:
-        raise ValueError(
+        raise NoPairsError(
             "prefer: some problem must have a better and a worse answer, got none among "
-            f"{written.counts['candidates']} candidates of {len(run.problems)} problems: {dict(outcomes)}"
+            f"{written.counts['candidates']} candidates of {num_problems} problems: {dict(written.outcomes)}"
         )
     write_bytes(stage.directory / GRADED, "".join(written.graded).encode())
     write_bytes(stage.directory / PAIRS, "".join(written.pairs).encode())
-    if run.recorded is not None:
-        written.dropped["unknown_problem"] = run.recorded.num_strangers
+    if num_strangers is not None:
+        written.dropped["unknown_problem"] = num_strangers
     stage.finish(
-        counts={"problems": len(run.problems), **written.counts},
+        counts={"problems": num_problems, **written.counts},
         dropped=written.dropped,
         facts={
-            "task": run.task.name,
-            "outcomes": dict(sorted(outcomes.items())),
+            "task": task,
+            "outcomes": dict(sorted(written.outcomes.items())),
             "pair_outcomes": dict(sorted(written.pair_outcomes.items())),
             # A reward model can learn length where these differ.
             "mean_characters": {
@@ -181,6 +198,13 @@ def _finish(run: _Run, stage: Stage) -> None:
         results=(PAIRS, GRADED),
     )
     _LOG.info("%d pairs of %d problems", len(written.pairs), written.counts["problems_with_pairs"])
+
+
+def _written_groups(run: _Run, directory: Path) -> Iterator[Sequence[Candidate]]:
+    """The candidates of each problem that has some, from their files."""
+    for path, _ in run.chunks(directory):
+        for _, group in groupby(read_candidates(path), key=lambda candidate: candidate.problem):
+            yield list(group)
 
 
 def _opened(config: PreferConfig, task: Task) -> _Run:
@@ -222,5 +246,13 @@ def run(config: PreferConfig, *, task: Task | None = None) -> Path:
             _LOG.info("%s is finished already", stage.directory)
             return stage.directory
         _judge_all(work, stage.directory)
-        _finish(work, stage)
+        write_results(
+            stage,
+            _written_groups(work, stage.directory),
+            task=work.task.name,
+            config=config.pairs,
+            seed=config.seed,
+            num_problems=len(work.problems),
+            num_strangers=None if work.recorded is None else work.recorded.num_strangers,
+        )
         return stage.directory

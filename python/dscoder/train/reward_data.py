@@ -15,6 +15,7 @@ from typing import Any
 from dscoder.runtime.artifact import read_manifest
 from dscoder.runtime.seed import derive_seed
 from dscoder.tasks.problem import Prompt
+from dscoder.train.pairs import NoPairsError
 from dscoder.train.preferences import COMMAND, GRADED, PAIRS
 from dscoder.train.prompts import PromptEncoder
 
@@ -76,11 +77,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_preferences(
-    directories: Sequence[str], *, encoder: PromptEncoder, max_length: int, held_out_share: float
+    directories: Sequence[str],
+    *,
+    encoder: PromptEncoder,
+    max_length: int,
+    held_out_share: float,
+    needs_held_out: bool = True,
 ) -> Preferences:
     """The preferences of all directories.
 
-    ValueError names a directory that `dscoder prefer` did not finish, and a part that has no pair.
+    ValueError names a directory that `dscoder prefer` did not finish, NoPairsError a part that has no pair.
     """
     found = Preferences(train=PreferenceSet.empty(), held_out=PreferenceSet.empty(), dropped=Counter())
     for directory in map(Path, directories):
@@ -88,8 +94,8 @@ def read_preferences(
         _add(found, directory, encoder=encoder, max_length=max_length, share=held_out_share)
     num_prompts = len(found.train.prompts) + len(found.held_out.prompts)
     for name, part in (("training", found.train), ("held-out", found.held_out)):
-        if not part.pairs:
-            raise ValueError(
+        if not part.pairs and (name == "training" or needs_held_out):
+            raise NoPairsError(
                 f"reward-model: the {name} prompts must have a pair, got none on {len(part.prompts)} of "
                 f"{num_prompts} prompts with held_out_share {held_out_share}; left out: {dict(found.dropped)}"
             )

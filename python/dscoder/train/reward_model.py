@@ -1,11 +1,11 @@
 """The stage `dscoder reward-model`: preferences become a model that scores answers.
 
 model/           the backbone and its scalar head, as transformers' ...ForSequenceClassification has them
-held_out.json    accuracy and calibration on prompts that were not learnt from
+held_out.json    accuracy and calibration on prompts that were not learnt from, accuracy before it learnt too
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -120,8 +120,9 @@ class RewardSteps:
         return torch.stack([loss.detach(), balance.detach(), correct, score_B.detach().mean() * share])
 
 
-def _encoder(config: RewardModelConfig, tokenizer: Tokenizer) -> PromptEncoder:
-    """How prompts and answers are read, once tokenizer and model are known to go together."""
+def reading_encoder(config: RewardModelConfig) -> PromptEncoder:
+    """How prompts and answers are read; ValueError if tokenizer and model do not go together."""
+    tokenizer = Tokenizer.load(config.init_from)
     model = load_config(config.init_from)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -147,8 +148,11 @@ def _encoder(config: RewardModelConfig, tokenizer: Tokenizer) -> PromptEncoder:
     )
 
 
-def _read(config: RewardModelConfig, encoder: PromptEncoder) -> Preferences:
-    """The preferences, with some of earlier ones among what is learnt; the new ones' prompts are held out."""
+def _read(config: RewardModelConfig, encoder: PromptEncoder) -> tuple[Preferences, int]:
+    """The preferences, with some of earlier ones among what is learnt, and how many.
+
+    What is held out is of the new ones alone.
+    """
     read = functools.partial(
         read_preferences,
         encoder=encoder,
@@ -156,8 +160,9 @@ def _read(config: RewardModelConfig, encoder: PromptEncoder) -> Preferences:
         held_out_share=config.held_out_share,
     )
     found = read(config.preferences)
+    count = 0
     if config.replay.preferences:
-        earlier = read(config.replay.preferences)
+        earlier = read(config.replay.preferences, needs_held_out=False)
         count = add_replay(
             found.train,
             earlier.train,
@@ -166,11 +171,18 @@ def _read(config: RewardModelConfig, encoder: PromptEncoder) -> Preferences:
             seed=config.seed,
         )
         _LOG.info("%d earlier examples are learnt from again", count)
-    return found
+    return found, count
 
 
-def _export(config: RewardModelConfig, model: ScalarModel, found: Preferences, out: Path) -> None:
-    """The model, and the report on all that was held out."""
+def _export(
+    config: RewardModelConfig,
+    model: ScalarModel,
+    found: Preferences,
+    out: Path,
+    *,
+    told: Mapping[str, object],
+) -> None:
+    """The model, and the report on all that was held out, with what else is `told`."""
     save_pretrained(model, out / MODEL, tokenizer=out / TOKENIZER, overwrite=True)
     report = held_out_report(model, found.held_out, config.loss)
     counts = {
@@ -178,6 +190,7 @@ def _export(config: RewardModelConfig, model: ScalarModel, found: Preferences, o
         "train_pairs": len(found.train.pairs),
         "train_answers": len(found.train.answers),
         "held_out_prompts": len(found.held_out.prompts),
+        **told,
     }
     write_json(out / HELD_OUT, {**counts, "dropped": dict(found.dropped), **report.record()})
     _LOG.info(
@@ -190,27 +203,29 @@ def _export(config: RewardModelConfig, model: ScalarModel, found: Preferences, o
 def _job(config: RewardModelConfig, directory: Path) -> Job:
     """The run's preferences, model and plan."""
     check_replaceable(directory / MODEL, overwrite=True)
-    tokenizer = Tokenizer.load(config.init_from)
-    encoder = _encoder(config, tokenizer)
-    found = _read(config, encoder)
+    encoder = reading_encoder(config)
+    found, num_replayed = _read(config, encoder)
     device = resolve_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     require_memory(load_config(config.init_from), dtype=dtype, device=device)
     model = load_scalar_model(config.init_from, dtype=dtype, device=device, seed=config.seed).train()
-    tokenizer.save(directory / TOKENIZER)
+    encoder.tokenizer.save(directory / TOKENIZER)
     steps = RewardSteps(model, found.train, config)
     _LOG.info(
         "%d pairs of %d prompts, held out %d of %d; left out %s",
         *(len(found.train.pairs), len(found.train.prompts)),
         *(len(found.held_out.pairs), len(found.held_out.prompts), dict(found.dropped)),
     )
+    # Of the weights that a run goes on from, too: a checkpoint is read after this.
+    before = held_out_report(model, found.held_out, config.loss).figures()
+    told = {"replayed": num_replayed, "before": before}
     max_pairs = config.report.eval_windows
     return Job(
         model=model,
         num_steps=steps.num_steps,
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
-        export=lambda out: _export(config, model, found, out),
+        export=lambda out: _export(config, model, found, out, told=told),
         results=(MODEL, HELD_OUT),
         evaluate=lambda: held_out_report(model, found.held_out, config.loss, max_pairs=max_pairs).figures(),
     )
