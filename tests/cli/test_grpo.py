@@ -8,10 +8,11 @@ import pytest
 from dscoder.cli.grpo import parse_config
 from dscoder.cli.main import main
 from dscoder.cli.rollout_view import render_group, render_step, visible
+from dscoder.config.grpo import ProcessConfig
 from dscoder.config.task import TaskConfig
 from dscoder.runtime.artifact import read_manifest
 from dscoder.tasks.problem import Task
-from dscoder.train.rollout import written_steps
+from dscoder.train.rollout import RolloutStep, written_steps
 from tests.train.grpo_stand_in import Letters, rollout, save_policy
 
 PLACES = ["--model", "m", "--out", "o"]
@@ -39,6 +40,19 @@ def test_words_reach_every_section() -> None:
     assert (config.loss.objective, config.loss.clip_high, config.update.passes) == ("dapo", 0.28, 2)
     assert config.rewards.weight_of == {"tests": 1.0, "format": 0.1}
     assert (config.rollout.batch.max_batch, config.task.asking) == (7, "instruct")
+
+
+def test_words_ask_for_process_supervision_and_refreshes() -> None:
+    words = [*PLACES, "--reward_model", "r", "--reset_every", "5", "--rewards.process.steps", "sentences"]
+    words += ["--rewards.process.outcome", "0.5", "--rewards.refresh.replay_share", "0.2"]
+    words += ["--rewards.refresh.loss.kind", "pointwise", "--rewards.refresh.preferences", "p"]
+    config = parse_config(words)
+    assert config.rewards.process == ProcessConfig(steps="sentences", outcome=0.5)
+    refresh = config.rewards.refresh
+    assert refresh is not None
+    assert (refresh.replay_share, refresh.loss.kind, refresh.preferences) == (0.2, "pointwise", ("p",))
+    assert (refresh.schedule.max_lr, refresh.held_out_share) == (2e-5, 0.1)
+    assert parse_config(PLACES).rewards.process is None
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +138,28 @@ def test_a_group_is_its_best_answer_and_diffs() -> None:
     assert "failed: no\n" in whole
     assert "AssertionError\n" in whole
     assert "Traceback" not in whole  # the last lines alone
+
+
+def test_steps_are_shown_with_what_they_count() -> None:
+    def steps(*ends: int, advantage: float) -> tuple[RolloutStep, ...]:
+        return tuple(
+            RolloutStep(end=n, text_end=end, rewards={"process.f": 0.5}, reward=0.5, advantage=advantage)
+            for n, end in enumerate(ends, start=1)
+        )
+
+    group = [
+        rollout(completion="a\nb", reward=1.0, advantage=0.7, steps=steps(2, 3, advantage=-1.0)),
+        rollout(completion="a\nc\n", reward=0.0, advantage=-0.7, steps=steps(2, 4, advantage=1.0)),
+    ]
+    shown = render_group(group, num_answers=1).plain
+    # The one whose steps count more comes first, whatever its answer is worth.
+    assert shown.index("answer 2") < shown.index("answer 1")
+    head = "reward 0.5 (process.f 0.5)  advantage 1\n"
+    assert f"    step 1  {head}    a\n    step 2  {head}    c\n" in shown
+    assert "    -c\n" in shown
+    assert "    step 2  reward 0.5 (process.f 0.5)  advantage -1\n" in shown
+    assert "advantage 0.7" not in shown
+    assert "(tests 1  process.f 0.5)" in render_step(1, group).plain
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from dscoder.config.grpo import (
     GrpoConfig,
     PolicyLossConfig,
+    ProcessConfig,
     RewardsConfig,
     RolloutConfig,
     UpdateConfig,
@@ -50,6 +51,35 @@ def test_an_objective_that_makes_no_sense_is_named(fields: dict[str, Any], messa
 def test_rewards_that_make_no_sense_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"RewardsConfig: .*{message}"):
         RewardsConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"functions": ()}, "functions must be some, each once"),
+        ({"weights": (1.0, 2.0)}, "weights must be as many as functions, 1, got 2"),
+        ({"outcome": -1.0}, "outcome must be finite and >= 0, got -1.0"),
+        ({"steps": ""}, "steps must be a name or a regular expression, got nothing"),
+    ],
+)
+def test_process_supervision_that_makes_no_sense_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"ProcessConfig: {message}"):
+        ProcessConfig(**fields)
+
+
+def test_what_only_tells_is_not_required() -> None:
+    assert RewardsConfig().is_required == {"tests": True}
+    assert RewardsConfig(process=ProcessConfig(outcome=0.5)).is_required == {"tests": True}
+    assert RewardsConfig(process=ProcessConfig()).is_required == {"tests": False}
+    with pytest.raises(ValueError, match=r"required must be empty where process.outcome is 0 .* got tests"):
+        RewardsConfig(process=ProcessConfig(), required=("tests",))
+
+
+def test_a_reward_model_may_reward_steps_alone() -> None:
+    rewards = RewardsConfig(process=ProcessConfig())
+    assert GrpoConfig(model="m", out="o", reward_model="r", rewards=rewards).rewards.has_reward_model
+    with pytest.raises(ValueError, match=r"must be among rewards.functions or rewards.process"):
+        GrpoConfig(model="m", out="o", reward_model="r")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dscoder.config import BalanceConfig
-from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, UpdateConfig
+from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, ProcessConfig, RewardsConfig, UpdateConfig
 from dscoder.config.train import OptimizerConfig
 from dscoder.models import Transformer
 from dscoder.train.logprobs import PromptAndAnswer, answer_logprobs
 from dscoder.train.loop import LossError
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.policy_step import PolicyUpdates, rollout_figures
-from dscoder.train.rollout import Rollout
+from dscoder.train.rollout import Rollout, RolloutStep
 from tests.train.grpo_stand_in import TOKENIZER, config_for, policy, rollout
 
 NUM_IDS = TOKENIZER.vocab_size
@@ -222,3 +222,48 @@ def test_experts_are_balanced_as_the_config_says() -> None:
     assert figures_free["balance"] == 0
     assert figures["mismatch"] == figures_free["mismatch"]  # the answers are as likely as without
     assert (balanced - free).abs().max() > 1e-4
+
+
+def stepwise(reward: float, *advantages: float) -> tuple[RolloutStep, ...]:
+    """A step a token."""
+    return tuple(
+        RolloutStep(end=end, text_end=end, rewards={"process.f": reward}, reward=reward, advantage=advantage)
+        for end, advantage in enumerate(advantages, start=1)
+    )
+
+
+PROCESS = RewardsConfig(process=ProcessConfig(functions=("f",)))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_tokens_of_good_steps_become_likelier_than_those_of_bad_ones(objective: str) -> None:
+    model = policy()
+    rollouts = [rollout(completion_ids=(4, 5, 6), advantage=None, steps=stepwise(1.0, 1.0, -1.0, -2.0))]
+    loss = PolicyLossConfig(objective=objective, kl=0.0)  # type: ignore[arg-type]
+    rollouts = [replace(rollouts[0], logprobs=(-1.0, -1.0, -1.0))]
+    after, figures = moved(model, rollouts=rollouts, rewards=PROCESS, loss=loss)
+    (change_S,) = logprobs(after, *rollouts) - logprobs(model, *rollouts)
+    assert change_S[0] > 0 > change_S[1]
+    # Ratios are 1: minus the sum of the advantages, by what each objective divides.
+    share = 6 if objective == "dr_grpo" else 3
+    assert figures["loss"] == pytest.approx(2.0 / share, rel=1e-5)
+
+
+def test_one_advantage_a_step_is_what_one_an_answer_is_where_they_are_equal() -> None:
+    model = policy()
+    plain = group(model)
+    advantages = [r.advantage or 0.0 for r in plain]
+    same = [
+        replace(r, steps=stepwise(1.0, *([a] * len(r.completion_ids))))
+        for r, a in zip(plain, advantages, strict=True)
+    ]
+    one, _ = moved(model, rollouts=plain)
+    other, _ = moved(model, rollouts=same, rewards=PROCESS)
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+
+
+def test_figures_tell_of_steps() -> None:
+    figures = rollout_figures([rollout(steps=stepwise(1.0, 0.5, 0.5)), rollout(steps=stepwise(4.0, 1.0))])
+    assert figures["steps"] == 1.5
+    assert figures["reward_process.f"] == 2.0
+    assert "steps" not in rollout_figures([rollout()])

@@ -6,9 +6,11 @@ import pytest
 
 from dscoder.sandbox.verdict import Phase, Verdict
 from dscoder.train.rollout import (
+    RolloutStep,
     by_group,
     drop_rollouts_after,
     read_rollouts,
+    require_rewards,
     step_file,
     verdict_record,
     write_rollouts,
@@ -26,6 +28,37 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_rollouts(tmp_path, 3, written)
     assert read_rollouts(tmp_path, 3) == written
     assert written_steps(tmp_path) == [3]
+
+
+def test_steps_are_written_where_there_are_some(tmp_path: Path) -> None:
+    step = RolloutStep(end=2, text_end=1, rewards={"process.f": None}, reward=0.5, advantage=-1.25)
+    written = [rollout(steps=(step,)), rollout()]
+    write_rollouts(tmp_path, 1, written)
+    assert read_rollouts(tmp_path, 1) == written
+    first, second = step_file(tmp_path, 1).read_text().splitlines()
+    assert '"steps": [{"end": 2, ' in first
+    assert "steps" not in second
+    with step_file(tmp_path, 1).open("w") as file:
+        file.write(first.replace('"text_end"', '"end_of_text"') + "\n")
+    with pytest.raises(ValueError, match="line 1 must be a rollout"):
+        read_rollouts(tmp_path, 1)
+
+
+def test_every_token_has_the_advantage_of_its_step() -> None:
+    def step(end: int, advantage: float) -> RolloutStep:
+        return RolloutStep(end=end, text_end=end, rewards={}, reward=1.0, advantage=advantage)
+
+    found = rollout(completion_ids=(4, 5, 6, 7, 8), steps=(step(2, 1.5), step(3, -1.0), step(5, 0.5)))
+    assert found.token_advantages == [1.5, 1.5, -1.0, 0.5, 0.5]
+    assert rollout(advantage=2.0).token_advantages == [2.0]
+
+
+def test_a_step_of_a_run_needs_a_reward_that_counts() -> None:
+    untold = RolloutStep(end=2, text_end=1, rewards={"process.f": None}, reward=None, advantage=None)
+    require_rewards([rollout(reward=None), rollout(reward=0.0)])
+    failed = rollout(steps=(untold,), reward=1.0, failures={"process.f": "hung"}, detail="ok")
+    with pytest.raises(ValueError, match=r"step 1 must have a reward, .* 1 \(the first: ok; process.f: hung"):
+        require_rewards([failed])
 
 
 def test_halves_of_surrogate_pairs_do_not_end_a_run(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from dscoder.train.rollout import Rollout, by_group
+from dscoder.train.rollout import Rollout, RolloutStep, by_group
 
 _PROMPT_LINES = 12
 _COMPLAINT_LINES = 6
@@ -34,8 +34,13 @@ def _mean(values: Sequence[float | None]) -> str:
 def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
     """One line: how many groups and answers, mean rewards, and what was left out and why."""
     reasons = Counter(rollout.reason for rollout in rollouts if rollout.reason)
-    names = sorted({name for rollout in rollouts for name in rollout.rewards})
-    means = "  ".join(f"{name} {_mean([r.rewards.get(name) for r in rollouts])}" for name in names)
+    # Of the answers and, under process supervision, of their steps.
+    rewarded = [r.rewards for r in rollouts], [step.rewards for r in rollouts for step in r.steps]
+    means = "  ".join(
+        f"{name} {_mean([found.get(name) for found in rewards])}"
+        for rewards in rewarded
+        for name in sorted({name for found in rewards for name in found})
+    )
     line = Text(f"step {step}", style="bold")
     line.append(
         f"  {len(by_group(rollouts))} groups  {len(rollouts)} answers  "
@@ -55,8 +60,10 @@ def _headline(rollout: Rollout, number: int) -> Text:
     line = Text(f"answer {number}  ", style="bold")
     # What the program did is no grade: one that ends well may have printed what is wrong.
     line.append(f"{grade}  " if grade == program else f"{grade} (program: {program})  ", style=_STYLES[grade])
+    # Under process supervision the steps say what counts.
+    advantage = "" if rollout.steps else f"advantage {_number(rollout.advantage)}  "
     line.append(
-        f"reward {_number(rollout.reward)} ({rewards})  advantage {_number(rollout.advantage)}  "
+        f"reward {_number(rollout.reward)} ({rewards})  {advantage}"
         f"{len(rollout.completion_ids)} tokens, {rollout.finish_reason}",
         style="not bold",
     )
@@ -80,6 +87,33 @@ def _indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in visible(text).split("\n"))
 
 
+def _whole(rollout: Rollout) -> Text:
+    """A completion; cut into steps, each under what it is rewarded with and what its tokens count."""
+    if not rollout.steps:
+        return Text(_indented(rollout.completion), style="not bold")
+    shown, begin = Text(), 0
+    for number, step in enumerate(rollout.steps, start=1):
+        shown.append_text(_step_headline(step, number))
+        text = rollout.completion[begin : step.text_end].removesuffix("\n")
+        shown.append(_indented(text) if text else "", style="not bold")
+        begin = step.text_end
+    return shown
+
+
+def _step_headline(step: RolloutStep, number: int) -> Text:
+    rewards = ", ".join(f"{name} {_number(value)}" for name, value in step.rewards.items())
+    told = (
+        f"    step {number}  reward {_number(step.reward)} ({rewards})  advantage {_number(step.advantage)}\n"
+    )
+    return Text(told, style="cyan")
+
+
+def _step_lines(rollout: Rollout) -> Text:
+    """What the steps of an answer that is shown as a diff are worth."""
+    lines = [_step_headline(step, number) for number, step in enumerate(rollout.steps, start=1)]
+    return Text().join(lines)
+
+
 def _diff(best: str, other: str) -> Text:
     """`other` as what changes in `best`."""
     lines = difflib.unified_diff(
@@ -92,7 +126,9 @@ def _diff(best: str, other: str) -> Text:
 
 
 def _worth(rollout: Rollout) -> float:
-    return float("-inf") if rollout.reward is None else rollout.reward
+    """The reward; under process supervision what the answer's first token counts, the sum over its steps."""
+    worth = rollout.steps[0].advantage if rollout.steps else rollout.reward
+    return float("-inf") if worth is None else worth
 
 
 def render_group(group: Sequence[Rollout], *, num_answers: int) -> Text:
@@ -109,13 +145,14 @@ def render_group(group: Sequence[Rollout], *, num_answers: int) -> Text:
     numbered = sorted(enumerate(group, start=1), key=lambda item: (-_worth(item[1]), item[0]))
     (number, best), *others = numbered
     shown.append_text(_headline(best, number)).append("\n")
-    shown.append(_indented(best.completion), style="not bold")
+    shown.append_text(_whole(best))
     shown.append_text(_complaints(best))
     # From both ends: what failed most beside what nearly won.
     turns = [others[idx // 2] if idx % 2 else others[-1 - idx // 2] for idx in range(len(others))]
     for number, rollout in turns[:num_answers]:
         shown.append_text(_headline(rollout, number)).append("\n")
         shown.append_text(_diff(best.completion, rollout.completion))
+        shown.append_text(_step_lines(rollout))
         shown.append_text(_complaints(rollout))
     left = len(others) - min(num_answers, len(others))
     if left:

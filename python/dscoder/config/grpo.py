@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dscoder.config.generate import BatchConfig, SamplingConfig
+from dscoder.config.reward import RefreshConfig
 from dscoder.config.task import TaskConfig
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig, ScheduleConfig
 
@@ -63,6 +64,40 @@ class PolicyLossConfig:
             )
 
 
+def _check_weights(record: str, functions: tuple[str, ...], weights: tuple[float, ...]) -> None:
+    """ValueError unless functions are some, each once, and weights none or one each."""
+    if not functions or len(set(functions)) != len(functions):
+        raise ValueError(f"{record}: functions must be some, each once, got {functions}")
+    if weights and len(weights) != len(functions):
+        raise ValueError(
+            f"{record}: weights must be as many as functions, {len(functions)}, got {len(weights)}"
+        )
+    if not all(math.isfinite(weight) and weight != 0 for weight in weights):
+        raise ValueError(f"{record}: weights must be finite and not 0, got {weights}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessConfig:
+    """Process supervision: each step of an answer is rewarded (DeepSeekMath section 4.1.3)."""
+
+    functions: tuple[str, ...] = ("reward_model",)  # reward_model, or a dotted path
+    weights: tuple[float, ...] = ()  # one a function; none: 1 each
+    steps: str = "lines"  # lines, statements, sentences, or a regular expression behind which a step ends
+    outcome: float = 0.0  # times the answer's own advantage is added; 0: rewards.functions only tell
+
+    def __post_init__(self) -> None:
+        _check_weights("ProcessConfig", self.functions, self.weights)
+        if not (math.isfinite(self.outcome) and self.outcome >= 0):
+            raise ValueError(f"ProcessConfig: outcome must be finite and >= 0, got {self.outcome}")
+        if not self.steps:
+            raise ValueError("ProcessConfig: steps must be a name or a regular expression, got nothing")
+
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each function, by name."""
+        return dict(zip(self.functions, self.weights or (1.0,) * len(self.functions), strict=True))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardsConfig:
     """What answers are rewarded for: functions by name, and how much each counts."""
@@ -74,17 +109,11 @@ class RewardsConfig:
     required: tuple[str, ...] | None = None
     format_pattern: str = ""  # format: the regular expression that an answer must match somewhere
     overlong_margin: int = 0  # length: tokens before the longest answer from which on it costs
+    process: ProcessConfig | None = None  # given: steps are rewarded too, or instead
+    refresh: RefreshConfig | None = None  # given: the reward model learns on at every reset
 
     def __post_init__(self) -> None:
-        if not self.functions or len(set(self.functions)) != len(self.functions):
-            raise ValueError(f"RewardsConfig: functions must be some, each once, got {self.functions}")
-        if self.weights and len(self.weights) != len(self.functions):
-            raise ValueError(
-                f"RewardsConfig: weights must be as many as functions, {len(self.functions)}, "
-                f"got {len(self.weights)}"
-            )
-        if not all(math.isfinite(weight) and weight != 0 for weight in self.weights):
-            raise ValueError(f"RewardsConfig: weights must be finite and not 0, got {self.weights}")
+        _check_weights("RewardsConfig", self.functions, self.weights)
         if not (math.isfinite(self.time) and self.time > 0):
             raise ValueError(f"RewardsConfig: time must be positive, got {self.time}")
         strange = set(self.required or ()).difference(self.functions)
@@ -92,6 +121,11 @@ class RewardsConfig:
             raise ValueError(
                 f"RewardsConfig: required must be some of {', '.join(self.functions)}, functions, "
                 f"got {', '.join(sorted(strange))}"
+            )
+        if self.required and not self.has_outcome:
+            raise ValueError(
+                "RewardsConfig: required must be empty where process.outcome is 0 (functions only tell), "
+                f"got {', '.join(self.required)}"
             )
         if self.overlong_margin < 0:
             raise ValueError(f"RewardsConfig: overlong_margin must be >= 0, got {self.overlong_margin}")
@@ -102,9 +136,21 @@ class RewardsConfig:
             )
 
     @property
+    def has_outcome(self) -> bool:
+        """Whether rewards of whole answers count for what is learnt."""
+        return self.process is None or self.process.outcome > 0
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a reward model rewards answers or steps."""
+        of_steps = () if self.process is None else self.process.functions
+        return "reward_model" in (*self.functions, *of_steps)
+
+    @property
     def is_required(self) -> dict[str, bool]:
         """Whether a group needs it, by function."""
-        required = ("tests",) if self.required is None else self.required
+        by_default = ("tests",) if self.has_outcome else ()
+        required = by_default if self.required is None else self.required
         return {name: name in required for name in self.functions}
 
     @property
@@ -206,10 +252,31 @@ class GrpoConfig:
                 "GrpoConfig: num_steps must be >= 1 and reset_every >= 0, "
                 f"got {self.num_steps} and {self.reset_every}"
             )
-        if self.reward_model and "reward_model" not in self.rewards.functions:
+        if self.reward_model and not self.rewards.has_reward_model:
             raise ValueError(
-                "GrpoConfig: reward_model must be among rewards.functions where one is named, "
-                f"got {', '.join(self.rewards.functions)} and {self.reward_model!r}"
+                "GrpoConfig: reward_model must be among rewards.functions or rewards.process.functions where "
+                f"one is named, got {', '.join(self.rewards.functions)} and {self.reward_model!r}"
+            )
+        if self.rewards.process is not None:
+            self._check_process()
+        if self.rewards.refresh is not None and not (self.reward_model and self.reset_every):
+            raise ValueError(
+                "GrpoConfig: rewards.refresh must go with a reward_model and reset_every >= 1, "
+                f"got {self.reward_model!r} and {self.reset_every}"
             )
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"GrpoConfig: num_threads must be >= 1, got {self.num_threads}")
+
+    def _check_process(self) -> None:
+        """ValueError where every token of an answer would count the same."""
+        if self.loss.objective == "sequence" or self.loss.ratio != "token":
+            raise ValueError(
+                "GrpoConfig: rewards.process must go with an objective and a ratio a token (loss.objective "
+                "grpo, dr_grpo, dapo or bnpo, loss.ratio token), or what steps differ by is lost, "
+                f"got {self.loss.objective} and {self.loss.ratio}"
+            )
+        if self.advantage == "rloo":
+            raise ValueError(
+                "GrpoConfig: advantage must be group or mean with rewards.process (a step has no others of "
+                f"its kind to leave it out of), got {self.advantage}"
+            )

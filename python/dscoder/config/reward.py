@@ -147,3 +147,49 @@ class RewardModelConfig:
         for name, value in (("num_steps", self.num_steps), ("num_threads", self.num_threads)):
             if value is not None and value < 1:
                 raise ValueError(f"RewardModelConfig: {name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshConfig:
+    """How the reward model of a GRPO run learns on from what the policy wrote (DeepSeekMath, 4.1.4)."""
+
+    preferences: tuple[str, ...] = ()  # directories of `dscoder prefer` that it learnt from before
+    replay_share: float = 0.1  # earlier preferences among what is learnt from: those, and those of resets
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    loss: RewardLossConfig = field(default_factory=RewardLossConfig)
+    held_out_share: float = 0.1  # of the prompts: never learnt from, for the accuracy before and after
+    epochs: float = 1.0  # over the pairs, or the answers, where num_steps is not given
+    num_steps: int | None = None  # of the optimizer, at each reset
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(sequences=64, micro=8))
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(kind="constant", max_lr=2e-5, warmup_steps=0)
+    )
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    max_length: int | None = None  # tokens of prompt and answer; longer ones are dropped; None: the model's
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        ReplayConfig(share=self.replay_share)
+        ReadingConfig(max_length=self.max_length)
+        self.run_config(init_from="", preferences=("",), replay=(), out="")
+
+    def run_config(
+        self, *, init_from: str, preferences: tuple[str, ...], replay: tuple[str, ...], out: str
+    ) -> RewardModelConfig:
+        """The run of `dscoder reward-model` that one reset is."""
+        return RewardModelConfig(
+            preferences=preferences,
+            init_from=init_from,
+            out=out,
+            loss=self.loss,
+            reading=ReadingConfig(max_length=self.max_length),
+            replay=ReplayConfig(preferences=replay, share=self.replay_share),
+            held_out_share=self.held_out_share,
+            epochs=self.epochs,
+            num_steps=self.num_steps,
+            batch=self.batch,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            checkpoint=self.checkpoint,
+            report=ReportConfig(eval_every=1 << 30, tensorboard="off", plot="off"),
+        )

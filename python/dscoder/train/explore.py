@@ -22,10 +22,11 @@ from dscoder.runtime.seed import derive_seed
 from dscoder.sandbox.pool import Pool
 from dscoder.sandbox.verdict import Verdict
 from dscoder.tasks.problem import Grade, Problem, Task, not_judged
-from dscoder.train.advantage import group_advantages
+from dscoder.train.advantage import Credit, group_advantages, step_credits
 from dscoder.train.prompts import PromptEncoder, PromptTooLongError
 from dscoder.train.reward import Answer, RewardBatch, Rewards, Score
-from dscoder.train.rollout import Reason, Rollout, verdict_record
+from dscoder.train.rollout import Reason, Rollout, RolloutStep, verdict_record
+from dscoder.train.steps import StepCutter, Steps
 
 # A verdict to come, or a grade that needs none.
 Pending = Future[Verdict] | Grade
@@ -184,7 +185,10 @@ class Explorer:
         judge: Judge,
         rewards: Rewards,
         config: GrpoConfig,
+        cutter: StepCutter | None = None,
     ) -> None:
+        """`cutter`: of answers into steps, under process supervision."""
+        self._cutter = cutter
         self._questions = questions
         self._sampler = sampler
         self._judge = judge
@@ -277,6 +281,7 @@ class Explorer:
 
     def _score(self, step: int, group: int, question: Question, judged: Sequence[_Judged]) -> list[Rollout]:
         problem = question.problem
+        cuts = [self._cut(completion) for completion, _ in judged]
         answers = tuple(
             Answer(
                 problem=problem,
@@ -286,17 +291,34 @@ class Explorer:
                 finish_reason=completion.finish_reason,
                 max_tokens=question.request.max_new_tokens,
                 grade=self._judge.grade(problem, completion.text, pending),
+                steps=cut.texts(completion.text),
             )
-            for completion, pending in judged
+            for (completion, pending), cut in zip(judged, cuts, strict=True)
         )
         scores = self._rewards.score(RewardBatch(answers=answers))
-        advantages = group_advantages([score.reward for score in scores], kind=self._config.advantage)
+        credits = self._credits(scores, cuts)
         return [
-            self._rollout(step, group, question, completion, (answer, score, advantage, advantages.reason))
-            for (completion, _), answer, score, advantage in zip(
-                judged, answers, scores, advantages.values, strict=True
+            self._rollout(step, group, question, completion, (answer, score, credit, cut))
+            for (completion, _), answer, score, credit, cut in zip(
+                judged, answers, scores, credits, cuts, strict=True
             )
         ]
+
+    def _cut(self, completion: Completion) -> Steps:
+        return Steps() if self._cutter is None else self._cutter.cut(completion.text, completion.tokens)
+
+    def _credits(self, scores: Sequence[Score], cuts: Sequence[Steps]) -> list[Credit]:
+        kind, process = self._config.advantage, self._config.rewards.process
+        outcomes = group_advantages([score.reward for score in scores], kind=kind)
+        if process is None:
+            return [Credit(outcome=value, reason=outcomes.reason) for value in outcomes.values]
+        return step_credits(
+            [score.steps for score in scores],
+            [cut.ends for cut in cuts],
+            outcomes,
+            outcome_weight=process.outcome,
+            kind=kind,
+        )
 
     def _rollout(
         self,
@@ -304,10 +326,10 @@ class Explorer:
         group: int,
         question: Question,
         completion: Completion,
-        found: tuple[Answer, Score, float | None, Reason],
+        found: tuple[Answer, Score, Credit, Steps],
     ) -> Rollout:
-        answer, score, advantage, group_reason = found
-        reason = group_reason or self._own_reason(answer, score)
+        answer, score, credit, cut = found
+        reason = credit.reason or self._own_reason(answer, score, credit)
         verdict = None if answer.grade is None else answer.grade.verdict
         if completion.logprobs is None:
             raise ValueError("grpo: a sampler must give the log-probabilities of its tokens, got none")
@@ -327,17 +349,27 @@ class Explorer:
             rewards=score.rewards,
             failures=score.reasons,
             reward=score.reward,
-            advantage=advantage,
+            advantage=credit.outcome,
             is_used=not reason,
             reason=reason,
             is_passed=None if answer.grade is None else answer.grade.is_passed,
             score=None if answer.grade is None else answer.grade.score,
+            steps=tuple(
+                RolloutStep(
+                    end=end,
+                    text_end=text_end,
+                    rewards={name: values[idx] for name, values in score.step_rewards.items()},
+                    reward=score.steps[idx],
+                    advantage=credit.steps[idx] if credit.steps else None,
+                )
+                for idx, (end, text_end) in enumerate(zip(cut.ends, cut.text_ends, strict=True))
+            ),
         )
 
-    def _own_reason(self, answer: Answer, score: Score) -> Reason:
-        if score.reward is None:
-            return "no_reward"
+    def _own_reason(self, answer: Answer, score: Score, credit: Credit) -> Reason:
         if not answer.tokens:
             return "empty"
+        if score.reward is None if self._cutter is None else not credit.steps:
+            return "no_reward"
         is_masked = answer.is_truncated and self._config.rollout.mask_truncated
         return "truncated" if is_masked else ""

@@ -6,13 +6,15 @@ reference, the seed and the place among the problems, all of which a checkpoint 
 from one makes the same rollouts and the same weights as one that was never stopped, as far as the verdicts
 and the reward functions are the same.
 
-Iterative GRPO (DeepSeekMath section 4.1.4): every so many steps the policy becomes the reference.
+Iterative GRPO (DeepSeekMath section 4.1.4): every so many steps the policy becomes the reference, and the
+reward model learns from what the policy wrote since (`refresh.py`).
 """
 
 import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
 from dscoder.config.grpo import GrpoConfig
 from dscoder.models import Transformer
+from dscoder.runtime.artifact import hash_path
 from dscoder.runtime.device import resolve_device
 from dscoder.runtime.log import get_logger
 from dscoder.sandbox.pool import Pool
@@ -34,14 +37,15 @@ from dscoder.train.memory import require_memory
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.policy_step import PolicyUpdates, rollout_figures
 from dscoder.train.prompts import PromptEncoder
+from dscoder.train.refresh import FollowingRewardModel, check_parts
 from dscoder.train.report import OnMetrics
-from dscoder.train.reward import RewardFunction, Rewards
+from dscoder.train.reward import RewardFunction, Rewards, StepRewardFunction
 from dscoder.train.reward_functions import reward_terms
 from dscoder.train.rollout import drop_rollouts_after, require_rewards, write_rollouts
 from dscoder.train.run import MODEL, Job, StepDone, hash_model, run_stage
 from dscoder.train.samplers import open_sampler
 from dscoder.train.schedule import learning_rate
-from dscoder.train.scoring import AnswerScorer
+from dscoder.train.steps import StepCutter
 
 # The inputs are compared by what they hold, wherever they lie.
 _FREE = ("model", "task", "reward_model")
@@ -79,13 +83,18 @@ class GrpoSteps:
         config: GrpoConfig,
         num_ids: int,
         directory: Path,
+        following: FollowingRewardModel | None = None,
         on_reset: OnReset | None = None,
     ) -> None:
-        """`num_ids`: ids from there on are never drawn. `directory`: of the stage."""
+        """`num_ids`: ids from there on are never drawn. `directory`: of the stage.
+
+        `following`: learns at resets.
+        """
         self._model = model
         self._explorer = explorer
         self._config = config
         self._directory = directory
+        self._following = following
         self._on_reset = on_reset
         self._reference = None
         if config.loss.kl > 0:
@@ -105,6 +114,8 @@ class GrpoSteps:
         """Forget the rollouts of steps that a killed run made after its last checkpoint, and have rewards
         learn again what they had learnt at the last reset."""
         drop_rollouts_after(self._directory, step)
+        if self._following is not None:
+            self._following.begin(step)
         every = self._config.reset_every
         if self._on_reset is not None and every and step > every and step % every:
             self._on_reset(step - step % every, self._directory)
@@ -116,11 +127,7 @@ class GrpoSteps:
     def train_step(self, optimizer: MasterAdamW, step: int, lr: float) -> StepDone:
         """Explore, write the rollouts down, and move the policy on them."""
         every = self._config.reset_every
-        if self._reference is not None and every and step and step % every == 0:
-            copy_weights(self._model, self._reference)
-            _LOG.info("step %d: the policy is the reference from here on", step)
-            if self._on_reset is not None:
-                self._on_reset(step, self._directory)
+        refreshed = self._reset(step) if every and step and step % every == 0 else {}
         found = self._explorer.explore(step + 1, int(self._position))
         self._position.fill_(found.next_position)
         write_rollouts(self._directory, step + 1, found.rollouts)
@@ -138,10 +145,25 @@ class GrpoSteps:
                 **rollout_figures(found.rollouts),
                 "rounds": float(found.num_rounds),
                 **seconds,
+                **refreshed,
             },
             num_sequences=len(found.rollouts),
             num_tokens=sum(len(rollout.completion_ids) for rollout in found.rollouts),
         )
+
+    def _reset(self, step: int) -> dict[str, float]:
+        """The policy becomes the reference, and the rewards learn; figures about that."""
+        if self._reference is not None:
+            copy_weights(self._model, self._reference)
+            _LOG.info("step %d: the policy is the reference from here on", step)
+        figures: dict[str, float] = {}
+        if self._following is not None:
+            began = time.perf_counter()
+            figures = self._following.refresh(step)
+            figures["seconds_refresh"] = time.perf_counter() - began
+        if self._on_reset is not None:
+            self._on_reset(step, self._directory)
+        return figures
 
 
 def _load_policy(config: GrpoConfig) -> Transformer:
@@ -154,9 +176,10 @@ def _load_policy(config: GrpoConfig) -> Transformer:
 def _check(config: GrpoConfig, directory: Path) -> None:
     """What would end the run after its last step, when the model is written."""
     check_replaceable(directory / MODEL, overwrite=True)
-    if config.reset_every and not config.loss.kl:
+    if config.reset_every and not config.loss.kl and config.rewards.refresh is None:
         raise ValueError(
-            f"grpo: reset_every must be 0 without a reference (loss.kl = 0), got {config.reset_every}"
+            "grpo: reset_every must be 0 without a reference (loss.kl = 0) and rewards.refresh, "
+            f"got {config.reset_every}"
         )
     margin, most = config.rewards.overlong_margin, config.rollout.max_new_tokens
     if margin > most:
@@ -171,38 +194,49 @@ def _inputs(config: GrpoConfig, task: Task) -> dict[str, str]:
     inputs = {"model": hash_model(config.model), "problems": problems.hexdigest()}
     if config.reward_model:
         inputs["reward_model"] = hash_model(config.reward_model)
+    refresh = config.rewards.refresh
+    for idx, path in enumerate(() if refresh is None else refresh.preferences):
+        inputs[f"preferences{idx}"] = hash_path(Path(path))
     return inputs
 
 
-def _made(config: GrpoConfig, rewards: Mapping[str, RewardFunction] | None) -> dict[str, RewardFunction]:
-    """The reward functions by name that are not built in: the config's reward model, and the caller's."""
-    made: dict[str, RewardFunction] = {}
-    if config.reward_model:
-        scorer = AnswerScorer.load(
-            config.reward_model,
-            template=config.rollout.template,
-            fim_order=config.rollout.fim_order,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            device=config.device,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    """What the caller of `run` brings: rewards of answers and of steps, a sampler, hooks."""
+
+    rewards: Mapping[str, RewardFunction]
+    process_rewards: Mapping[str, StepRewardFunction]
+    make_sampler: MakeSampler
+    evaluate: Evaluate | None
+    on_reset: OnReset | None
+
+
+def _rewards(config: GrpoConfig, given: _Given, following: FollowingRewardModel | None) -> Rewards:
+    """The functions of the config: built in, by the reward model, by the caller, by their path."""
+    by_caller = {*given.rewards, *given.process_rewards}
+    if config.rewards.refresh is not None and "reward_model" in by_caller:
+        raise ValueError(
+            "grpo: rewards must hold no function reward_model with rewards.refresh, which is about the one "
+            f"of the config, got {', '.join(sorted(by_caller))}"
         )
-        made["reward_model"] = scorer.reward
-    return made | dict(rewards or {})
+    whole = {} if following is None else {"reward_model": following.reward}
+    of_steps = {} if following is None else {"reward_model": following.step_rewards}
+    return Rewards(
+        reward_terms(
+            config.rewards,
+            given={**whole, **given.rewards},
+            given_process={**of_steps, **given.process_rewards},
+        )
+    )
 
 
-def _build(
-    config: GrpoConfig,
-    task: Task,
-    directory: Path,
-    *,
-    pool: Pool,
-    rewards: Mapping[str, RewardFunction] | None,
-    make_sampler: MakeSampler,
-    hooks: tuple[Evaluate | None, OnReset | None],
-) -> Job:
-    evaluate, on_reset = hooks
+def _build(config: GrpoConfig, task: Task, directory: Path, *, pool: Pool, given: _Given) -> Job:
     _check(config, directory)
-    rewards_of_run = Rewards(reward_terms(config.rewards, given=_made(config, rewards)))
+    following = FollowingRewardModel(config, task, directory) if config.reward_model else None
+    rewards = _rewards(config, given, following)
     tokenizer = Tokenizer.load(config.model)
+    process, refresh = config.rewards.process, config.rewards.refresh
+    cutter = None if process is None else StepCutter(tokenizer, process.steps)
     model = _load_policy(config)
     encoder = PromptEncoder(
         tokenizer=tokenizer,
@@ -210,17 +244,27 @@ def _build(
         template=config.rollout.template,
         fim_order=config.rollout.fim_order,
     )
+    questions = make_questions(task, encoder, max_new_tokens=config.rollout.max_new_tokens)
+    if refresh is not None:
+        check_parts([(question.text, question.problem.suffix) for question in questions], refresh)
     explorer = Explorer(
-        make_questions(task, encoder, max_new_tokens=config.rollout.max_new_tokens),
-        sampler=make_sampler(model, tokenizer),
+        questions,
+        sampler=given.make_sampler(model, tokenizer),
         judge=Judge(task, pool),
-        rewards=rewards_of_run,
+        rewards=rewards,
         config=config,
+        cutter=cutter,
     )
-    num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
     steps = GrpoSteps(
-        model, explorer=explorer, config=config, num_ids=num_ids, directory=directory, on_reset=on_reset
+        model,
+        explorer=explorer,
+        config=config,
+        num_ids=min(model.config.vocab_size, tokenizer.vocab_size),
+        directory=directory,
+        following=None if refresh is None else following,
+        on_reset=given.on_reset,
     )
+    evaluate = given.evaluate
     return Job(
         model=model,
         num_steps=config.num_steps,
@@ -238,6 +282,7 @@ def run(
     task: Task | None = None,
     *,
     rewards: Mapping[str, RewardFunction] | None = None,
+    process_rewards: Mapping[str, StepRewardFunction] | None = None,
     make_sampler: MakeSampler | None = None,
     evaluate: Evaluate | None = None,
     on_reset: OnReset | None = None,
@@ -248,6 +293,7 @@ def run(
     Args:
         task: whose problems are asked, and whose rules judge the answers; None: the one of the config.
         rewards: functions made by the caller, from a reward model say, by the name the config has for them.
+        process_rewards: the same, of those that reward steps.
         make_sampler: what writes the answers; None: what `rollout.engine` says.
         evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
         on_reset: called every `reset_every` steps, where a reward model learns from the rollouts since; and
@@ -258,18 +304,17 @@ def run(
     """
 
     learnt = open_task(config.task) if task is None else task
+    given = _Given(
+        rewards=rewards or {},
+        process_rewards=process_rewards or {},
+        make_sampler=make_sampler or partial(open_sampler, config),
+        evaluate=evaluate,
+        on_reset=on_reset,
+    )
     with Pool(num_workers=config.rollout.num_workers, isolation=config.rollout.isolation) as pool:
         return run_stage(
             config,
-            lambda directory: _build(
-                config,
-                learnt,
-                directory,
-                pool=pool,
-                rewards=rewards,
-                make_sampler=make_sampler or partial(open_sampler, config),
-                hooks=(evaluate, on_reset),
-            ),
+            lambda directory: _build(config, learnt, directory, pool=pool, given=given),
             command="grpo",
             inputs=_inputs(config, learnt),
             free=_FREE,

@@ -26,7 +26,7 @@ class _Example:
     """A rollout to learn from, with what is known before the policy moves: one number a token, or nothing."""
 
     text: PromptAndAnswer
-    advantage: float
+    advantage_S: Tensor  # [1] where all tokens have the same
     sampler_S: Tensor
     old_S: Tensor | None
     reference_S: Tensor | None
@@ -119,11 +119,10 @@ class PolicyUpdates:
             references = self._frozen(self._reference, texts)
         found = []
         for rollout, text, old_S, reference_S in zip(rollouts, texts, old, references, strict=True):
-            assert rollout.advantage is not None  # as of every rollout that is used
             found.append(
                 _Example(
                     text=text,
-                    advantage=rollout.advantage,
+                    advantage_S=torch.tensor(rollout.token_advantages, dtype=torch.float32),
                     sampler_S=torch.tensor(rollout.logprobs, dtype=torch.float32),
                     old_S=old_S,
                     reference_S=reference_S,
@@ -184,10 +183,12 @@ class PolicyUpdates:
         found = self._logprobs(self._model, [example.text for example in examples])
         like_BS = found.logprobs_BS.detach()
         sampler_BS = _padded([example.sampler_S for example in examples], like_BS)
-        advantages = [[example.advantage] for example in examples]
+        has_steps = self._config.rewards.process is not None
         batch = PolicyBatch(
             mask_BS=found.mask_BS,
-            advantage_B1=torch.tensor(advantages, dtype=torch.float32, device=like_BS.device),
+            advantage_B1=_padded(
+                [example.advantage_S for example in examples], like_BS if has_steps else like_BS[:, :1]
+            ),
             old_BS=_stacked([example.old_S for example in examples], like_BS),
             reference_BS=_stacked([example.reference_S for example in examples], like_BS),
             sampler_BS=sampler_BS,
@@ -219,6 +220,12 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "groups_too_few": float(sum(group[0].reason == "too_few_rewards" for group in groups)),
         "groups_unjudged": float(sum(not group for group in rewards)),
     }
+    steps = [step for r in rollouts for step in r.steps]
+    if steps:
+        figures["steps"] = len(steps) / len(rollouts)
+        for name in sorted(steps[0].rewards):
+            values = [value for step in steps if (value := step.rewards[name]) is not None]
+            figures |= _mean(f"reward_{name}", values)
     for name in sorted({name for r in rollouts for name in r.rewards}):
         there = [value for r in rollouts if (value := r.rewards.get(name)) is not None]
         figures |= _mean(f"reward_{name}", there)

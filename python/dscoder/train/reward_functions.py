@@ -6,11 +6,12 @@ functions. An answer that was not judged (the sandbox failed, a toolchain is mis
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dscoder.config.grpo import RewardsConfig
 from dscoder.sandbox.verdict import Verdict
-from dscoder.train.reward import Answer, RewardBatch, RewardFunction, RewardTerm
+from dscoder.train.reward import Answer, RewardBatch, RewardFunction, RewardTerm, StepRewardFunction
 
 # Python compiles when it is run: what it cannot compile ends with one of these, before any traceback.
 _SYNTAX_ERROR = re.compile(r"^(SyntaxError|IndentationError|TabError)\b", re.MULTILINE)
@@ -86,8 +87,18 @@ def length_function(margin: int) -> RewardFunction:
 
 def load_function(path: str) -> RewardFunction:
     """The callable at `package.module.name`."""
+    found: RewardFunction = _load(path, "tests, compiler, format, length or package.module.name")
+    return found
+
+
+def load_process_function(path: str) -> StepRewardFunction:
+    """The same, of a function that rewards steps."""
+    found: StepRewardFunction = _load(path, "reward_model (with a reward_model named) or package.module.name")
+    return found
+
+
+def _load(path: str, wanted: str) -> Callable[[RewardBatch], Any]:
     module_name, _, name = path.replace(":", ".").rpartition(".")
-    wanted = "tests, compiler, format, length or package.module.name"
     if not module_name:
         raise ValueError(f"a reward function must be {wanted}, got {path!r}")
     try:
@@ -97,18 +108,22 @@ def load_function(path: str) -> RewardFunction:
     function = vars(module).get(name)
     if not callable(function):
         raise ValueError(f"a reward function must be callable, got {path!r}: {function!r}")
-    found: RewardFunction = function
-    return found
+    loaded: Callable[[RewardBatch], Any] = function
+    return loaded
 
 
 def reward_terms(
-    config: RewardsConfig, *, given: Mapping[str, RewardFunction] | None = None
+    config: RewardsConfig,
+    *,
+    given: Mapping[str, RewardFunction] | None = None,
+    given_process: Mapping[str, StepRewardFunction] | None = None,
 ) -> list[RewardTerm]:
-    """The functions that a config names.
+    """The functions that a config names; those that reward steps are called "process.NAME".
 
     Args:
         given: functions that were made elsewhere (from a reward model, say), by the name that the config has
             for them; they come before those built in.
+        given_process: the same, of those that reward steps.
     """
     built_in: dict[str, RewardFunction] = {
         "tests": passed_tests,
@@ -118,7 +133,7 @@ def reward_terms(
     if config.format_pattern:
         built_in["format"] = format_function(config.format_pattern)
     known = built_in | dict(given or {})
-    return [
+    terms = [
         RewardTerm(
             name=name,
             function=known[name] if name in known else load_function(name),
@@ -127,4 +142,17 @@ def reward_terms(
             is_required=config.is_required[name],
         )
         for name, weight in config.weight_of.items()
+    ]
+    if config.process is None:
+        return terms
+    known_process = dict(given_process or {})
+    return terms + [
+        RewardTerm(
+            name=f"process.{name}",
+            function=known_process[name] if name in known_process else load_process_function(name),
+            weight=weight,
+            time=config.time,
+            is_process=True,
+        )
+        for name, weight in config.process.weight_of.items()
     ]

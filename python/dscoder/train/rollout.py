@@ -24,6 +24,25 @@ Reason = Literal["", "too_few_rewards", "equal_rewards", "no_reward", "truncated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStep:
+    """One step of an answer, under process supervision.
+
+    Attributes:
+        end: tokens of the completion up to its end.
+        text_end: the same in characters.
+        rewards: by process function, None where it could not tell.
+        reward: the mix; None if no function could tell.
+        advantage: of each of its tokens; None where there is none.
+    """
+
+    end: int
+    text_end: int
+    rewards: Mapping[str, float | None]
+    reward: float | None
+    advantage: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One answer.
 
@@ -35,9 +54,10 @@ class Rollout:
         detail: of the grade: one line for a person.
         is_passed: by the task's rules, which a program that ran well may still fail; None: not judged.
         score: by those rules; None where `is_passed` is.
+        steps: under process supervision, where they have the advantages that count.
         rewards: by function, None where it could not tell; `failures` say why not.
         reward: the mix; None if no function could tell.
-        advantage: over the group; None where there is none.
+        advantage: over the group, by `reward`; None where there is none.
         is_used: whether the policy is trained on it, and if not, `reason` says why.
     """
 
@@ -61,11 +81,31 @@ class Rollout:
     reason: Reason
     is_passed: bool | None = None
     score: float | None = None
+    steps: tuple[RolloutStep, ...] = ()
 
     @property
     def is_truncated(self) -> bool:
         """Whether the answer ended because there was no more room."""
         return self.finish_reason in ("length", "context")
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether anything that counts could tell: of some step, where steps are rewarded."""
+        if self.steps:
+            return any(step.reward is not None for step in self.steps)
+        return self.reward is not None
+
+    @property
+    def token_advantages(self) -> list[float]:
+        """Of a rollout that is used: one a token, or a single one for all of them."""
+        if not self.steps:
+            assert self.advantage is not None
+            return [self.advantage]
+        found: list[float] = []
+        for step in self.steps:
+            assert step.advantage is not None
+            found += [step.advantage] * (step.end - len(found))
+        return found
 
 
 def _kept(text: str) -> str:
@@ -99,18 +139,22 @@ def step_file(directory: Path, step: int) -> Path:
     return directory / ROLLOUTS / f"step-{step:06d}.jsonl"
 
 
+def _record(rollout: Rollout) -> dict[str, Any]:
+    return {key: value for key, value in asdict(rollout).items() if key != "steps" or value}
+
+
 def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> None:
     """Write the rollouts of a step, whole or not at all."""
     path = step_file(directory, step)
     path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(asdict(rollout), ensure_ascii=False) + "\n" for rollout in rollouts]
+    lines = [json.dumps(_record(rollout), ensure_ascii=False) + "\n" for rollout in rollouts]
     # Texts of a model may hold halves of surrogate pairs.
     write_bytes(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
 def require_rewards(rollouts: Sequence[Rollout]) -> None:
     """ValueError if no answer of a step has a reward: whatever judges them does not work."""
-    if any(rollout.reward is not None for rollout in rollouts):
+    if any(rollout.has_reward for rollout in rollouts):
         return
     first = rollouts[0]
     reasons = [f"{name}: {reason}" for name, reason in first.failures.items()]
@@ -136,6 +180,7 @@ def drop_rollouts_after(directory: Path, step: int) -> None:
 
 
 _FIELDS = frozenset(item.name for item in fields(Rollout))
+_STEP_FIELDS = frozenset(item.name for item in fields(RolloutStep))
 _TUPLES = ("prompt_ids", "completion_ids", "logprobs")
 
 
@@ -144,9 +189,11 @@ def _parse(line: str, path: Path, number: int) -> Rollout:
         record = json.loads(line)
     except ValueError:
         record = None
-    if not isinstance(record, dict) or set(record) != _FIELDS:
+    is_whole = isinstance(record, dict) and {*record, "steps"} == _FIELDS
+    if not is_whole or any(set(step) != _STEP_FIELDS for step in record.get("steps", ())):
         raise ValueError(f"{path}: line {number} must be a rollout, got {line[:80]!r}")
-    return Rollout(**record | {name: tuple(record[name]) for name in _TUPLES})
+    steps = tuple(RolloutStep(**step) for step in record.get("steps", ()))
+    return Rollout(**record | {name: tuple(record[name]) for name in _TUPLES} | {"steps": steps})
 
 
 def read_rollouts(directory: Path, step: int) -> list[Rollout]:
