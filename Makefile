@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu-check | kernel-objects
+# make demo | demo-align | test | lint | bench | gpu-check | kernel-objects
 #
 # make gpu-check OPS="moe_gate moe_permute" checks these alone; OBJECTS=, WHEELS=, OUT= (folders), COMMIT=, see
 # docs/gpu_check.md. It sets up no .venv: where there is none, it runs with python3 and needs no network.
@@ -27,11 +27,14 @@ INSTALLED := --installed
 endif
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc third_party -type f 2>/dev/null)
 
-.PHONY: demo test lint bench gpu-check kernel-objects
+.PHONY: demo demo-align test lint bench gpu-check kernel-objects
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(PY) -m dscoder demo
+
+demo-align: $(READY)
+	$(PY) -m dscoder demo --align
 
 test: $(READY)
 	$(PY) -m pytest -n 2
