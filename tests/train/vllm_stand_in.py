@@ -152,6 +152,7 @@ class LLMEngine:
         self.model_config = ModelConfig(min(self.max_model_len, config.max_positions))
         self.model = Transformer(config).eval()
         self.running: dict[str, _Running] = {}
+        self.unfinished: set[str] = set()  # whose output is waited for, in another place than they run
         self.params: list[SamplingParams] = []
         self.calls: list[str] = []
         self._asleep: set[str] = set()
@@ -167,12 +168,14 @@ class LLMEngine:
         assert len(tokens) < self.model_config.max_model_len
         self.params.append(params)
         self.running[request_id] = _Running(tokens, params)
+        self.unfinished.add(request_id)
         return f"{request_id}-1a2b3c4d"
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.running)
+        return bool(self.unfinished)
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        self.unfinished -= set(request_ids)
         for request_id in request_ids:
             self.running.pop(request_id, None)
 
@@ -251,6 +254,7 @@ class LLMEngine:
         reason = self._finish_reason(running, token)
         if reason is not None:
             del self.running[request_id]
+            self.unfinished.remove(request_id)
         found = {token: Logprob(float(told_V.log_softmax(-1)[token]))}
         part = CompletionOutput(
             index=0,
