@@ -55,7 +55,7 @@ struct MlaPrefillBackwardParams {
     const int32_t* cu_seqlens_k;  // [B + 1]
     int32_t* plan;                // scratch [prefill_plan_size(max(Tq, Tk), B)]
     float* row_values;            // scratch [2, H, Tq]: log2(e) * lse, and delta = sum(grad_out * out)
-    float* sums_q;                // scratch [Tq, H, d], float32 sums of grad_q; none where deterministic
+    float* sums_q;                // scratch, see mla_prefill_rows.h: sums of grad_q; none where deterministic
     void* grad_q;                 // [Tq, H, d], contiguous
     void* grad_k;                 // [Tk, G, d]
     void* grad_v;                 // [Tk, G, v]

@@ -55,4 +55,8 @@ void register_mla_prefill(py::module_& module) {
     define_absent(module, "mla_prefill", {"mla_prefill_plan"});
 }
 
+void register_mla_prefill_backward(py::module_& module) {
+    define_absent(module, "mla_prefill backward", {"mla_prefill_backward", "mla_prefill_num_sums"});
+}
+
 }  // namespace dsc

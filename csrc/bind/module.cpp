@@ -43,6 +43,7 @@ void register_rope(py::module_& module);
 void register_mla_decode(py::module_& module);
 void register_mla_decode_plan(py::module_& module);
 void register_mla_prefill(py::module_& module);
+void register_mla_prefill_backward(py::module_& module);
 void register_mla_prefill_plan(py::module_& module);
 void register_text(py::module_& module);
 
@@ -64,6 +65,7 @@ PYBIND11_MODULE(DSC_MODULE, module) {
     dsc::register_mla_decode(module);
     dsc::register_mla_decode_plan(module);
     dsc::register_mla_prefill(module);
+    dsc::register_mla_prefill_backward(module);
     dsc::register_mla_prefill_plan(module);
     dsc::register_text(module);
 }

@@ -204,6 +204,18 @@ def mla_prefill_plan_of(
 def mla_prefill_plan_size(num_rows: int, num_sequences: int) -> int: ...
 def mla_prefill_class(cost: int) -> int: ...
 def mla_prefill_works(num_tiles: int, num_heads: int) -> list[tuple[int, int]]: ...
+def mla_prefill_backward(
+    grad_out: Tensor,
+    saved: Sequence[Tensor],
+    cu_seqlens: Sequence[Tensor],
+    scratch: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scale: float,
+    causal: bool,
+    deterministic: bool,
+    arch: str,
+) -> None: ...
+def mla_prefill_num_sums(num_queries: int, num_sequences: int) -> int: ...
 def fim_plan(
     texts: tuple[str, ...],
     keys: NDArray[np.uint64],
