@@ -4,7 +4,8 @@ Each node runs one actor with a Pool of its own; programs go to the nodes as the
 imports this module, so nothing else needs Ray.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,11 +21,8 @@ _WAITING_PER_WORKER = 2  # programs at a node for each that it runs
 class _Node:
     """The actor: a Pool, called by many threads."""
 
-    def __init__(self, isolation: Isolation) -> None:
-        self._pool = Pool(isolation=isolation)
-
-    def num_workers(self) -> int:
-        return self._pool.num_workers
+    def __init__(self, isolation: Isolation, num_workers: int) -> None:
+        self._pool = Pool(num_workers=num_workers, isolation=isolation)
 
     def run(self, program: Program, limits: Limits) -> Verdict:
         return self._pool.submit(program, limits).result()
@@ -47,8 +45,9 @@ class RayPool:
             num_cpus=num_cpus, max_concurrency=num_cpus * _WAITING_PER_WORKER, scheduling_strategy="SPREAD"
         )
         self.isolation = isolation
+        self._nodes = [node.remote(isolation, num_cpus) for _ in range(num_nodes)]
+        self._living = set(range(num_nodes))
         self._room = num_cpus * _WAITING_PER_WORKER
-        self._nodes = [node.remote(isolation) for _ in range(num_nodes)]
 
     def __enter__(self) -> Self:
         """The pool itself."""
@@ -75,25 +74,33 @@ class RayPool:
     ) -> Iterator[tuple[int, Verdict]]:
         """(index of the program, its verdict), as they come."""
         running: dict[Any, tuple[int, int]] = {}  # by reference: the program and the node
-        load = [0] * len(self._nodes)
         source = enumerate(programs)
         while True:
-            while min(load) < self._room and (item := next(source, None)) is not None:
-                place = load.index(min(load))
-                reference = self._nodes[place].run.remote(item[1], limits)
-                running[reference] = (item[0], place)
-                load[place] += 1
+            while (node := self._place(running)) is not None and (item := next(source, None)) is not None:
+                running[self._nodes[node].run.remote(item[1], limits)] = (item[0], node)
             if not running:
-                return
+                break
             for reference in ray.wait(list(running), num_returns=1)[0]:
-                idx, place = running.pop(reference)
-                load[place] -= 1
-                yield idx, self._verdict(reference)
+                idx, node = running.pop(reference)
+                yield idx, self._verdict(reference, node)
+        for idx, _ in source:  # only if no node is left
+            yield idx, self._no_answer("every node was lost before the program ran")
 
-    def _verdict(self, reference: object) -> Verdict:
+    def _place(self, running: Mapping[Any, tuple[int, int]]) -> int | None:
+        """The living node with the fewest programs; None if none has room."""
+        load = Counter(node for _, node in running.values())
+        node = min(self._living, key=load.__getitem__, default=None)
+        return None if node is None or load[node] >= self._room else node
+
+    def _verdict(self, reference: object, node: int) -> Verdict:
         try:
             verdict: Verdict = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            detail = f"the node was lost: {error}"
-            return Verdict(outcome="sandbox_error", isolation=self.isolation, detail=detail)
+        except ray.exceptions.RayActorError as error:
+            self._living.discard(node)
+            return self._no_answer(f"the node was lost: {error}")
+        except Exception as error:  # of the task, or another of Ray's own: the program has no answer
+            return self._no_answer(f"the node failed: {error!r}")
         return verdict
+
+    def _no_answer(self, detail: str) -> Verdict:
+        return Verdict(outcome="sandbox_error", isolation=self.isolation, detail=detail)
