@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from dscoder.sandbox import machine
 from dscoder.sandbox import pool as pool_module
 from dscoder.sandbox.pool import Pool, default_memory
-from dscoder.sandbox.verdict import MIB, Program, Verdict
+from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
 from tests.sandbox.conftest import SMALL, living
 
 
@@ -137,6 +138,61 @@ def test_a_stream_takes_programs_only_as_there_is_room(monkeypatch: pytest.Monke
     assert 10 <= taken <= 16
 
 
+def test_a_program_that_needs_much_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+    begin = threading.Event()
+
+    def stand_in(_: Program, limits: Limits, **__: object) -> Verdict:
+        begin.wait()
+        order.append(limits.memory)
+        time.sleep(0.05)
+        return Verdict(outcome="passed")
+
+    monkeypatch.setattr(pool_module, "run", stand_in)
+    with Pool(num_workers=8, memory=4 * MIB) as pool:
+        for memory in (3, 4, *[1] * 6):
+            pool.submit(program(""), replace(SMALL, memory=memory * MIB))
+            time.sleep(0.05)  # until its worker has asked
+        begin.set()
+    assert order == [3 * MIB, 4 * MIB, *[MIB] * 6]
+
+
+def test_a_program_whose_worker_does_not_start_is_not_run_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str | None] = []
+
+    def stand_in(found: Program, *_: object, **__: object) -> Verdict:
+        ran.append(found.source)
+        return Verdict(outcome="passed")
+
+    monkeypatch.setattr(pool_module, "run", stand_in)
+    start = threading.Thread.start
+    refusals = iter([True, False])
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if next(refusals, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    with Pool(num_workers=1) as pool:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(program("first"), SMALL)
+        assert pool.submit(program("second"), SMALL).result().is_passed
+    assert ran == ["second"]
+
+
+def test_a_surprise_in_a_worker_reaches_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(*_: object, **__: object) -> Verdict:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(pool_module, "run", stand_in)
+    with Pool(num_workers=1, memory=MIB) as pool:
+        futures = [pool.submit(program(""), replace(SMALL, memory=MIB)) for _ in range(3)]
+        for future in futures:
+            with pytest.raises(KeyError, match="surprise"):
+                future.result(timeout=5.0)
+
+
 def test_a_program_that_can_never_run_is_refused() -> None:
     with Pool(num_workers=1, memory=MIB) as pool, pytest.raises(ValueError, match="must be <= "):
         pool.submit(program(""), SMALL)
@@ -147,5 +203,10 @@ def test_no_workers_are_refused() -> None:
         Pool(num_workers=0)
 
 
-def test_by_itself_a_pool_takes_half_of_the_memory() -> None:
+def test_by_itself_a_pool_takes_half_of_the_memory_and_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 64 * MIB < default_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(machine, "memory", lambda: 1000)
+    monkeypatch.setattr(machine, "num_cores", lambda: 5)
+    assert default_memory() == 500
+    with Pool() as pool:
+        assert pool.num_workers == 5

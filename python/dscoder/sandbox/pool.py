@@ -2,35 +2,42 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
+from dscoder.sandbox import machine
 from dscoder.sandbox.run import DEFAULT_LIMITS, run
 from dscoder.sandbox.verdict import Isolation, Limits, Program, Verdict
 
-_MEMORY_SHARE = 0.5  # of the machine's, where the caller names no amount
+_MEMORY_SHARE = 0.5  # of the machine's or the container's, where the caller names no amount
 _WAITING_PER_WORKER = 2  # programs taken from a stream ahead of need
 
 
 def default_memory() -> int:
     """Bytes that all programs of a pool may take together where nothing else is said."""
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MEMORY_SHARE)
+    return int(machine.memory() * _MEMORY_SHARE)
 
 
 class _Budget:
-    """An amount that threads take parts of; one that asks for too much waits."""
+    """An amount that threads take parts of, in the order in which they ask: none waits for ever."""
 
     def __init__(self, amount: float) -> None:
         self.amount = amount
         self._free = amount
+        self._asking: deque[object] = deque()
         self._changed = threading.Condition()
 
     def take(self, part: float) -> None:
+        me = object()
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= part)
+            self._asking.append(me)
+            self._changed.wait_for(lambda: self._asking[0] is me and self._free >= part)
+            self._asking.popleft()
             self._free -= part
+            self._changed.notify_all()
 
     def put_back(self, part: float) -> None:
         with self._changed:
@@ -49,7 +56,10 @@ class _Ticket:
 
     @property
     def file(self) -> int:
-        return self._file
+        with self._lock:
+            if not self._is_open:  # a program that could not be submitted, but was queued all the same
+                raise CancelledError
+            return self._file
 
     def call_off(self) -> None:
         if self.future is not None:
@@ -68,15 +78,16 @@ class Pool:
     """Sandboxes side by side. A context manager: leaving it waits, or calls everything off on an exception.
 
     Args:
-        num_workers: programs at one time; None: one a core that this process may use.
-        memory: bytes that the limits of the running programs may add up to; None: half of the machine's.
+        num_workers: programs at one time; None: one a core that this process, and its container, may use.
+        memory: bytes that the limits of the running programs may add up to; None: half of what the machine
+            has, or the container may take.
         isolation: as for `run`, for all of them.
     """
 
     def __init__(
         self, *, num_workers: int | None = None, memory: int | None = None, isolation: Isolation = "full"
     ) -> None:
-        self.num_workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
+        self.num_workers = machine.num_cores() if num_workers is None else num_workers
         if self.num_workers < 1:
             raise ValueError(f"Pool: num_workers must be >= 1, got {num_workers}")
         self.isolation = isolation
