@@ -36,6 +36,7 @@ struct Job {
     std::string_view filter;                  // struct sock_filter[]
     uint64_t user;                            // of the program; 0: the supervisor's own
     bool is_pid_1;
+    uint64_t launcher;  // the process that asked; 0: not seen from here
     std::vector<SourceFile> files;
     std::vector<Step> steps;
 };
@@ -52,6 +53,7 @@ class JobReader {
         found.filter = text();
         found.user = number();
         found.is_pid_1 = number() != 0;
+        found.launcher = number();
         for (uint64_t i = number(); i > 0; --i) {
             const auto name = text();
             found.files.push_back({name, text()});

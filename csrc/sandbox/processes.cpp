@@ -3,7 +3,6 @@
 #include <dirent.h>
 #include <signal.h>
 #include <sys/resource.h>
-#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,19 +18,7 @@
 namespace dsc {
 namespace {
 
-constexpr uint64_t kBytesPerInode = 1024;  // of the kernel's memory, for an empty file too
-
-std::vector<pid_t> all_processes() {
-    std::vector<pid_t> found;
-    DIR* folder = opendir("/proc");
-    if (folder == nullptr) return found;
-    while (const dirent* entry = readdir(folder)) {
-        const pid_t pid = static_cast<pid_t>(std::strtol(entry->d_name, nullptr, 10));
-        if (pid > 0) found.push_back(pid);
-    }
-    closedir(folder);
-    return found;
-}
+constexpr size_t kStatusSize = 8192;  // bytes of /proc/<pid>/status that are read
 
 // 0 if the process is gone.
 pid_t parent_of(pid_t pid) {
@@ -43,7 +30,7 @@ pid_t parent_of(pid_t pid) {
 
 std::set<pid_t> descendants() {
     std::multimap<pid_t, pid_t> children;
-    for (const pid_t pid : all_processes()) children.emplace(parent_of(pid), pid);
+    for (const pid_t pid : numbered_entries("/proc")) children.emplace(parent_of(pid), pid);
     std::set<pid_t> found;
     std::vector<pid_t> open = {getpid()};
     while (not open.empty()) {
@@ -55,34 +42,39 @@ std::set<pid_t> descendants() {
     return found;
 }
 
+}  // namespace
+
+std::vector<pid_t> numbered_entries(const std::string& path) {
+    std::vector<pid_t> found;
+    DIR* folder = opendir(path.c_str());
+    if (folder == nullptr) return found;
+    while (const dirent* entry = readdir(folder)) {
+        const pid_t number = static_cast<pid_t>(std::strtol(entry->d_name, nullptr, 10));
+        if (number > 0) found.push_back(number);
+    }
+    closedir(folder);
+    return found;
+}
+
 std::set<pid_t> others(const Job& job) {
     if (not job.is_pid_1) return descendants();
-    const auto all = all_processes();
+    const auto all = numbered_entries("/proc");
     std::set<pid_t> found(all.begin(), all.end());
     found.erase(getpid());
     return found;
 }
 
-}  // namespace
-
-uint64_t held_memory(const Job& job) {
-    uint64_t num_pages = 0;
-    for (const pid_t pid : others(job)) {
-        const std::string statm = read_small("/proc/" + std::to_string(pid) + "/statm");
-        char* rest = nullptr;
-        std::strtoull(statm.c_str(), &rest, 10);  // address space
-        const uint64_t resident = std::strtoull(rest, &rest, 10);
-        const uint64_t shared = std::strtoull(rest, &rest, 10);
-        num_pages += resident - std::min(shared, resident);
+uint64_t num_threads_of_user() {
+    const std::string wanted = "\nUid:\t" + std::to_string(getuid()) + "\t";
+    constexpr std::string_view kThreads = "\nThreads:\t";
+    uint64_t found = 0;
+    for (const pid_t pid : numbered_entries("/proc")) {
+        const std::string status = read_small("/proc/" + std::to_string(pid) + "/status", kStatusSize);
+        const size_t place = status.find(kThreads);
+        if (place == std::string::npos or status.find(wanted) == std::string::npos) continue;
+        found += std::strtoull(status.c_str() + place + kThreads.size(), nullptr, 10);
     }
-    uint64_t held = num_pages * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-    for (const auto& folder : job.memory_folders) {
-        struct statvfs usage;
-        if (statvfs(folder.c_str(), &usage) != 0) continue;
-        held += (usage.f_blocks - usage.f_bfree) * usage.f_frsize;
-        held += (usage.f_files - usage.f_ffree) * kBytesPerInode;
-    }
-    return held;
+    return found;
 }
 
 void kill_all(const Job& job) {
@@ -103,19 +95,20 @@ void kill_all(const Job& job) {
     for (const pid_t pid : stopped) kill(pid, SIGKILL);
 }
 
-std::optional<int> reap(Usage& usage, pid_t main, bool until_none) {
-    std::optional<int> found;
+std::optional<Death> reap(Usage& usage, pid_t main, bool until_none) {
+    std::optional<Death> found;
     while (true) {
         int status = 0;
         rusage used{};
         const pid_t pid = wait4(-1, &status, until_none ? 0 : WNOHANG, &used);
         if (pid < 0 and errno == EINTR) continue;
         if (pid <= 0) return found;
+        uint64_t cpu_us = 0;
         for (const timeval& time : {used.ru_utime, used.ru_stime})
-            usage.cpu_us +=
-                static_cast<uint64_t>(time.tv_sec) * 1'000'000 + static_cast<uint64_t>(time.tv_usec);
+            cpu_us += static_cast<uint64_t>(time.tv_sec) * 1'000'000 + static_cast<uint64_t>(time.tv_usec);
+        usage.cpu_us += cpu_us;
         usage.peak_bytes = std::max(usage.peak_bytes, static_cast<uint64_t>(used.ru_maxrss) * 1024);
-        if (pid == main) found = status;
+        if (pid == main) found = Death{status, cpu_us};
     }
 }
 

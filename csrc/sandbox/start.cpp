@@ -15,14 +15,21 @@
 #include <exception>
 #include <utility>
 
+#include "sandbox/processes.h"
 #include "sandbox/system.h"
 
 namespace dsc {
 namespace {
 
-constexpr rlim_t kMaxOpenFiles = 1024;
+constexpr rlim_t kMaxOpenFiles = 256;  // bounds what lies in pipes and sockets, too
 constexpr rlim_t kMaxLockedBytes = 1 << 16;
 constexpr rlim_t kMaxStackBytes = 8 << 20;
+constexpr int kCannotStart = 126;  // as shells have it
+
+// A failure to start that is the program's own.
+struct OwnFault : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
 
 // A descriptor that reads `content` and that nobody can write to.
 int open_input(std::string_view content) {
@@ -34,7 +41,14 @@ int open_input(std::string_view content) {
     return file;
 }
 
-void bound(const Step& step) {
+// What RLIMIT_NPROC must be for so many processes of the program. It counts all that its user runs; a user
+// that nobody else has runs nothing else.
+rlim_t process_limit(const Step& step, const Job& job) {
+    const bool has_own_count = job.user != 0 or job.is_pid_1;
+    return step.num_processes + (has_own_count ? 0 : num_threads_of_user());
+}
+
+void bound(const Step& step, rlim_t num_processes) {
     std::vector<std::pair<int, rlim_t>> limits = {
         {RLIMIT_CORE, 0},
         {RLIMIT_MSGQUEUE, 0},
@@ -42,7 +56,7 @@ void bound(const Step& step) {
         {RLIMIT_NOFILE, kMaxOpenFiles},
         {RLIMIT_STACK, kMaxStackBytes},
         {RLIMIT_FSIZE, step.disk},
-        {RLIMIT_NPROC, step.num_processes},
+        {RLIMIT_NPROC, num_processes},
         // SIGXCPU at the soft limit says what happened; SIGKILL follows a second later for who ignores it.
         {RLIMIT_CPU, step.cpu_seconds + 1},
     };
@@ -65,10 +79,26 @@ void offer_to_oom_killer() {
     close(file);
 }
 
+// The program's user, without any of the supervisor's rights.
 void become(uid_t user) {
+    checked(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl ambient");
+    if (user == 0) return;
     checked(setgroups(0, nullptr), "setgroups");
     checked(setresgid(user, user, user), "setresgid");
     checked(setresuid(user, user, user), "setresuid");
+}
+
+// Whoever kills the supervisor kills the program.
+void die_with(pid_t supervisor) {
+    checked(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl pdeathsig");
+    if (getppid() != supervisor) throw std::runtime_error("the supervisor is gone");
+}
+
+void reset_signals() {
+    for (int number = 1; number < NSIG; ++number) signal(number, SIG_DFL);  // but for those that cannot be
+    sigset_t none;
+    sigemptyset(&none);
+    checked(sigprocmask(SIG_SETMASK, &none, nullptr), "sigprocmask");
 }
 
 void install_filter(std::string_view instructions) {
@@ -86,18 +116,30 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
     return found;
 }
 
+// `result` of a call that fails for want of what an earlier step may have broken or not made. Too many
+// processes are never the program's: all of its own are dead.
+void checked_own(int result, bool is_own, const std::string& what) {
+    if (result == 0) return;
+    const std::string reason = what + ": " + std::strerror(errno);
+    if (is_own and errno != EAGAIN) throw OwnFault(reason);
+    throw std::runtime_error(reason);
+}
+
 // In the child: everything between fork and exec. Returns only by an exception.
-void exec(const Step& step, const Job& job, const int (&streams)[3]) {
+void exec(const Step& step, const Job& job, const int (&streams)[3], bool is_first, pid_t supervisor) {
     const auto argv = pointers(step.argv), env = pointers(step.env);  // before memory is short
+    const rlim_t num_processes = process_limit(step, job);
     checked(setsid(), "setsid");
     for (int i = 0; i < 3; ++i) checked(dup2(streams[i], i), "dup2");
-    for (const int number : {SIGPIPE, SIGINT}) signal(number, SIG_DFL);
+    reset_signals();
     offer_to_oom_killer();
-    checked(chdir(job.folder.c_str()), "chdir");
-    if (job.user != 0) become(static_cast<uid_t>(job.user));
-    bound(step);
+    checked_own(chdir(job.folder.c_str()), not is_first, "chdir " + job.folder);
+    become(static_cast<uid_t>(job.user));
+    if (not job.is_pid_1) die_with(supervisor);  // after the change of user, which undoes it
+    bound(step, num_processes);
     install_filter(job.filter);
-    checked(execve(argv[0], argv.data(), env.data()), "exec " + step.argv[0]);
+    const bool is_made_inside = step.argv[0].front() != '/';
+    checked_own(execve(argv[0], argv.data(), env.data()), is_made_inside, "exec " + step.argv[0]);
 }
 
 struct Pipe {
@@ -119,13 +161,17 @@ void make_parents(const std::string& path) {
 
 }  // namespace
 
-Started start(const Step& step, const Job& job) {
+Started start(const Step& step, const Job& job, bool is_first) {
     const int input = open_input(step.input);
     const Pipe out = new_pipe(), err = new_pipe(), failure = new_pipe();
+    const pid_t supervisor = getpid();
     const pid_t pid = checked(fork(), "fork");
     if (pid == 0) {
         try {
-            exec(step, job, {input, out.in, err.in});
+            exec(step, job, {input, out.in, err.in}, is_first, supervisor);
+        } catch (const OwnFault& fault) {
+            write_all(STDERR_FILENO, std::string("cannot start: ") + fault.what() + "\n");
+            _exit(kCannotStart);
         } catch (const std::exception& error) {
             write_all(failure.in, error.what());
         }

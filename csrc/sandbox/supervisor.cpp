@@ -3,10 +3,12 @@
 // It reads the job from stdin (job.h) and writes the report to stdout: for each step that ran, one line
 // "step <exit code, or -signal> <why it was stopped, or -> <wall us> <cpu us> <peak bytes> <size> <size>",
 // then as many bytes of its stdout and of its stderr; after the last, "end". Whatever fails here goes to
-// stderr and leaves the report without its end: a failure of the sandbox.
+// stderr and leaves the report without its end: a failure of the sandbox. Once nobody can read the report any
+// more, or at a SIGTERM, it kills the program and goes.
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/signalfd.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -19,6 +21,7 @@
 #include <string>
 
 #include "sandbox/job.h"
+#include "sandbox/memory.h"
 #include "sandbox/processes.h"
 #include "sandbox/start.h"
 #include "sandbox/system.h"
@@ -26,7 +29,8 @@
 namespace dsc {
 namespace {
 
-constexpr uint64_t kTickUs = 20'000;  // between looks at the memory
+constexpr uint64_t kTickUs = 20'000;  // between looks at the memory, at least
+constexpr uint64_t kRestPerLook = 9;  // times as long as the last look took, at least
 constexpr unsigned kFirstInherited = 3;
 
 uint64_t now_us() {
@@ -35,15 +39,25 @@ uint64_t now_us() {
     return static_cast<uint64_t>(time.tv_sec) * 1'000'000 + static_cast<uint64_t>(time.tv_nsec) / 1000;
 }
 
+// Where it shows that nobody waits for the report: its pipe, and a file of signals (-1: there is none).
+struct Caller {
+    int signals = -1;
+
+    void check(const pollfd& report, const pollfd& signalled) const {
+        if (report.revents != 0 or signalled.revents != 0) throw std::runtime_error("called off");
+    }
+};
+
 // A running step: what it has written, and why it was stopped.
 struct Watch {
     const Step& step;
+    Caller caller;
     Started process;
     int exit_file;
     std::array<std::string, 2> written = {};  // stdout, stderr
     std::array<bool, 2> is_open = {true, true};
     const char* stopped = "-";
-    std::optional<int> status = std::nullopt;
+    std::optional<Death> death = std::nullopt;
     Usage usage = {};
 
     bool is_stopped() const { return *stopped != '-'; }
@@ -68,15 +82,21 @@ struct Watch {
 
     // Wait for something to happen, at most so long, and take in what did.
     void look(uint64_t limit_us) {
-        std::array<pollfd, 3> files = {{{exit_file, POLLIN, 0}, {-1, POLLIN, 0}, {-1, POLLIN, 0}}};
+        // Of the report, only that nobody is left to read it.
+        std::array<pollfd, 5> files = {{{exit_file, POLLIN, 0},
+                                        {-1, POLLIN, 0},
+                                        {-1, POLLIN, 0},
+                                        {STDOUT_FILENO, 0, 0},
+                                        {caller.signals, POLLIN, 0}}};
         for (int i = 0; i < 2; ++i)
             if (is_open[i]) files[i + 1].fd = stream(i);
         const timespec limit = {static_cast<time_t>(limit_us / 1'000'000),
                                 static_cast<long>(limit_us % 1'000'000 * 1000)};
         ppoll(files.data(), files.size(), &limit, nullptr);
+        caller.check(files[3], files[4]);
         for (int i = 0; i < 2; ++i)
             if (files[i + 1].revents != 0) is_open[i] = read_stream(i);
-        if (const auto seen = reap(usage, process.pid, false)) status = seen;
+        if (const auto seen = reap(usage, process.pid, false)) death = seen;
     }
 
     // Read what the dead have left in the pipes.
@@ -92,35 +112,30 @@ struct Watch {
 void follow(Watch& watch, const Job& job, uint64_t begin) {
     const uint64_t deadline = begin + watch.step.time_us;
     uint64_t next_look = begin + kTickUs;
-    while (not watch.status and not watch.is_stopped()) {
+    while (not watch.death and not watch.is_stopped()) {
         const uint64_t now = now_us();
         if (now >= deadline) {
             watch.stop("time");
         } else if (now >= next_look) {
-            const uint64_t held = held_memory(job);
+            const uint64_t held = held_memory(job, watch.usage.peak_bytes);
             watch.usage.peak_bytes = std::max(watch.usage.peak_bytes, held);
             if (held > watch.step.memory) watch.stop("memory");
-            next_look = now_us() + kTickUs;
+            const uint64_t end = now_us();
+            next_look = end + std::max(kTickUs, kRestPerLook * (end - now));
         } else {
             watch.look(std::min(deadline, next_look) - now);
         }
     }
 }
 
-// Whether the step ended well; writes its record.
-bool run(const Step& step, const Job& job) {
-    const uint64_t begin = now_us();
-    const Started process = start(step, job);
-    const int exit_file = static_cast<int>(checked(syscall(SYS_pidfd_open, process.pid, 0), "pidfd_open"));
-    Watch watch = {.step = step, .process = process, .exit_file = exit_file};
-    follow(watch, job, begin);
-    const uint64_t wall_us = now_us() - begin;
-    kill_all(job);
-    const auto seen = reap(watch.usage, process.pid, true);
-    watch.drain();
-    for (const int file : {process.out, process.err, exit_file}) close(file);
-    const int status = watch.status.value_or(seen.value_or(0));
-    const int code = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+// A program that ignores SIGXCPU is killed by the kernel a second later, and nothing else says why.
+bool is_out_of_processor_time(const Death& death, const Step& step) {
+    const bool is_killed = WIFSIGNALED(death.status) and WTERMSIG(death.status) == SIGKILL;
+    return is_killed and death.cpu_us >= step.cpu_seconds * 1'000'000;
+}
+
+// The record of a step that has ended.
+void report(const Watch& watch, int code, uint64_t wall_us) {
     std::string head = "step " + std::to_string(code) + " " + watch.stopped;
     for (const uint64_t value : {wall_us, watch.usage.cpu_us, watch.usage.peak_bytes,
                                  uint64_t{watch.written[0].size()}, uint64_t{watch.written[1].size()}}) {
@@ -130,7 +145,51 @@ bool run(const Step& step, const Job& job) {
     head += '\n';
     write_all(STDOUT_FILENO, head);
     for (const auto& text : watch.written) write_all(STDOUT_FILENO, text);
+}
+
+// Whether the step ended well; writes its record.
+bool run(const Step& step, const Job& job, const Caller& caller, bool is_first) {
+    const uint64_t begin = now_us();
+    const Started process = start(step, job, is_first);
+    const int exit_file = static_cast<int>(checked(syscall(SYS_pidfd_open, process.pid, 0), "pidfd_open"));
+    Watch watch = {.step = step, .caller = caller, .process = process, .exit_file = exit_file};
+    follow(watch, job, begin);
+    const uint64_t wall_us = now_us() - begin;
+    kill_all(job);
+    const auto seen = reap(watch.usage, process.pid, true);
+    watch.drain();
+    for (const int file : {process.out, process.err, exit_file}) close(file);
+    const Death death = watch.death.value_or(seen.value_or(Death{0, 0}));
+    if (is_out_of_processor_time(death, step)) watch.stop("time");
+    const int code = WIFSIGNALED(death.status) ? -WTERMSIG(death.status) : WEXITSTATUS(death.status);
+    report(watch, code, wall_us);
     return code == 0 and not watch.is_stopped();
+}
+
+void run_steps(const Job& job, const Caller& caller) {
+    for (const auto& step : job.steps)
+        if (not run(step, job, caller, &step == &job.steps.front())) break;
+    write_all(STDOUT_FILENO, "end\n");
+}
+
+// Die with whoever started this process.
+//
+// Pid 1: with bubblewrap, which asked for it already, but it was lost on the way to the program's user and
+// back. Otherwise with the launcher, but only after the program, of which the kernel knows nothing.
+Caller tie_to_caller(const Job& job) {
+    if (job.is_pid_1) {
+        checked(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl pdeathsig");
+        return {};
+    }
+    sigset_t ending;
+    sigemptyset(&ending);
+    sigaddset(&ending, SIGTERM);
+    checked(sigprocmask(SIG_BLOCK, &ending, nullptr), "sigprocmask");
+    const Caller caller = {.signals = checked(signalfd(-1, &ending, SFD_CLOEXEC), "signalfd")};
+    checked(prctl(PR_SET_CHILD_SUBREAPER, 1), "prctl subreaper");
+    checked(prctl(PR_SET_PDEATHSIG, SIGTERM), "prctl pdeathsig");
+    if (getppid() != static_cast<pid_t>(job.launcher)) throw std::runtime_error("the launcher is gone");
+    return caller;
 }
 
 void supervise() {
@@ -145,13 +204,14 @@ void supervise() {
     }
     // Other processes of the same user cannot look into this one, nor take over its descriptors.
     checked(prctl(PR_SET_DUMPABLE, 0), "prctl dumpable");
-    if (not job.is_pid_1) checked(prctl(PR_SET_CHILD_SUBREAPER, 1), "prctl subreaper");
     write_files(job);
-    // Of bubblewrap's doing, but lost on the way to the program's user and back.
-    if (job.is_pid_1) checked(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl pdeathsig");
-    for (const auto& step : job.steps)
-        if (not run(step, job)) break;
-    write_all(STDOUT_FILENO, "end\n");
+    const Caller caller = tie_to_caller(job);
+    try {
+        run_steps(job, caller);
+    } catch (...) {
+        kill_all(job);
+        throw;
+    }
 }
 
 }  // namespace

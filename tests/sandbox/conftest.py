@@ -18,13 +18,13 @@ SMALL = Limits(time=5.0, memory=128 * MIB, output=64 * 1024, processes=24, disk=
 
 @pytest.fixture(scope="session")
 def full_isolation() -> None:
-    """Skips where bubblewrap, asked by itself, cannot make namespaces."""
+    """Skips where bubblewrap is not installed; fails where it is and cannot make namespaces."""
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     probe = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
     answer = subprocess.run(probe, capture_output=True, text=True, check=False)
     if answer.returncode:
-        pytest.skip(f"this machine refuses namespaces: {answer.stderr.strip()}")
+        pytest.fail(f"bubblewrap is installed and does not work: {answer.stderr.strip()}")
 
 
 def living(marker: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Outcomes from what was seen, without running anything."""
 
 import signal
+import time
 
 import pytest
 
@@ -35,24 +36,18 @@ def phase(**parts: object) -> Phase:
     ],
 )
 def test_outcomes(seen: dict[str, object], outcome: str) -> None:
-    assert judge(phase(**seen), LIMITS, LANGUAGES["python"], wanted=None, num_oom_killed=0)[0] == outcome
-
-
-def test_a_process_killed_for_want_of_memory_explains_a_failure_but_not_a_pass() -> None:
-    python = LANGUAGES["python"]
-    assert judge(phase(exit_code=1), LIMITS, python, wanted=None, num_oom_killed=1)[0] == "memory_limit"
-    assert judge(phase(), LIMITS, python, wanted=None, num_oom_killed=1)[0] == "passed"
+    assert judge(phase(**seen), LIMITS, LANGUAGES["python"], wanted=None)[0] == outcome
 
 
 def test_a_signal_without_a_name_is_told_by_number() -> None:
     seen = phase(exit_code=None, signal=40)
-    assert judge(seen, LIMITS, LANGUAGES["c"], wanted=None, num_oom_killed=0)[1] == "killed by signal 40"
+    assert judge(seen, LIMITS, LANGUAGES["c"], wanted=None)[1] == "killed by signal 40"
 
 
 def test_a_compiler_out_of_time_is_no_compile_error() -> None:
     late = phase(exit_code=None, signal=9, stopped="time")
-    assert judge_compiling(late, LIMITS, num_oom_killed=0) == ("time_limit", "compiling: not done after 60 s")
-    assert judge_compiling(phase(exit_code=1), LIMITS, num_oom_killed=0)[0] == "compile_error"
+    assert judge_compiling(late, LIMITS) == ("time_limit", "compiling: not done after 60 s")
+    assert judge_compiling(phase(exit_code=1), LIMITS)[0] == "compile_error"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,15 @@ def test_a_compiler_out_of_time_is_no_compile_error() -> None:
 )
 def test_failures_are_read_from_what_each_language_says(language: str, stderr: bytes, outcome: str) -> None:
     seen = phase(exit_code=1, stderr=stderr)
-    assert judge(seen, LIMITS, LANGUAGES[language], wanted=None, num_oom_killed=0)[0] == outcome
+    assert judge(seen, LIMITS, LANGUAGES[language], wanted=None)[0] == outcome
+
+
+@pytest.mark.parametrize("language", ["c", "rust", "python"])
+@pytest.mark.parametrize("word", [b"Assertion `", b"assertion `", b"Assertion "])
+def test_what_a_program_writes_cannot_keep_the_judge_busy(language: str, word: bytes) -> None:
+    begin = time.process_time()
+    judge(phase(exit_code=1, stderr=word * 100_000), LIMITS, LANGUAGES[language], wanted=None)
+    assert time.process_time() - begin < 5.0
 
 
 @pytest.mark.parametrize(

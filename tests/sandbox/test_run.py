@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dscoder.sandbox import box, cgroup, job
+from dscoder.sandbox import box, job, process
 from dscoder.sandbox import run as run_module
 from dscoder.sandbox.run import run
 from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
@@ -121,7 +121,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("is_root", [True, False])
 def test_without_control_groups_the_limits_hold(monkeypatch: pytest.MonkeyPatch, is_root: bool) -> None:
-    monkeypatch.setattr(run_module, "_hierarchies", tuple)
+    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
     if not is_root:
         monkeypatch.setattr(box, "is_root", lambda: False)
     source = """
@@ -199,12 +199,12 @@ def test_a_sandbox_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_supervisor_that_dies_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Verdict] = []
     thread = threading.Thread(target=lambda: seen.append(python("import time\ntime.sleep(60)")))
-    started: list[subprocess.Popen[bytes]] = []
-    start = box.start
-    monkeypatch.setattr(box, "start", lambda *parts: started.append(start(*parts)) or started[-1])
+    started: list[int] = []
+    start = process.start
+    monkeypatch.setattr(process, "start", lambda *parts: started.append(start(*parts)) or started[-1])
     thread.start()
     time.sleep(0.5)
-    started[0].kill()
+    os.kill(started[0], signal.SIGKILL)
     thread.join()
     assert_no_answer(seen[0], "report")
 
@@ -244,9 +244,8 @@ def test_a_running_program_can_be_called_off() -> None:
 
 def test_no_control_group_is_left() -> None:
     python("pass")
-    mounts, membership = (Path("/proc/self", name).read_text() for name in ("mounts", "cgroup"))
-    roots = [hierarchy.root for hierarchy in cgroup.find_hierarchies(mounts, membership)]
-    assert [path for root in roots for path in root.glob(f"dscoder-sandbox-{os.getpid()}-*")] == []
+    folders = [hierarchy.root for hierarchy in run_module._hierarchies(os.getpid())]
+    assert [path for folder in folders for path in folder.iterdir() if path.is_dir()] == []
 
 
 def test_no_descriptor_and_no_child_is_left() -> None:

@@ -1,5 +1,7 @@
 """Isolation "rlimits": what it still holds, that it must be asked for, and that every verdict says so."""
 
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +92,7 @@ for _ in range(3):
 
 @pytest.mark.usefixtures("reachable")
 def test_memory_of_many_processes_adds_up(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_hierarchies", tuple)
+    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
     source = """
 import os, time
 for _ in range(6):
@@ -108,6 +110,40 @@ def test_the_folder_of_a_program_is_gone_with_it() -> None:
     verdict = run_weakly(source)
     assert verdict.outcome == "passed"
     assert not Path(verdict.stdout.strip()).exists()
+
+
+SOCKETS = """
+import socket, sys
+def refused(action, *args):
+    try:
+        action(*args)
+    except OSError:
+        return True
+    return False
+left, right = socket.socketpair()
+left.send(b"inside")
+assert right.recv(6) == b"inside"
+assert refused(socket.socket(socket.AF_UNIX).connect, sys.argv[1])
+assert refused(socket.socket(socket.AF_UNIX).connect, "\\0" + sys.argv[2])
+assert refused(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM)
+assert refused(socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM)
+assert refused(socket.socketpair, socket.AF_UNIX, socket.SOCK_RAW)
+"""
+
+
+@pytest.mark.usefixtures("reachable")
+def test_the_hosts_named_sockets_are_out_of_reach(tmp_path: Path) -> None:
+    named, hidden = str(tmp_path / "named"), f"dscoder-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for server, address in ((first, named), (second, f"\0{hidden}")):
+            server.bind(address)
+            server.listen()
+        for path in (tmp_path, *tmp_path.parents):
+            if path.stat().st_uid == os.getuid() and path != Path("/"):
+                path.chmod(path.stat().st_mode | 0o005)
+        Path(named).chmod(0o777)
+        verdict = run_weakly(SOCKETS, named, hidden)
+    assert verdict.outcome == "passed", verdict.stderr
 
 
 def test_what_a_user_without_rights_cannot_reach_is_the_sandboxs_failure(

@@ -1,19 +1,16 @@
-"""The walls: the bubblewrap command line, the user ids, and the supervisor's start and end.
+"""The walls: the bubblewrap command line, the user ids, and the way in.
 
 Seen from inside, the supervisor is user 0 and the program user 1000. Started by root, 1000 is a user id that
 nobody else has, so neither a file, a process nor a limit is shared with the host. Started by anybody else,
 both are user 1000. In either case the supervisor hides its memory and descriptors.
 """
 
-import json
 import os
-import select
+import re
 import shutil
-import signal
-import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +18,7 @@ from pathlib import Path
 
 from dscoder.sandbox.cgroup import Group
 from dscoder.sandbox.job import Job
+from dscoder.sandbox.process import Ending, SandboxError, Supervised, above_streams
 
 INSIDE_USER = 1000
 _SUPERVISOR_INSIDE = "/supervisor"
@@ -33,13 +31,8 @@ _SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "mono", "R")
 _ETC_PATTERNS = ("java-*-openjdk", "php*", "lua*")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
-_MAX_COMPLAINT = 2000
-_CHUNK = 1 << 16
+_MAX_NEWS = 4096  # bytes of what bubblewrap says of itself; its first line has the process id
 _EMPTY_SIZE = 1 << 16  # bytes of the file system that lies over what is masked
-
-
-class SandboxError(RuntimeError):
-    """The sandbox itself failed; says nothing about the program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +46,6 @@ class View:
 
     shown: tuple[Path, ...] = ()
     masked: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
-    """How a supervisor ended."""
-
-    report: bytes
-    complaint: str  # what it or bubblewrap wrote to stderr
-    is_overdue: bool
-    is_cancelled: bool
 
 
 def is_root() -> bool:
@@ -147,42 +130,66 @@ def mounts(view: View, *, disk: int) -> tuple[str, ...]:
     return (*arguments, "--proc", "/proc", "--remount-ro", "/")
 
 
-def command_line(bubblewrap: str, job: Job, view: View, *, news: int, go_ahead: int) -> list[str]:
-    """The whole command. Descriptors: where bubblewrap tells its process id, and what it waits for then."""
+def command_line(bubblewrap: str, job: Job, view: View, gates: "Gates") -> list[str]:
+    """The whole command."""
     namespaces = [f"--unshare-{name}" for name in ("user", "pid", "ipc", "uts", "net", "cgroup-try")]
-    capabilities = ["--cap-drop", "ALL"]
-    if job.user:
-        # To become the program's user and to kill what runs under it. The program has none of them.
-        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
-            capabilities += ["--cap-add", name]
+    # To see how much memory processes share; to become the program's user and to kill what runs under it. The
+    # program has none of them.
+    kept = ("CAP_SYS_PTRACE", *(("CAP_SETUID", "CAP_SETGID", "CAP_KILL") if job.user else ()))
+    capabilities = ["--cap-drop", "ALL", *(word for name in kept for word in ("--cap-add", name))]
+    # Not --die-with-parent: a bubblewrap that dies before its child may go on leaves it asleep for ever. The
+    # child sees the launcher's death itself.
     return [
         *(bubblewrap, *namespaces, *capabilities),
-        *("--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"),
-        *("--info-fd", str(news), "--userns-block-fd", str(go_ahead)),
+        *("--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv"),
+        *("--info-fd", str(gates.news_end), "--userns-block-fd", str(gates.users_end)),
+        *("--block-fd", str(gates.start_end)),
         *(*mounts(view, disk=int(job.limits.disk)), "--chdir", "/"),
         *("--", _SUPERVISOR_INSIDE),
     ]
 
 
-def memory_file(name: str, content: bytes) -> int:
-    """A descriptor that reads `content`; it closes on exec unless it is passed on."""
-    file = os.memfd_create(name)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(file, view) :]
-    os.lseek(file, 0, os.SEEK_SET)
-    return file
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gates:
+    """The pipes by which a launcher and bubblewrap agree; the ends so named are bubblewrap's.
+
+    Attributes:
+        news: where bubblewrap writes its child's process id.
+        users: opened once that has user ids; bubblewrap builds the file system then.
+        start: opened once it is in its control group; bubblewrap becomes the supervisor then.
+    """
+
+    news: int
+    news_end: int
+    users: int
+    users_end: int
+    start: int
+    start_end: int
+
+    def passed(self) -> tuple[int, ...]:
+        """What bubblewrap inherits: the reading end of the news too, so that writing never fails."""
+        return self.news, self.news_end, self.users_end, self.start_end
 
 
-def _read_all(file: int, deadline: float) -> bytes:
-    poll = select.poll()
-    poll.register(file, select.POLLIN)
-    chunks: list[bytes] = []
-    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        chunks.append(os.read(file, _CHUNK))
-        if not chunks[-1]:
-            return b"".join(chunks)
-    raise SandboxError("bubblewrap did not start in time")
+@contextmanager
+def open_gates() -> Iterator[Gates]:
+    """The pipes while the block runs. Whoever waits at one goes on when the launcher is gone."""
+    files: list[int] = []
+    try:
+        for _ in range(3):
+            files += map(above_streams, os.pipe())
+        news, news_end, users_end, users, start_end, start = files
+        yield Gates(
+            news=news,
+            news_end=news_end,
+            users=users,
+            users_end=users_end,
+            start=start,
+            start_end=start_end,
+        )
+    finally:
+        for file in files:
+            os.close(file)
 
 
 def map_users(pid: int, *, is_root: bool) -> None:
@@ -198,87 +205,28 @@ def map_users(pid: int, *, is_root: bool) -> None:
     (folder / "gid_map").write_text(groups)
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a supervisor or bubblewrap, and by that all that is inside."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def collect(
-    process: "subprocess.Popen[bytes]", complaints: int, *, job: Job, deadline: float, cancel: int | None
-) -> Ending:
-    """Read the report to its end, the deadline or the cancellation, whichever is first; then kill."""
-    assert process.stdout is not None
-    report = bytearray()
-    poll = select.poll()
-    poll.register(process.stdout, select.POLLIN)
-    if cancel is not None:
-        poll.register(cancel, select.POLLIN)
-    is_overdue = is_cancelled = False
-    while not (is_overdue or is_cancelled):
-        ready = [file for file, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-        is_overdue = not ready
-        is_cancelled = cancel in ready
-        if process.stdout.fileno() in ready:
-            chunk = os.read(process.stdout.fileno(), _CHUNK)
-            report += chunk
-            if not chunk or len(report) > job.report_size():
-                break
-    if is_overdue or is_cancelled or len(report) > job.report_size():
-        _kill(process)
-    process.stdout.close()
-    process.wait()
-    complaint = os.pread(complaints, _MAX_COMPLAINT, 0).decode(errors="replace").strip()
-    return Ending(report=bytes(report), complaint=complaint, is_overdue=is_overdue, is_cancelled=is_cancelled)
-
-
-def start(
-    command: Sequence[str], content: int, complaints: int, passed: Sequence[int]
-) -> "subprocess.Popen[bytes]":
-    """A supervisor, or bubblewrap around one. Its environment is empty and its session its own."""
-    # No preexec_fn, so that a large process starts it by vfork.
-    return subprocess.Popen(
-        command,
-        stdin=content,
-        stdout=subprocess.PIPE,
-        stderr=complaints,
-        pass_fds=passed,
-        env={},
-        cwd="/",
-        start_new_session=True,
-    )
-
-
-def _admit(news: int, go_ahead: int, group: Group, *, deadline: float) -> None:
-    """Between bubblewrap's first fork and its going on. If it is dead already, its complaint says why."""
-    text = _read_all(news, deadline)
-    if text:
-        pid = int(json.loads(text)["child-pid"])
-        group.add(pid)
-        map_users(pid, is_root=is_root())
-        os.write(go_ahead, b"1")
+def _admit(process: Supervised, gates: Gates, group: Group) -> None:
+    """From bubblewrap's fork to its becoming the supervisor. If it ends before, its complaint says why."""
+    if not process.wait_for(gates.news):
+        return
+    news = os.read(gates.news, _MAX_NEWS)
+    found = re.search(rb'"child-pid": (\d+)', news)
+    if found is None:
+        raise SandboxError(f"bubblewrap must name its child's process id, got {news!r}")
+    pid = int(found[1])
+    process.watch_init(pid)
+    map_users(pid, is_root=is_root())
+    os.write(gates.users, b"1")
+    group.add(pid)  # takes the kernel some milliseconds, in which bubblewrap builds the file system
+    os.write(gates.start, b"1")
 
 
 def execute(job: Job, view: View, group: Group, *, cancel: int | None) -> Ending:
     """Run a job under full isolation to its end."""
     bubblewrap = find_bubblewrap()
     deadline = time.monotonic() + job.deadline()
-    content, complaints = memory_file("job", job.encode()), memory_file("stderr", b"")
-    (news, news_end), (wait_end, go_ahead) = os.pipe(), os.pipe()
-    open_files = {content, complaints, news, news_end, wait_end, go_ahead}
-    try:
-        command = command_line(bubblewrap, job, view, news=news_end, go_ahead=wait_end)
-        process = start(command, content, complaints, (news_end, wait_end))
-        for end in (news_end, wait_end):
-            os.close(end)
-            open_files.remove(end)
-        try:
-            _admit(news, go_ahead, group, deadline=deadline)
-        except BaseException:
-            _kill(process)
-            raise
-        return collect(process, complaints, job=job, deadline=deadline, cancel=cancel)
-    finally:
-        for file in open_files:
-            os.close(file)
+    with open_gates() as gates:
+        command = command_line(bubblewrap, job, view, gates)
+        with Supervised(command, job, passed=gates.passed(), deadline=deadline, cancel=cancel) as process:
+            _admit(process, gates, group)
+            return process.ending()

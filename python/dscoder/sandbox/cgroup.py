@@ -2,11 +2,17 @@
 
 Version 2, or the version 1 hierarchies `memory` and `pids`, wherever this process may make groups below its
 own. Where it may not, the limits rest on the supervisor's looks and on rlimits alone.
+
+A process that starts sandboxes has one folder a hierarchy, and a group in it for each sandbox. It holds a
+lock on that folder for as long as it lives, so that others can tell what the dead have left.
 """
 
-import itertools
+import atexit
+import errno
+import fcntl
 import os
 import re
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -14,8 +20,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dscoder.sandbox.machine import control_groups
+
 _NAME = "dscoder-sandbox"
-_COUNTER = itertools.count()
+_LEAF = "dscoder-launcher"
 _MAX_ROUNDS = 200
 _PAUSE = 0.005  # seconds
 
@@ -27,6 +35,19 @@ class Hierarchy:
     root: Path
     controllers: frozenset[str]  # of memory and pids
     version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortage:
+    """Whom the kernel killed for want of memory.
+
+    Attributes:
+        num_killed: processes of the group.
+        is_own: the group had used up its own memory; else the machine, or a container around it.
+    """
+
+    num_killed: int = 0
+    is_own: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,41 +76,58 @@ class Group:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(_PAUSE)
 
-    def num_killed(self) -> int:
-        """How many processes the kernel has killed since the memory was used up."""
+    def shortage(self) -> Shortage | None:
+        """What the kernel did since memory was used up; None if no group of this one counts memory."""
         for hierarchy, folder in self.folders:
-            if "memory" in hierarchy.controllers:
-                name = "memory.events" if hierarchy.version == 2 else "memory.oom_control"
-                found = re.search(r"^oom_kill (\d+)$", (folder / name).read_text(), flags=re.MULTILINE)
-                return int(found[1]) if found else 0
-        return 0
+            if "memory" not in hierarchy.controllers:
+                continue
+            if hierarchy.version == 2:
+                num_killed, num_full = (
+                    _count(folder / "memory.events", name) for name in ("oom_kill", "oom")
+                )
+            else:
+                num_killed = _count(folder / "memory.oom_control", "oom_kill")
+                num_full = int((folder / "memory.failcnt").read_text())
+            return Shortage(num_killed=num_killed, is_own=num_full > 0)
+        return None
 
 
-def _mounts(table: str) -> Iterator[tuple[int, Path, frozenset[str]]]:
-    """(version, mount point, mount options) of each control group file system in a table of mounts."""
-    for line in table.splitlines():
-        _, place, kind, options, *_ = line.split()
-        if kind in ("cgroup", "cgroup2"):
-            yield 2 if kind == "cgroup2" else 1, Path(place), frozenset(options.split(","))
+def _count(file: Path, name: str) -> int:
+    found = re.search(rf"^{name} (\d+)$", file.read_text(), flags=re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
-def _own_path(membership: str, controller: str) -> str | None:
-    """Where in the hierarchy of `controller` ("" for version 2) this process is."""
-    for line in membership.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            return path.lstrip("/")
-    return None
+# ---- finding where groups can be made ----
+
+
+def _enable(folder: Path, controllers: frozenset[str]) -> None:
+    """Give the groups below `folder` these controllers of version 2."""
+    if controllers - set((folder / "cgroup.subtree_control").read_text().split()):
+        (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(controllers)))
 
 
 def _with_controllers(root: Path) -> frozenset[str]:
     """The controllers of version 2 that groups below `root` have or can be given."""
-    wanted = {"memory", "pids"} & set((root / "cgroup.controllers").read_text().split())
-    enabled = set((root / "cgroup.subtree_control").read_text().split())
-    if wanted - enabled:
-        # Refused while processes are in `root` itself, as they are unless somebody set the group up for us.
-        (root / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(wanted)))
-    return frozenset(wanted)
+    wanted = frozenset({"memory", "pids"} & set((root / "cgroup.controllers").read_text().split()))
+    if not wanted:
+        return wanted
+    try:
+        _enable(root, wanted)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        # A group with processes of its own gives its children nothing: this one moves to a child.
+        leaf = root / _LEAF
+        leaf.mkdir(exist_ok=True)
+        (leaf / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            _enable(root, wanted)
+        except OSError:  # it was not the only one: back to where it came from
+            (root / "cgroup.procs").write_text(str(os.getpid()))
+            with suppress(OSError):
+                leaf.rmdir()
+            raise
+    return wanted
 
 
 def find_hierarchies(table: str, membership: str) -> tuple[Hierarchy, ...]:
@@ -100,45 +138,96 @@ def find_hierarchies(table: str, membership: str) -> tuple[Hierarchy, ...]:
         membership: the text of /proc/self/cgroup.
     """
     found = []
-    missing = {"memory", "pids"}
-    for version, place, options in _mounts(table):
-        here = frozenset({""}) if version == 2 else options & missing
-        path = _own_path(membership, next(iter(here))) if here else None
-        if path is None or not os.access(place / path, os.W_OK):
+    missing = frozenset({"memory", "pids"})
+    for version, _, own, options in control_groups(table, membership):
+        root = own.parent if own.name == _LEAF else own  # started by a launcher that has moved
+        if not os.access(root, os.W_OK):
             continue
         with suppress(OSError):
-            controllers = _with_controllers(place / path) if version == 2 else here
-            if controllers & missing:
-                found.append(Hierarchy(root=place / path, controllers=controllers & missing, version=version))
+            controllers = missing & (_with_controllers(root) if version == 2 else options)
+            if controllers:
+                found.append(Hierarchy(root=root, controllers=controllers, version=version))
                 missing -= controllers
     return tuple(found)
 
 
-def _write_limits(hierarchy: Hierarchy, folder: Path, *, memory: int, processes: int) -> None:
-    if "memory" in hierarchy.controllers:
-        names = ("memory.max", "memory.swap.max") if hierarchy.version == 2 else ("memory.limit_in_bytes",)
-        (folder / names[0]).write_text(str(memory))
-        for name in names[1:]:
-            with suppress(OSError):  # a kernel without swap accounting lacks the file
-                (folder / name).write_text("0")
-    if "pids" in hierarchy.controllers:
-        (folder / "pids.max").write_text(str(processes))
+# ---- the launcher's folder ----
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on a folder; None if somebody else does, or the folder is gone."""
+    try:
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():  # while it was locked: whoever removes it locks it first
+            return file
+    except BlockingIOError:
+        pass
+    os.close(file)
+    return None
+
+
+def _remove(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # and not a process forked from it
+        with suppress(OSError):  # busy with what would not die; a later sweep finds it
+            folder.rmdir()
+
+
+def open_folders(hierarchies: tuple[Hierarchy, ...]) -> tuple[Hierarchy, ...]:
+    """A folder of this process's own in each hierarchy, locked until its end and removed by it."""
+    found = []
+    for hierarchy in hierarchies:
+        lock = None
+        while lock is None:  # a sweep may come between the making and the locking
+            folder = hierarchy.root / f"{_NAME}-{os.getpid()}-{secrets.token_hex(4)}"
+            folder.mkdir()
+            lock = _lock(folder)
+        atexit.register(_remove, folder, os.getpid())
+        if hierarchy.version == 2:
+            _enable(folder, hierarchy.controllers)
+        found.append(Hierarchy(root=folder, controllers=hierarchy.controllers, version=hierarchy.version))
+    return tuple(found)
+
+
+def _clear(hierarchy: Hierarchy, folder: Path) -> None:
+    for group in (*(path for path in folder.iterdir() if path.is_dir()), folder):
+        with suppress(OSError):
+            Group(folders=((hierarchy, group),)).kill()
+        with suppress(OSError):
+            group.rmdir()
 
 
 def sweep(hierarchies: tuple[Hierarchy, ...]) -> None:
-    """Remove the empty groups of processes that died before they could."""
-    folders = [folder for hierarchy in hierarchies for folder in hierarchy.root.glob(f"{_NAME}-*-*")]
-    for folder in folders:
-        is_orphan = not Path("/proc", folder.name.split("-")[2]).exists()
-        with suppress(OSError):
-            if is_orphan:
-                folder.rmdir()
+    """Remove what launchers that are dead have left, and kill what lives in it."""
+    for hierarchy in hierarchies:
+        for folder in hierarchy.root.glob(f"{_NAME}-*"):
+            lock = _lock(folder)
+            if lock is not None:
+                _clear(hierarchy, folder)
+                os.close(lock)
+
+
+# ---- one sandbox's groups ----
+
+
+def _write_limits(hierarchy: Hierarchy, folder: Path, *, memory: int, processes: int) -> None:
+    if "memory" in hierarchy.controllers:
+        is_2 = hierarchy.version == 2
+        (folder / ("memory.max" if is_2 else "memory.limit_in_bytes")).write_text(str(memory))
+        with suppress(OSError):  # a kernel without swap accounting lacks the file
+            name, most = ("memory.swap.max", 0) if is_2 else ("memory.memsw.limit_in_bytes", memory)
+            (folder / name).write_text(str(most))
+    if "pids" in hierarchy.controllers:
+        (folder / "pids.max").write_text(str(processes))
 
 
 @contextmanager
 def new_group(hierarchies: tuple[Hierarchy, ...], *, memory: int, processes: int) -> Iterator[Group]:
     """A group under these limits while the block runs; what is alive in it at the end is killed."""
-    name = f"{_NAME}-{os.getpid()}-{next(_COUNTER)}"
+    name = secrets.token_hex(8)
     folders: list[tuple[Hierarchy, Path]] = []
     try:
         for hierarchy in hierarchies:

@@ -38,6 +38,7 @@ class Step:
     env: Mapping[str, str]
     stdin: bytes
     time: float
+    cpu_time: float
     is_bounded_in_address_space: bool  # False for runtimes that reserve more than they use
 
 
@@ -52,6 +53,7 @@ class Job:
     memory_folders: tuple[str, ...]  # file systems in memory, counted as such
     user: int  # the program's user id, seen from inside; 0: the supervisor's own
     is_pid_1: bool
+    launcher: int  # the process id that the supervisor's parent must have; 0: not seen from inside
     filter: bytes  # what seccomp.py makes
     join: tuple[str, ...]  # control groups, by their files of processes, that the supervisor puts itself into
 
@@ -73,6 +75,7 @@ class Job:
                 _text(self.filter),
                 _number(self.user),
                 _number(self.is_pid_1),
+                _number(self.launcher),
                 _list(_text(name) + _text(content) for name, content in self.files),
                 _list(self._step(step) for step in self.steps),
             ]
@@ -80,11 +83,9 @@ class Job:
 
     def _step(self, step: Step) -> bytes:
         limits = self.limits
-        # One second of grace: the wall clock ends most programs, and says so.
-        cpu_seconds = math.ceil(limits.cpu_time if limits.cpu_time is not None else step.time + 1)
         numbers = (
             step.time * 1e6,
-            cpu_seconds,
+            math.ceil(step.cpu_time),
             limits.memory,
             limits.memory if step.is_bounded_in_address_space else 0,
             limits.output,

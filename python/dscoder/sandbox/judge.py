@@ -12,6 +12,8 @@ _BY_SIGNAL: dict[int, Outcome] = {
     signals.SIGXFSZ: "output_limit",
 }
 
+_END_SIZE = 1 << 16  # bytes at the end of stderr that are searched for marks
+
 
 def same_output(found: bytes, wanted: str) -> bool:
     """Equal line by line, without white space at the end of lines and of the text."""
@@ -23,7 +25,8 @@ def same_output(found: bytes, wanted: str) -> bool:
 
 
 def _has(mark: str, text: bytes) -> bool:
-    return bool(mark) and re.search(mark, text.decode(errors="replace"), flags=re.MULTILINE) is not None
+    end = text[-_END_SIZE:].decode(errors="replace")
+    return bool(mark) and re.search(mark, end, flags=re.MULTILINE) is not None
 
 
 def _how_it_ended(phase: Phase) -> str:
@@ -33,14 +36,17 @@ def _how_it_ended(phase: Phase) -> str:
     return f"killed by {names.get(phase.signal, f'signal {phase.signal}')}"
 
 
-def _limit(
-    phase: Phase, limits: Limits, *, seconds: float, num_oom_killed: int
-) -> tuple[Outcome, str] | None:
+def out_of_memory(limits: Limits) -> str:
+    """A line for a person."""
+    return f"more than {limits.memory:g} bytes of memory"
+
+
+def _limit(phase: Phase, limits: Limits, *, seconds: float) -> tuple[Outcome, str] | None:
     """The limit that ended a step; None if none did."""
     if phase.stopped == "time":
         return "time_limit", f"not done after {seconds:g} s"
-    if phase.stopped == "memory" or (num_oom_killed and phase.exit_code != 0):
-        return "memory_limit", f"more than {limits.memory:g} bytes of memory"
+    if phase.stopped == "memory":
+        return "memory_limit", out_of_memory(limits)
     if phase.stopped == "output":
         return "output_limit", f"more than {limits.output:g} bytes of output"
     if phase.signal in _BY_SIGNAL:
@@ -48,19 +54,17 @@ def _limit(
     return None
 
 
-def judge_compiling(phase: Phase, limits: Limits, *, num_oom_killed: int) -> tuple[Outcome, str]:
+def judge_compiling(phase: Phase, limits: Limits) -> tuple[Outcome, str]:
     """Outcome and detail of a program that did not compile."""
-    limit = _limit(phase, limits, seconds=limits.compile_time, num_oom_killed=num_oom_killed)
+    limit = _limit(phase, limits, seconds=limits.compile_time)
     if limit is not None:
         return limit[0], f"compiling: {limit[1]}"
     return "compile_error", f"compiler: {_how_it_ended(phase)}"
 
 
-def judge(
-    phase: Phase, limits: Limits, language: Language, *, wanted: str | None, num_oom_killed: int
-) -> tuple[Outcome, str]:
+def judge(phase: Phase, limits: Limits, language: Language, *, wanted: str | None) -> tuple[Outcome, str]:
     """Outcome and detail of a program that ran."""
-    limit = _limit(phase, limits, seconds=limits.time, num_oom_killed=num_oom_killed)
+    limit = _limit(phase, limits, seconds=limits.time)
     if limit is not None:
         return limit
     if phase.exit_code == 0:

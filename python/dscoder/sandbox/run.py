@@ -6,35 +6,45 @@ seccomp filter, rlimits and, where the system allows, control groups bound it, a
 dead before the verdict. "rlimits" is for machines that refuse namespaces, and only used when asked for.
 """
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from dscoder.sandbox import box, weak
-from dscoder.sandbox.box import Ending, SandboxError
-from dscoder.sandbox.cgroup import Hierarchy, find_hierarchies, new_group, sweep
+from dscoder.sandbox.cgroup import Hierarchy, Shortage, find_hierarchies, new_group, open_folders, sweep
 from dscoder.sandbox.job import FOLDER, Job, Step, read_report
-from dscoder.sandbox.judge import judge, judge_compiling
+from dscoder.sandbox.judge import judge, judge_compiling, out_of_memory
+from dscoder.sandbox.machine import num_cores, num_killed_for_memory
+from dscoder.sandbox.process import Ending, SandboxError
 from dscoder.sandbox.seccomp import filter_here
 from dscoder.sandbox.toolchains import Missing, Toolchain, find
-from dscoder.sandbox.verdict import MIB, Isolation, Limits, Phase, Program, Verdict, as_bytes
+from dscoder.sandbox.verdict import MIB, Isolation, Limits, Outcome, Phase, Program, Verdict, as_bytes
 
 DEFAULT_LIMITS = Limits()
 _SUPERVISOR_MEMORY = 32 * MIB
 _SUPERVISOR_PROCESSES = 4
+# What stays the outcome though processes of the program were killed for want of memory, too.
+_FROM_OUTSIDE: frozenset[Outcome] = frozenset({"time_limit", "output_limit"})
 
 
 @cache
-def _hierarchies() -> tuple[Hierarchy, ...]:
+def _hierarchies(pid: int) -> tuple[Hierarchy, ...]:
+    """Where process `pid`, this one, makes groups; one forked from it has its own."""
     found = find_hierarchies(Path("/proc/self/mounts").read_text(), Path("/proc/self/cgroup").read_text())
     sweep(found)
-    return found
+    return open_folders(found)
 
 
 @cache
-def _filter(keeps_broadcast: bool) -> bytes:
-    return filter_here(keeps_broadcast=keeps_broadcast)
+def _filter(is_in_namespace: bool) -> bytes:
+    return filter_here(is_in_namespace=is_in_namespace)
+
+
+def _cpu_time(limit: float | None, wall: float) -> float:
+    # One second of grace: the wall clock ends most programs, and says so.
+    return limit if limit is not None else (wall + 1) * num_cores()
 
 
 def _steps(program: Program, toolchain: Toolchain, limits: Limits) -> list[Step]:
@@ -49,10 +59,17 @@ def _steps(program: Program, toolchain: Toolchain, limits: Limits) -> list[Step]
         env=toolchain.env,
         stdin=as_bytes(program.stdin),
         time=limits.time,
+        cpu_time=_cpu_time(limits.cpu_time, limits.time),
         is_bounded_in_address_space=toolchain.language.is_bounded_in_address_space,
     )
     # Compilers are trusted with address space: some reserve much more than they use.
-    first = replace(run_step, stdin=b"", time=limits.compile_time, is_bounded_in_address_space=False)
+    first = replace(
+        run_step,
+        stdin=b"",
+        time=limits.compile_time,
+        cpu_time=_cpu_time(limits.compile_cpu_time, limits.compile_time),
+        is_bounded_in_address_space=False,
+    )
     return [*(replace(first, argv=command) for command in compiling), run_step]
 
 
@@ -67,6 +84,7 @@ def _job(program: Program, toolchain: Toolchain, limits: Limits) -> Job:
         memory_folders=box.MEMORY_FOLDERS,
         user=box.INSIDE_USER if box.is_root() else 0,
         is_pid_1=True,
+        launcher=0,
         filter=_filter(True),
         join=(),
     )
@@ -82,6 +100,7 @@ def _weakened(job: Job, *, folder: str, user: int, join: tuple[str, ...]) -> Job
         memory_folders=(),
         user=user,
         is_pid_1=False,
+        launcher=os.getpid(),
         filter=_filter(False),
         join=join,
     )
@@ -89,33 +108,33 @@ def _weakened(job: Job, *, folder: str, user: int, join: tuple[str, ...]) -> Job
 
 def _execute(
     job: Job, toolchain: Toolchain, isolation: Isolation, *, cancel: int | None
-) -> tuple[Ending, int]:
-    """How the supervisor ended, and how many processes the kernel killed for want of memory."""
+) -> tuple[Ending, Shortage]:
+    """How the supervisor ended, and whom the kernel killed for want of memory."""
     limits = job.limits
     with ExitStack() as stack:
         group = stack.enter_context(
             new_group(
-                _hierarchies(),
+                _hierarchies(os.getpid()),
                 memory=int(limits.memory + 2 * limits.disk + _SUPERVISOR_MEMORY),
                 processes=int(limits.processes + _SUPERVISOR_PROCESSES),
             )
         )
+        killed_before = num_killed_for_memory()
         if isolation == "full":
             ending = box.execute(job, toolchain.view, group, cancel=cancel)
-            return ending, group.num_killed()
-        user = weak.user()
-        if user:
-            for path in toolchain.paths.values():
-                weak.check_reachable(path.resolve())
-        folder = stack.enter_context(weak.new_folder(user))
-        files = tuple(str(file) for file in group.member_files())
-        job = _weakened(job, folder=folder, user=user, join=files)
-        return weak.execute(job, cancel=cancel), group.num_killed()
+        else:
+            user = weak.user()
+            if user:
+                for path in toolchain.paths.values():
+                    weak.check_reachable(path.resolve())
+            folder = stack.enter_context(weak.new_folder(user))
+            files = tuple(str(file) for file in group.member_files())
+            ending = weak.execute(_weakened(job, folder=folder, user=user, join=files), cancel=cancel)
+        # Without a group that counts, whatever was killed on the machine meanwhile may have been the program.
+        return ending, group.shortage() or Shortage(num_killed=num_killed_for_memory() - killed_before)
 
 
-def _explain(complaint: str, num_oom_killed: int) -> str:
-    if num_oom_killed:
-        complaint += f"; {num_oom_killed} processes were killed for want of memory"
+def _explain(complaint: str) -> str:
     if complaint.startswith("bwrap:"):
         complaint += (
             "; where namespaces are refused, isolation 'rlimits' runs without them, and is much weaker"
@@ -123,33 +142,25 @@ def _explain(complaint: str, num_oom_killed: int) -> str:
     return complaint
 
 
-def _phases(ending: Ending, num_oom_killed: int) -> list[Phase]:
+def _phases(ending: Ending) -> list[Phase]:
     """The steps that ran; SandboxError if the report does not say."""
-    if ending.is_cancelled:
-        raise SandboxError("cancelled")
-    if ending.is_overdue:
-        raise SandboxError("the supervisor did not report in time")
     try:
         phases = read_report(ending.report)
     except ValueError as error:
-        raise SandboxError(_explain(ending.complaint or str(error), num_oom_killed)) from error
+        raise SandboxError(_explain(ending.complaint or str(error))) from error
     if not phases:
         raise SandboxError("the supervisor ran nothing")
     return phases
 
 
-def _verdict(
-    phases: list[Phase], program: Program, toolchain: Toolchain, limits: Limits, num_oom_killed: int
-) -> Verdict:
+def _verdict(phases: list[Phase], program: Program, toolchain: Toolchain, limits: Limits) -> Verdict:
     num_compiling = len(toolchain.language.compile)
     compiling = phases[min(num_compiling, len(phases)) - 1] if num_compiling else None
     if len(phases) <= num_compiling:
-        outcome, detail = judge_compiling(phases[-1], limits, num_oom_killed=num_oom_killed)
+        outcome, detail = judge_compiling(phases[-1], limits)
         return Verdict(outcome=outcome, compile=compiling, detail=detail)
     last = phases[-1]
-    outcome, detail = judge(
-        last, limits, toolchain.language, wanted=program.expected_stdout, num_oom_killed=num_oom_killed
-    )
+    outcome, detail = judge(last, limits, toolchain.language, wanted=program.expected_stdout)
     return Verdict(
         outcome=outcome,
         stdout=last.stdout.decode(errors="backslashreplace"),
@@ -162,6 +173,27 @@ def _verdict(
         compile=compiling,
         detail=detail,
     )
+
+
+def _judged(
+    ending: Ending, shortage: Shortage, program: Program, toolchain: Toolchain, limits: Limits
+) -> Verdict:
+    """The verdict on what was reported, or on a report that is missing for want of memory."""
+    is_own_shortage = shortage.num_killed > 0 and shortage.is_own
+    try:
+        verdict = _verdict(_phases(ending), program, toolchain, limits)
+    except SandboxError:
+        if not is_own_shortage:
+            raise
+        # The program left so little that the supervisor itself was killed.
+        return Verdict(outcome="memory_limit", detail=out_of_memory(limits))
+    if shortage.num_killed == 0 or verdict.is_passed:
+        return verdict
+    if not is_own_shortage:
+        raise SandboxError(f"the machine ran out of memory meanwhile; the program: {verdict.detail}")
+    if verdict.outcome in _FROM_OUTSIDE:
+        return verdict
+    return replace(verdict, outcome="memory_limit", detail=out_of_memory(limits))
 
 
 def run(
@@ -184,8 +216,9 @@ def run(
         return Verdict(outcome="toolchain_missing", isolation=isolation, detail=toolchain.detail())
     try:
         job = _job(program, toolchain, limits)
-        ending, num_oom_killed = _execute(job, toolchain, isolation, cancel=cancel)
-        verdict = _verdict(_phases(ending, num_oom_killed), program, toolchain, limits, num_oom_killed)
-    except (SandboxError, OSError) as error:
-        return Verdict(outcome="sandbox_error", isolation=isolation, detail=str(error))
+        ending, shortage = _execute(job, toolchain, isolation, cancel=cancel)
+        verdict = _judged(ending, shortage, program, toolchain, limits)
+    except Exception as error:  # whatever it is, it must never be scored as the program's answer
+        detail = str(error) if isinstance(error, SandboxError | OSError) else repr(error)
+        return Verdict(outcome="sandbox_error", isolation=isolation, detail=detail)
     return replace(verdict, isolation=isolation)

@@ -89,16 +89,17 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a program may take. Compiling has its own time; the other limits hold for it too.
+    """What a program may take. Compiling has its own times; the other limits hold for it too.
 
     Attributes:
         time: seconds on the wall clock.
-        cpu_time: seconds of processor time of one process; None: as many as `time` allows.
+        cpu_time: seconds of processor time of one process; None: as many as `time` allows on all cores.
         memory: bytes, all processes together.
         output: bytes kept of stdout, and of stderr; one more ends the program.
         processes: processes and threads at one time.
         disk: bytes in the working directory and /tmp, and again in /dev/shm.
         compile_time: seconds on the wall clock, for each step of compiling.
+        compile_cpu_time: as `cpu_time`, for each step of compiling.
     """
 
     time: float = 10.0
@@ -108,6 +109,7 @@ class Limits:
     processes: int = 64
     disk: int = 64 * MIB
     compile_time: float = 60.0
+    compile_cpu_time: float | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
