@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dscoder.config.task import TaskConfig
+from dscoder.cli.main import main
+from dscoder.config.task import Scoring, TaskConfig
 from dscoder.sandbox.verdict import Limits
 from dscoder.tasks.by_name import open_task
 from dscoder.tasks.problem import Problem, Task
@@ -76,6 +77,10 @@ def test_a_task_of_another_package_is_found_by_its_path() -> None:
         ({"name": "multipl_e"}, "language must be given for multipl_e and only there, got None"),
         ({"name": "mbpp", "language": "cpp"}, "only there, got cpp for mbpp"),
         ({"name": "mbpp", "examples": "x"}, "examples must be None but for gsm8k_pal, got 'x'"),
+        (
+            {"name": "mbpp", "scoring": "tests"},
+            "scoring must be None but for single_line_infilling, got 'tests'",
+        ),
         ({"name": ""}, "name must not be empty"),
     ],
 )
@@ -90,3 +95,26 @@ def test_every_named_task_is_in_the_help() -> None:
     config = Path(__file__).parents[2] / "python" / "dscoder" / "config" / "task.py"
     assert named
     assert all(name in config.read_text() for name in named)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "is_run", "passes"),
+    [(None, False, False), ("first_line", False, False), ("whole", False, True), ("tests", True, None)],
+)
+def test_the_scoring_of_infilling_is_chosen(
+    tmp_path: Path, scoring: Scoring | None, is_run: bool, passes: bool | None
+) -> None:
+    line = RECORD | {"suffix": "", "canonical_solution": "    return 1\n"}
+    sources = (written(tmp_path, line),)
+    task = open_task(TaskConfig(name="single_line_infilling", sources=sources, scoring=scoring))
+    (problem,) = task.problems()
+    completion = "    return 1<|endoftext|>"
+    assert (task.program(problem, completion) is not None) is is_run
+    assert task.grade(problem, completion, None).is_passed is passes
+
+
+def test_the_scoring_is_a_choice_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prefer", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--task\.scoring \{tests,whole,first_line,null\}", said)

@@ -64,9 +64,11 @@ def test_the_prompt_is_stripped_and_the_program_keeps_it_whole(source):
     task = HumanEval(source)
     (problem,) = task.problems()
     assert problem.prompt == 'def one():\n    """Return 1."""'
-    program = task.program(problem, "\n    return 1")
+    files = task.program(problem, "\n    return 1").files
     code = '\n\ndef one():\n    """Return 1."""\n' + "\n" + "\n    return 1"
-    assert program.source.startswith(HEADER + code + "\n" + problem.tests + "\n")
+    assert files["answer.py"] == HEADER + code
+    assert files["tests.py"] == problem.tests
+    assert files["given.py"] == HEADER + "\n\n"
 
 
 @pytest.mark.usefixtures("sandbox")

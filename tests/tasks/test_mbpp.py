@@ -83,7 +83,8 @@ def test_examples_are_dropped_from_the_right(source):
 def test_an_answer_ends_at_done_and_is_stripped(source):
     task = Mbpp(source)
     program = task.program(task.problems()[0], "\ndef f():\n    return 11\n[DONE]\nMore: [DONE]")
-    assert program.source.startswith("def f():\n    return 11\n\nassert f() == 11\nassert f() > 0\n")
+    assert program.files["answer.py"] == "def f():\n    return 11\n"
+    assert program.files["tests.py"] == "\nassert f() == 11\nassert f() > 0"
 
 
 @pytest.mark.usefixtures("sandbox")
@@ -116,10 +117,17 @@ def test_the_first_block_is_the_answer_and_without_one_everything_is(source):
     task = Mbpp(source, asking="instruct")
     problem = task.problems()[0]
     answers = ["So:\n```python\nx = 1\n```\n```python\ny = 2\n```", "x = 1"]
-    assert [task.program(problem, a).source.partition("\n")[0] for a in answers] == ["x = 1", "x = 1"]
+    assert [task.program(problem, a).files["answer.py"].strip() for a in answers] == ["x = 1", "x = 1"]
 
 
 def test_missing_records_are_named(tmp_path):
     (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(record(number)) for number in range(1, 500)))
     with pytest.raises(ValueError, match="must have the ids 11 to 510, got none for 500 and 10 others"):
         Mbpp(tmp_path)
+
+
+def test_a_function_called_like_one_of_pythons_is_the_answers(records):
+    task = Mbpp(records)
+    (problem,) = [problem for problem in task.problems() if problem.id == "mbpp/126"]
+    assert (problem.entry_point, task.program(problem, "").args) == ("sum", ("sum",))
+    assert {len(problem.entry_point) > 0 for problem in task.problems()} == {True}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Scoring = Literal["tests", "whole", "first_line"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
@@ -13,6 +15,8 @@ class TaskConfig:
     asking: Literal["base", "instruct", "instruct_v2"] = "base"  # to be continued, or as a chat message
     language: str | None = None  # of multipl_e
     examples: str | None = None  # of gsm8k_pal: a file with worked examples in place of ours
+    # Of single_line_infilling; None: first_line. Run the tests, or compare all or the first line of answers.
+    scoring: Scoring | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -24,3 +28,7 @@ class TaskConfig:
             )
         if self.examples is not None and self.name != "gsm8k_pal":
             raise ValueError(f"TaskConfig: examples must be None but for gsm8k_pal, got {self.examples!r}")
+        if self.scoring is not None and self.name != "single_line_infilling":
+            raise ValueError(
+                f"TaskConfig: scoring must be None but for single_line_infilling, got {self.scoring!r}"
+            )

@@ -28,7 +28,9 @@ _MAKERS: dict[str, Callable[[TaskConfig], Task]] = {
     "human_eval": lambda config: HumanEval(config.sources, asking=config.asking),
     "multipl_e": _multipl_e,
     "mbpp": _mbpp,
-    "single_line_infilling": lambda config: SingleLineInfilling(config.sources),
+    "single_line_infilling": lambda config: SingleLineInfilling(
+        config.sources, scoring=config.scoring or "first_line"
+    ),
     "gsm8k_pal": lambda config: Gsm8kPal(config.sources, examples=config.examples),
     "generated": lambda config: Generated(config.sources, asking=config.asking),
 }

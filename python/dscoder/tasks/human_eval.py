@@ -78,6 +78,22 @@ def limits_for(asking: Asking, *, memory: float = Limits().memory) -> Limits:
     return Limits(time=BASE_TIME if asking == "base" else INSTRUCT_TIME, memory=int(memory))
 
 
+def code_before(code: str, entry_point: str) -> str:
+    """What stands before the function to complete: what the tests may call beside it."""
+    before = code[: max(code.rfind(f"def {entry_point}("), 0)]
+    try:
+        compile(before, "given.py", "exec")
+    except (SyntaxError, ValueError):  # a decorator; then the tests call whatever the answer has
+        return ""
+    return before
+
+
+def test_program(problem: Problem, code: str) -> Program:
+    """The program for an answer to a record, which runs apart from the record's tests."""
+    given = HEADER + code_before(problem.code, problem.entry_point)
+    return python_program(code, problem.tests, given=given, asked=(problem.entry_point,))
+
+
 def call_check(test: str, entry_point: str) -> str:
     """The tests of a record, with the line that runs them, which some copies of the set have already."""
     call = f"check({entry_point})"
@@ -104,19 +120,17 @@ class HumanEval(Task):
         return self._problems
 
     def program(self, problem: Problem, completion: str) -> Program:
-        """Header, given code, answer and tests."""
-        return python_program(self._source(problem, completion))
+        """Header, given code and answer; apart from them the tests."""
+        return test_program(problem, self._code(problem, completion))
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """Passed if the program ran through its tests."""
-        return grade_ended(self._source(problem, completion), verdict)
+        return grade_ended(self._code(problem, completion), verdict, tests=problem.tests)
 
-    def _source(self, problem: Problem, completion: str) -> str:
+    def _code(self, problem: Problem, completion: str) -> str:
         if self.asking == "base":
-            code = problem.code + "\n" + cut_at(completion, STOPS)
-        else:
-            code = complete_function(problem.code, completion, _PYTHON)
-        return HEADER + code + "\n" + problem.tests + "\n"
+            return HEADER + problem.code + "\n" + cut_at(completion, STOPS)
+        return HEADER + complete_function(problem.code, completion, _PYTHON)
 
     def _problem(self, record: Record) -> Problem:
         is_base = self.asking == "base"

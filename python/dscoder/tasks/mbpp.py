@@ -4,6 +4,7 @@ Records 2, 3 and 4 (by task_id) are the examples, 11 to 510 the problems. Base m
 ends in [BEGIN]; instruct models get the examples in one message. Nothing is imported for the answer.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ _FILES = ("mbpp.jsonl",)
 _FIELDS = ("task_id", "text", "code", "test_list")
 _BASE_TOKENS = 500
 _INSTRUCT_TOKENS = 512
+_FUNCTION = re.compile(r"^def +(\w+)", flags=re.MULTILINE)
 
 
 def _code(record: Record) -> str:
@@ -60,6 +62,12 @@ def _instruct_prompt(examples: Sequence[Record], record: Record) -> str:
         + "\n\n".join(shown)
         + f"\n\nHere is my problem:\n{_instruct_question(record)}"
     )
+
+
+def _entry_point(code: str, tests: str) -> str:
+    """The last function of the reference that the tests name; one of them is called `sum`."""
+    defined: list[str] = _FUNCTION.findall(code)
+    return next((name for name in reversed(defined) if re.search(rf"\b{name}\b", tests)), "")
 
 
 def _by_id(records: Sequence[Record], ids: Sequence[int]) -> list[Record]:
@@ -101,20 +109,19 @@ class Mbpp(Task):
         return self._problems
 
     def program(self, problem: Problem, completion: str) -> Program:
-        """The answer, then its tests. Without a fenced block, all that a model said is the answer."""
-        return python_program(self._source(problem, completion))
+        """The answer, and apart from it its tests. Without a fenced block, all of it is the answer."""
+        asked = (problem.entry_point,) if problem.entry_point else ()
+        return python_program(self._code(problem, completion), problem.tests, asked=asked)
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """Passed if the program ran through its tests."""
-        return grade_ended(self._source(problem, completion), verdict)
+        return grade_ended(self._code(problem, completion), verdict, tests=problem.tests)
 
-    def _source(self, problem: Problem, completion: str) -> str:
+    def _code(self, problem: Problem, completion: str) -> str:
         if self.asking == "base":
-            code = cut_at(completion, (STOP,)).strip()
-        else:
-            block = first_block(completion, "python")
-            code = completion if block is None else block
-        return code + "\n" + problem.tests + "\n"
+            return cut_at(completion, (STOP,)).strip() + "\n"
+        block = first_block(completion, "python")
+        return (completion if block is None else block) + "\n"
 
     def _problem(self, examples: Sequence[Record], record: Record) -> Problem:
         is_base = self.asking == "base"
@@ -122,6 +129,7 @@ class Mbpp(Task):
         code = _code(record)
         # Objects that the tests name: made of classes of the answer, so after it.
         setup = record.get("test_setup_code", "").replace("\r", "")
+        tests = "\n".join([setup, *record["test_list"]])
         return Problem(
             task=self.name,
             id=f"mbpp/{record['task_id']}",
@@ -130,6 +138,7 @@ class Mbpp(Task):
             form="completion" if is_base else "chat",
             stop=(STOP,) if is_base else (),
             max_new_tokens=_BASE_TOKENS if is_base else _INSTRUCT_TOKENS,
-            tests="\n".join([setup, *record["test_list"]]),
+            entry_point=_entry_point(code, tests),
+            tests=tests,
             reference=f"\n{code}\n{STOP}" if is_base else f"```python\n{code}\n```",
         )

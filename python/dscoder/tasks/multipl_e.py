@@ -7,16 +7,17 @@ C++, Java and Bash the stop string is the closing brace of the function, and the
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from dscoder.sandbox.verdict import MIB, Limits, Program, Verdict
 from dscoder.tasks.answers import Dialect, complete_function, cut_at
-from dscoder.tasks.ending import end_statement, grade_ended
+from dscoder.tasks.ending import grade_ended
 from dscoder.tasks.human_eval import BASE_TOKENS, INSTRUCT_TOKENS, Asking, ask, limits_for
 from dscoder.tasks.problem import Grade, Problem, Task, not_judged
 from dscoder.tasks.sources import Record, read_records
+from dscoder.tasks.translated import Parts, before_braces, make_program, sign_of_cheating
 
 _FIELDS = ("name", "prompt", "tests", "stop_tokens")
 _MEMORY = 1024 * MIB  # what compilers and virtual machines take, far more than a program in Python
@@ -50,7 +51,6 @@ class _Translation:
     """One language of the set."""
 
     suffix: str  # in the name of its file
-    file_name: str
     dialect: Dialect
     headers: tuple[str, ...] = ()
     num_braces_after: int  # closing braces that the tests have after the place where the program ends
@@ -60,26 +60,22 @@ _TRANSLATIONS: Mapping[str, _Translation] = MappingProxyType(
     {
         "cpp": _Translation(
             suffix="cpp",
-            file_name="main.cpp",
             dialect=Dialect(fence="cpp", main="int main()"),
             headers=_CPP_HEADERS,
             num_braces_after=1,
         ),
         "java": _Translation(
             suffix="java",
-            file_name="Problem.java",  # named after its class
             dialect=Dialect(fence="java", main="public static void main", indent=4),
             num_braces_after=2,
         ),
         "javascript": _Translation(
             suffix="js",
-            file_name="main.js",
             dialect=Dialect(fence="javascript", adds_brace=True),
             num_braces_after=0,
         ),
         "bash": _Translation(
             suffix="sh",
-            file_name="main.sh",
             dialect=Dialect(fence="bash"),
             num_braces_after=0,
         ),
@@ -131,20 +127,15 @@ class MultiPlE(Task):
 
     def program(self, problem: Problem, completion: str) -> Program | None:
         """Headers, given code, answer and tests; None for Java with a tuple where their jar is missing."""
-        source = self._marked(problem, completion)
-        files: dict[str, str | bytes] = {self._rules.file_name: source}
+        parts = self._parts(problem, completion)
+        if self.language == "java" and self._jar is None and _needs_tuples(parts.code + parts.tests):
+            return None
+        program = make_program(parts)
         if self._jar is not None:
-            files[_JAR_NAME] = self._jar.read_bytes()
-        elif self.language == "java":
-            if _needs_tuples(source):
-                return None
-            files[self._rules.file_name] = source.replace(_TUPLES_IMPORT, "", 1)
-        needs_openssl = self.language == "cpp" and _OPENSSL in source
-        return Program(
-            language=self.language,
-            files=files,
-            compiler_args=("-lcrypto", "-lssl") if needs_openssl else (),
-        )
+            return replace(program, files={**program.files, _JAR_NAME: self._jar.read_bytes()})
+        if self.language == "cpp" and _OPENSSL in parts.code:
+            return replace(program, compiler_args=("-lcrypto", "-lssl"))
+        return program
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """Passed if the program ran through its tests; not judged where a library is missing here."""
@@ -154,25 +145,31 @@ class MultiPlE(Task):
             found = _NO_OPENSSL.search(verdict.compile.stderr.decode(errors="replace"))
             if found:
                 return not_judged(f"needs OpenSSL (Debian: libssl-dev): {found[0]}", verdict=verdict)
-        return grade_ended(self._source(problem, completion, problem.tests), verdict)
+        parts = self._parts(problem, completion)
+        grade = grade_ended(parts.headers + parts.code, verdict, tests=parts.tests)
+        sign = sign_of_cheating(parts) if grade.is_passed else ""
+        return replace(grade, is_suspect=True, detail=f"passed, but has {sign!r}") if sign else grade
 
-    def _marked(self, problem: Problem, completion: str) -> str:
-        statement = end_statement(self._source(problem, completion, problem.tests), self.language)
-        place = _before_braces(problem.tests, self._rules.num_braces_after)
-        tests = f"{problem.tests[:place]}\n{statement}\n{problem.tests[place:]}"
-        return self._source(problem, completion, tests)
-
-    def _source(self, problem: Problem, completion: str, tests: str) -> str:
+    def _parts(self, problem: Problem, completion: str) -> Parts:
         if self.asking == "base":
             code = problem.code + "\n" + cut_at(completion, problem.stop)
         else:
             code = complete_function(problem.code, completion, self._rules.dialect)
+        if self.language == "java" and self._jar is None:
+            code = code.replace(_TUPLES_IMPORT, "", 1)
         headers = "".join(f"{header}\n" for header in self._rules.headers if header not in problem.code)
-        return (headers + "\n" if self._rules.headers else "") + code + "\n" + tests
+        return Parts(
+            language=self.language,
+            headers=headers,
+            given=problem.code,
+            code=code,
+            tests=problem.tests,
+            num_braces_after=self._rules.num_braces_after,
+        )
 
     def _problem(self, record: Record) -> Problem:
         is_base = self.asking == "base"
-        _before_braces(record["tests"], self._rules.num_braces_after)  # told now, not at the first answer
+        before_braces(record["tests"], self._rules.num_braces_after)  # told now, not at the first answer
         return Problem(
             task=self.name,
             id=str(record.get("task_id", record["name"])),
@@ -186,20 +183,8 @@ class MultiPlE(Task):
         )
 
 
-def _before_braces(tests: str, num_braces: int) -> int:
-    """The place before so many closing braces at the end of the tests."""
-    place = len(tests)
-    for _ in range(num_braces):
-        place = tests.rfind("}", 0, place)
-        if place < 0:
-            raise ValueError(
-                f"MultiPlE: tests must end with {num_braces} closing braces, got {tests[-80:]!r}"
-            )
-    return place
-
-
 def _needs_tuples(source: str) -> bool:
-    return _TUPLES.search(source.replace(_TUPLES_IMPORT, "", 1)) is not None
+    return _TUPLES.search(source) is not None
 
 
 def _listed() -> str:

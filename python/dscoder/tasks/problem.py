@@ -82,12 +82,14 @@ class Grade:
         score: 1 for passed, 0 for not, or a share between; None where `is_passed` is.
         verdict: what the sandbox said, if it was asked.
         detail: one line for a person; empty for a plain pass.
+        is_suspect: whether the answer shows signs of working on its tests and not on the problem.
     """
 
     is_passed: bool | None
     score: float | None
     verdict: Verdict | None = None
     detail: str = ""
+    is_suspect: bool = False
 
     def __post_init__(self) -> None:
         if (self.is_passed is None) != (self.score is None):

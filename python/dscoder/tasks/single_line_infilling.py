@@ -8,16 +8,14 @@ two differ by that alone.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
+from dscoder.config.task import Scoring
 from dscoder.sandbox.verdict import Limits, Program, Verdict
 from dscoder.tasks.answers import cut_at, first_line
 from dscoder.tasks.ending import grade_ended, python_program
-from dscoder.tasks.human_eval import call_check
+from dscoder.tasks.human_eval import call_check, code_before
 from dscoder.tasks.problem import Grade, Problem, Task, graded
 from dscoder.tasks.sources import Record, read_records
-
-Scoring = Literal["tests", "whole", "first_line"]
 
 WHOLE_STOPS = ("<|endoftext|>", "<|filename|>")
 _FILES = ("humaneval_single_line_infilling.jsonl.gz", "HumanEval-SingleLineInfilling.jsonl.gz")
@@ -26,8 +24,8 @@ _LANGUAGES = {"py": "python", "js": "javascript", "java": "java"}
 _STOPS: dict[Scoring, tuple[str, ...]] = {"tests": (), "whole": WHOLE_STOPS, "first_line": ("\n",)}
 
 
-def _source(problem: Problem, completion: str) -> str:
-    return f"{problem.code}{completion}{problem.suffix}\n{problem.tests}\n"
+def _code(problem: Problem, completion: str) -> str:
+    return f"{problem.code}{completion}{problem.suffix}\n"
 
 
 class SingleLineInfilling(Task):
@@ -60,15 +58,20 @@ class SingleLineInfilling(Task):
         return self._problems
 
     def program(self, problem: Problem, completion: str) -> Program | None:
-        """What stands before, the answer as it is, what stands after, the tests; None if it is compared."""
+        """What stands before, the answer as it is, what stands after; None if it is compared."""
         if self.scoring != "tests":
             return None
-        return python_program(_source(problem, completion))
+        return python_program(
+            _code(problem, completion),
+            problem.tests,
+            given=code_before(problem.code, problem.entry_point),
+            asked=(problem.entry_point,),
+        )
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """By the tests, or by comparison."""
         if self.scoring == "tests":
-            return grade_ended(_source(problem, completion), verdict)
+            return grade_ended(_code(problem, completion), verdict, tests=problem.tests)
         is_first = self.scoring == "first_line"
         found = first_line(completion) if is_first else cut_at(completion, WHOLE_STOPS)
         is_equal = found.strip() == (problem.answer or "").strip()
