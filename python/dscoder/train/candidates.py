@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class Judging:
         judged = []
         for idx, text in enumerate(asked.texts):
             future = self.verdicts[idx]
-            verdict = None if future is None else future.result()
+            verdict = None if future is None else _awaited(future)
             grade = self.task.grade(asked.problem, text, verdict)
             source, number = asked.origins[idx]
             judged.append(
@@ -214,6 +214,18 @@ class Judging:
                 )
             )
         return judged
+
+
+def _awaited(pending: Future[Verdict]) -> Verdict:
+    """The verdict to come; where the sandbox raised or was called off, one that is no answer."""
+    try:
+        error = pending.exception()
+    except CancelledError:
+        return Verdict(outcome="sandbox_error", detail="the program was called off")
+    if error is None:
+        return pending.result()
+    _LOG.warning("a candidate was not judged: the sandbox raised %r", error)
+    return Verdict(outcome="sandbox_error", detail=f"the sandbox raised: {error!r}")
 
 
 def _kept(verdict: Verdict) -> dict[str, Any]:
