@@ -43,8 +43,8 @@ OPS = {
         f[None].clone(),
         f[None].clone(),
     ),
-    "mla_prefill": lambda f, i: (f[None], f[None], f[None], i[0], i[0], 1.0, True),
-    "mla_prefill_backward": lambda f, i: (f[None], [f[None]] * 5, i[0], i[0], 1.0, True),
+    "mla_prefill": lambda f, i: (f[None], f[None], f[None], i[0], i[0], 1.0, True, False, "auto"),
+    "mla_prefill_backward": lambda f, i: (f[None], [f[None]] * 5, i[0], i[0], 1.0, True, False, "auto"),
     "mla_decode": lambda f, i: (f[None, None], f[None], i, i[0], None, 1, 1.0, "auto"),
     "mla_decode_plan": lambda f, i: (i[0], 1, 1, 4),
 }

@@ -168,11 +168,11 @@ def test_strides_change_little(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_it_is_a_proper_op(lengths: str, causal: bool, rng: torch.Generator) -> None:
     *inputs, cu_q, cu_k = random_case(rng, lengths)
-    outputs = torch.ops.dscoder.mla_prefill.default(*inputs, cu_q, cu_k, 0.5, causal)
+    outputs = torch.ops.dscoder.mla_prefill.default(*inputs, cu_q, cu_k, 0.5, causal, False, "auto")
     grad = torch.randn_like(outputs[0])
-    args = (grad, [*inputs, *outputs], cu_q, cu_k, 0.5, causal)
+    args = (grad, [*inputs, *outputs], cu_q, cu_k, 0.5, causal, False, "auto")
     assert_op_registered(torch.ops.dscoder.mla_prefill_backward.default, args)
-    args = (*(x.requires_grad_() for x in inputs), cu_q, cu_k, 0.5, causal)
+    args = (*(x.requires_grad_() for x in inputs), cu_q, cu_k, 0.5, causal, False, "auto")
     assert_op_registered(torch.ops.dscoder.mla_prefill.default, args)
 
 

@@ -12,12 +12,21 @@ from torch import Tensor
 from dscoder.ops.library import (
     FLOATS,
     accumulate_dtype,
+    aligned,
+    check_arch,
     check_devices,
     check_shape,
     check_tensor,
     define_gradient,
     define_op,
+    device_refusal,
+    refuse_second_derivative,
+    spread_rows,
 )
+from dscoder.runtime import native
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_WIDTHS = ((192, 128), (128, 128))  # of keys and of values
 
 # Queries multiplied with their keys at once. Measured on the CPU at (heads, length, widths) = (16, 512,
 # 192/128) and (4, 512, 48/32), forward and backward: 64 and 128 are within 5 %, 256 is 20 % slower; torch's
@@ -34,15 +43,19 @@ def mla_prefill(
     *,
     scale: float,
     causal: bool = True,
+    deterministic: bool | None = None,
+    arch: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v inside each sequence; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
     `cu_seqlens_q` and `cu_seqlens_k` are int32 [B + 1], ascending from 0 to the number of rows. A sequence
     may have other lengths in q and k, zero too; `causal` aligns their ends: the last query sees every key.
+    `deterministic` asks for the same bits of every gradient each time, default: whether torch was asked for
+    deterministic algorithms.
 
     Returns:
         out_THv in q's dtype and lse_TH, the float32 (float64 for float64) log-sum-exp of the scaled scores.
-        A query that sees no key has out 0 and lse -inf. Differentiable in q, k and v through out; lse
+        A query that sees no key has out 0 and lse -inf. Differentiable in q, k and v through out, once; lse
         carries no gradient.
     """
     op = "mla_prefill"
@@ -57,12 +70,31 @@ def mla_prefill(
         raise ValueError(f"{op}: cu_seqlens_q must have at least one element, got {cu_seqlens_q.shape[0]}")
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     check_devices(op, q=q_THd, k=k_THd, v=v_THv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_arch(op, arch, q_THd, lambda: kernel_refusal(q_THd, v_THv))
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_prefill.default(
-        q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, scale, causal
+        q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, scale, causal, deterministic, arch
     )
     return out, lse
+
+
+def kernel_refusal(q_THd: Tensor, v_THv: Tensor) -> str | None:
+    """What the kernels want and do not get, or None where they can run."""
+    widths = (q_THd.shape[2], v_THv.shape[2])
+    if q_THd.dtype not in KERNEL_DTYPES:
+        wanted = " or ".join(str(kind).removeprefix("torch.") for kind in KERNEL_DTYPES)
+        return f"q of {wanted}, got {str(q_THd.dtype).removeprefix('torch.')}"
+    if widths not in KERNEL_WIDTHS:
+        return f"widths {' or '.join(map(str, KERNEL_WIDTHS))} of keys and values, got {widths}"
+    refusal: str | None = device_refusal(q_THd.device)
+    return refusal
+
+
+def _runs_reference(q_THd: Tensor, v_THv: Tensor, arch: str) -> bool:
+    return arch == "reference" or (arch == "auto" and kernel_refusal(q_THd, v_THv) is not None)
 
 
 def _blocks(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -96,6 +128,7 @@ def _forward(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q_THd.dtype)
     future = _upper_triangle(q_THd, dtype)
@@ -123,6 +156,7 @@ def _backward(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_THd, k_THd, v_THv, out_THv, lse_TH = saved
     dtype = accumulate_dtype(q_THd.dtype)
@@ -146,6 +180,44 @@ def _backward(
     return grad_q, grad_k, grad_v
 
 
+def _backward_kernel(
+    grad_THv: Tensor,
+    saved: list[Tensor],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    deterministic: bool,
+    arch: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_THd, k_THd, v_THv, out_THv, lse_TH = saved
+    if _runs_reference(q_THd, v_THv, arch):
+        return _backward(grad_THv, saved, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    grads = _backward_fake(grad_THv, saved)
+    num_sequences, (num_queries, num_heads, width) = cu_seqlens_q.shape[0] - 1, q_THd.shape
+    plan_size = native._C.mla_prefill_plan_size(max(num_queries, k_THd.shape[0]), num_sequences)
+    num_sums = 0 if deterministic else native._C.mla_prefill_num_sums(num_queries, num_sequences)
+    scratch = (
+        cu_seqlens_q.new_empty(plan_size),
+        lse_TH.new_empty(2, num_heads, num_queries),
+        lse_TH.new_empty(num_sums, num_heads, width),
+    )
+    rows = (spread_rows(x, num_dense=1) for x in (grad_THv, q_THd, k_THd, v_THv))
+    grad_out, *inputs = rows
+    native._C.mla_prefill_backward(
+        grad_out,
+        (*inputs, aligned(out_THv), lse_TH.contiguous()),
+        (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
+        scratch,
+        grads,
+        scale,
+        causal,
+        deterministic,
+        arch,
+    )
+    return grads
+
+
 def _forward_fake(q_THd: Tensor, _k: Tensor, v_THv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q_THd.new_empty(*q_THd.shape[:2], v_THv.shape[2])
     return out, q_THd.new_empty(q_THd.shape[:2], dtype=accumulate_dtype(q_THd.dtype))
@@ -157,29 +229,31 @@ def _backward_fake(_grad: Tensor, saved: list[Tensor], *_: Any) -> tuple[Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal = inputs
+    *tensors, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal, ctx.deterministic, ctx.arch = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output, cu_seqlens_q, cu_seqlens_k)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("mla_prefill")
     *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     grads = torch.ops.dscoder.mla_prefill_backward.default(
-        grad_out, saved, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal
+        grad_out, saved, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal, ctx.deterministic, ctx.arch
     )
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 define_op(
     "mla_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale,"
-    " bool causal) -> (Tensor out, Tensor lse)",
+    " bool causal, bool deterministic, str arch) -> (Tensor out, Tensor lse)",
     reference=_forward,
     fake=_forward_fake,
 )
 define_op(
     "mla_prefill_backward(Tensor grad_out, Tensor[] saved, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " float scale, bool causal) -> (Tensor, Tensor, Tensor)",
+    " float scale, bool causal, bool deterministic, str arch) -> (Tensor, Tensor, Tensor)",
     reference=_backward,
+    kernel=_backward_kernel,
     fake=_backward_fake,
 )
 define_gradient("mla_prefill", save=_save, backward=_differentiate)
