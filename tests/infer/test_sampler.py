@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dscoder.config.generate import SamplingConfig
 from dscoder.infer import sampler
-from dscoder.infer.sampler import add_logprobs, draw_numbers, likeliest, uniform
+from dscoder.infer.sampler import add_logprobs, draw_numbers, has_filters, likeliest, uniform
 
 
 def draw(step: int = 0, **sampling: float) -> tuple[float, ...]:
@@ -80,6 +80,31 @@ def test_a_token_depends_neither_on_the_other_rows_nor_on_its_place() -> None:
     order = [4, 0, 6, 2, 5, 1, 3]
     assert sample(logits_BV[order], [draws[i] for i in order]) == [together[i] for i in order]
     assert [sample(logits_BV[i : i + 1], draws[i : i + 1])[0] for i in range(7)] == together
+
+
+def test_tokens_lie_by_their_ids_without_filters_and_likeliest_first_with_one() -> None:
+    logits_BV = torch.tensor([[math.log(p) for p in (0.2, 0.5, 0.3)]] * 4)
+    shares = [0.1, 0.6, 0.75, 0.95]
+    assert sample(logits_BV, [(1.0, 0.0, 1.0, share) for share in shares]) == [0, 1, 2, 2]
+    assert sample(logits_BV, [(1.0, 3.0, 1.0, share) for share in shares]) == [1, 2, 2, 0]
+    mixed = [(1.0, 0.0, 1.0, 0.1), (1.0, 3.0, 1.0, 0.1), (1.0, 0.0, 1.0, 0.95), (1.0, 0.0, 0.999, 0.95)]
+    assert sample(logits_BV, mixed) == [0, 1, 2, 0]
+
+
+def test_rows_without_filters_need_no_sort() -> None:
+    logits_BV = torch.randn(40, 300, generator=torch.Generator().manual_seed(4))
+    draws = [draw(step, temperature=0.5 * (step % 3)) for step in range(40)]
+    assert not has_filters(draws)
+    how_B4 = torch.tensor(draws, dtype=torch.float64)
+    unsorted = sampler.draw(logits_BV, likeliest(logits_BV), how_B4, is_filtered=False)
+    assert unsorted.tolist() == answer(logits_BV, draws)
+
+
+def test_one_row_with_a_filter_is_enough_to_sort() -> None:
+    plain = draw(temperature=1.0)
+    assert has_filters([plain, draw(temperature=1.0, top_p=0.9)])
+    assert has_filters([draw(temperature=1.0, top_k=5), plain])
+    assert not has_filters([plain, draw()])
 
 
 def test_another_seed_draws_other_tokens() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dscoder.config import MlaConfig
 from dscoder.infer.pages import Room
-from dscoder.infer.sampler import NUM_DRAW_COLUMNS, add_logprobs, draw, likeliest
+from dscoder.infer.sampler import NUM_DRAW_COLUMNS, add_logprobs, draw, has_filters, likeliest
 from dscoder.infer.scheduler import Job
 from dscoder.models.cache import PAGE_SIZE, KeyValueCache, allocate_cache
 from dscoder.models.transformer import Transformer
@@ -163,7 +163,7 @@ class Runner:
                 host_how_B4 = _on_host(self._how_B4)
                 host_how_B4.numpy()[rows] = how
                 how_B4 = self._how_B4.copy_(host_how_B4, non_blocking=True)[:batch]
-                answer_2B = draw(logits_BV, answer_2B, how_B4)
+                answer_2B = draw(logits_BV, answer_2B, how_B4, is_filtered=has_filters(how))
             return add_logprobs(logits_BV, answer_2B, how_B4) if keep_logprobs else answer_2B
 
     def _without_autocast(self) -> torch.autocast:
