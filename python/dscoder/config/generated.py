@@ -11,7 +11,7 @@ class ProblemCounts:
     dialogues: int = 2000  # requests with answers, to fine-tune on
     practised: int = 512  # problems to learn from by running answers, with few tests each
     validation: int = 64  # problems for choosing sizes
-    test: int = 128  # problems for the figures in the end
+    test: int = 160  # problems for the figures in the end
     few_tests: int = 2  # of a practised problem
     many_tests: int = 12  # of a validation or test problem
 
