@@ -4,6 +4,7 @@ The model sees worked examples, each a question and a fenced `solution()`, and w
 `solution()` returns is compared with the answer (`math_answer`).
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ _FIELDS = ("question", "answer")
 _SOLUTION = re.compile(r"```python\n(.*?def solution\(\):\n.*?)```", flags=re.DOTALL)
 _REFUSED = re.compile(r"input\(|os.system\(")
 _MARK = "=== solution() returned ==="  # what stands before the answer in the output
+
+# Of the published worked examples: Evaluation/PAL-Math/prompts/gsm8k.md in deepseek-ai/DeepSeek-Coder, commit
+# a4ba628, 1730 bytes.
+PUBLISHED_SHA256 = "91340987e54a8ff53b82d09a285defbdabc3ed78e631d3429b69fa2d107b10f9"
 
 # The published form with examples of our own; the published ones are read from a file if given.
 EXAMPLES = '''\
@@ -74,6 +79,22 @@ def solution():
 ----------------'''
 
 
+def read_examples(path: str | Path | None) -> tuple[str, str]:
+    """(the worked examples, whose they are: "own", "published", or "other" for any other file's).
+
+    Args:
+        path: a text file, used to the byte; None: our own.
+    """
+    if path is None:
+        return EXAMPLES, "own"
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Gsm8kPal: examples must be a text file, got {str(path)!r}: {error}") from error
+    return text, "published" if hashlib.sha256(content).hexdigest() == PUBLISHED_SHA256 else "other"
+
+
 def final_answer(answer: str) -> str:
     """The number at the end of a record's answer, after ####."""
     _, mark, number = answer.partition("####")
@@ -99,7 +120,8 @@ class Gsm8kPal(Task):
 
     Args:
         sources: where the records are, see `read_records`.
-        examples: a text file with worked examples to use in place of ours, such as the published one.
+        examples: a text file with worked examples to use in place of ours, such as the published one. Each
+            problem's metadata says whose they are.
     """
 
     name = "gsm8k_pal"
@@ -108,7 +130,7 @@ class Gsm8kPal(Task):
         self, sources: str | Path | Sequence[str | Path], *, examples: str | Path | None = None
     ) -> None:
         self.limits = Limits(time=5.0)
-        self._examples = EXAMPLES if examples is None else Path(examples).read_text(encoding="utf-8")
+        self._examples, self._origin = read_examples(examples)
         records = read_records(sources, names=_FILES, wanted=_FIELDS)
         self._problems = [self._problem(idx, record) for idx, record in enumerate(records)]
 
@@ -155,4 +177,5 @@ class Gsm8kPal(Task):
             max_new_tokens=_MAX_NEW_TOKENS,
             entry_point="solution",
             answer=final_answer(record["answer"]),
+            metadata={"examples": self._origin},
         )

@@ -122,6 +122,8 @@ def grade_verdict(verdict: Verdict | None) -> Grade:
 class Task(Protocol):
     """A set of problems with rules. For each answer: `program`, run it under `limits`, then `grade`.
 
+    `grade` belongs into the process that called `program`: what says that tests ended differs by process.
+
     Attributes:
         name: what the task is called in files and on command lines.
         limits: what a program may take.
