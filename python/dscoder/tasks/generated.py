@@ -66,21 +66,19 @@ class Generated(Task):
         return self._problems
 
     def program(self, problem: Problem, completion: str) -> Program:
-        """Answer and tests."""
-        return python_program(self._source(problem, completion))
+        """The answer, and apart from it its tests."""
+        return python_program(self._code(problem, completion), problem.tests, asked=(problem.entry_point,))
 
     def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
         """Passed if the program ran through its tests."""
-        return grade_ended(self._source(problem, completion), verdict)
+        return grade_ended(self._code(problem, completion), verdict, tests=problem.tests)
 
-    def _source(self, problem: Problem, completion: str) -> str:
+    def _code(self, problem: Problem, completion: str) -> str:
         if self.asking == "base":
-            code = problem.code + cut_at(completion, STOPS)
-        elif first_block(completion, _PYTHON.fence) is None:
-            code = completion.strip()
-        else:
-            code = complete_function(problem.code, completion, _PYTHON)
-        return f"{code}\n\n{problem.tests}"
+            return problem.code + cut_at(completion, STOPS)
+        if first_block(completion, _PYTHON.fence) is None:
+            return completion.strip() + "\n"
+        return complete_function(problem.code, completion, _PYTHON)
 
     def _problem(self, record: Record) -> Problem:
         is_base = self.asking == "base"
