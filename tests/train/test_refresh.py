@@ -211,6 +211,36 @@ def test_a_run_killed_while_the_reward_model_learns_goes_on_exactly(
     assert_same_as(whole, grpo.run(made, task()))
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_reset_is_done_again_if_it_learnt_from_other_answers(
+    is_other: bool, model_dir: Path, judge_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(make_sampler: Any = sampler, **hooks: Any) -> Path:
+        made = config(model_dir, judge_dir, tmp_path / "run", checkpoint=CheckpointConfig(every=3))
+        return grpo.run(made, task(), make_sampler=make_sampler, **hooks)
+
+    def kill(report: Mapping[str, float]) -> None:
+        if report["step"] == 5:  # after the second reset; the checkpoint is of step 3
+            raise KilledError
+
+    def others(*_: Any) -> FakeSampler:
+        return FakeSampler(lambda idx, _: TEXTS[(idx + idx // 4) % len(TEXTS)])
+
+    real, taken = RewardSteps.train_step, []
+
+    def counted(self: RewardSteps, optimizer: Any, step: int, lr: float) -> Any:
+        taken.append(step)
+        return real(self, optimizer, step, lr)
+
+    with pytest.raises(KilledError):
+        run(on_metrics=kill)
+    before = reward_weights(tmp_path / "run", 4)
+    monkeypatch.setattr(RewardSteps, "train_step", counted)
+    out = run(others if is_other else sampler)
+    assert len(taken) == (8 if is_other else 0)
+    assert is_same(before, reward_weights(out, 4)) != is_other
+
+
 def test_a_reset_that_was_deleted_is_made_again(
     whole: Any, model_dir: Path, judge_dir: Path, tmp_path: Path
 ) -> None:

@@ -9,13 +9,15 @@ reward model learns on from its weights, with a share of what it learnt before a
 The learnt model is an artifact in a stage directory of its own and no part of the checkpoints. A reward model
 may be as large as the policy, and a checkpoint is written far more often than it changes; what follows from
 the rollouts need not be stored twice; and a reset that is killed resumes as every stage does. A run that
-goes on from a checkpoint keeps the resets of the steps up to there, whose rollouts it keeps too, and does the
-later ones again. So the same rollouts are scored by the same model, bit for bit.
+goes on from a checkpoint has the model of the last reset before it, and comes to the later resets again:
+one that finds the answers and grades it learnt from is done, or goes on where it was; one that finds others
+(a program near its time limit) is done anew. So the same rollouts are scored by the same model, bit for bit.
 
 A reset whose rollouts give no pair to learn from, or none that is held out, leaves the model as it is; the
 next one learns from its rollouts too.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +29,13 @@ import torch
 
 from dscoder.config.grpo import GrpoConfig
 from dscoder.config.reward import RefreshConfig, RewardModelConfig
-from dscoder.runtime.artifact import MANIFEST, hash_files, open_stage, read_json, read_manifest
+from dscoder.runtime.artifact import MANIFEST, open_stage, read_json, read_manifest
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import random_state, restore_random_state
 from dscoder.sandbox.verdict import Verdict
 from dscoder.tasks.problem import Grade, Problem, Task
 from dscoder.train import reward_model
+from dscoder.train.candidates import candidate_line
 from dscoder.train.pairs import Candidate, NoPairsError, outcome_of, program_key
 from dscoder.train.preferences import COMMAND, write_results
 from dscoder.train.reward import RewardBatch
@@ -112,23 +115,30 @@ def candidates_of(
     return list(groups.values())
 
 
+def _hash_candidates(groups: Sequence[Sequence[Candidate]]) -> str:
+    """sha256 of what preferences follow from: not of times, which no two runs have in common."""
+    digest = hashlib.sha256()
+    for candidate in (candidate for group in groups for candidate in group):
+        digest.update(candidate_line(replace(candidate, detail="", verdict=None)).encode())
+    return digest.hexdigest()
+
+
 def write_preferences(
     directory: Path, run: Path, steps: Sequence[int], *, task: Task, config: RefreshConfig, seed: int
 ) -> None:
     """Make preferences of the rollouts of some steps, or find them made; NoPairsError if none differ."""
-    files = [step_file(run, step) for step in steps]
+    problems = {problem.id: problem for problem in task.problems()}
+    rollouts = {step_file(run, step).name: read_rollouts(run, step) for step in steps}
+    groups = candidates_of(task, problems, rollouts)
     with open_stage(
         directory,
         command=COMMAND,
         config={"pairs": asdict(config.pairs), "seed": seed},
-        inputs={"rollouts": hash_files([(path.name, path) for path in files])},
+        inputs={"candidates": _hash_candidates(groups)},
         overwrite=True,
     ) as stage:
         if stage.is_finished:
             return
-        problems = {problem.id: problem for problem in task.problems()}
-        rollouts = {step_file(run, step).name: read_rollouts(run, step) for step in steps}
-        groups = candidates_of(task, problems, rollouts)
         write_results(stage, groups, task=task.name, config=config.pairs, seed=seed, num_problems=len(groups))
 
 
@@ -169,15 +179,10 @@ class FollowingRewardModel:
     def begin(self, step: int) -> None:
         """Be the model that scores the step after `step` steps, before any reset there.
 
-        Later resets are forgotten. Earlier ones are done already, or nothing could be learnt at them; if
-        somebody deleted what they made, it is made again.
+        Earlier resets are done already, or nothing could be learnt at them; if somebody deleted what they
+        made, it is made again.
         """
         every = self._config.reset_every
-        folder = self._directory / REFRESH
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            match = _STEP.fullmatch(path.name)
-            if match is not None and int(match[1]) > step:
-                shutil.rmtree(path)
         for reset in range(every, step, every):
             if reset not in done_resets(self._directory):
                 self._learn(reset)
@@ -199,6 +204,9 @@ class FollowingRewardModel:
         out.mkdir(parents=True, exist_ok=True)
         since = max((reset for reset in done_resets(self._directory) if reset < step), default=0)
         self._scorer = None  # its memory is needed for training
+        _LOG.info(
+            "step %d: the reward model learns from the answers of steps %d to %d", step, since + 1, step
+        )
         try:
             with _same_random_state():
                 write_preferences(
@@ -212,12 +220,15 @@ class FollowingRewardModel:
                 reward_model.run(self._run_config(refresh, step))
         except NoPairsError as error:
             _LOG.warning("step %d: the reward model learns nothing at this reset (%s)", step, error)
+            shutil.rmtree(out / REWARD, ignore_errors=True)  # of other rollouts, before a kill
             return {"refresh_skipped": 1.0}
         shutil.rmtree(out / REWARD / CHECKPOINTS, ignore_errors=True)  # nobody goes on from them
         found = read_json(out / REWARD / reward_model.HELD_OUT)
+        before, after = found["before"]["held_out_accuracy"], found["accuracy"]
+        _LOG.info("step %d: it orders %.3f of what is held out, before %.3f", step, after, before)
         return {
-            "refresh_accuracy_before": found["before"]["held_out_accuracy"],
-            "refresh_accuracy": found["accuracy"],
+            "refresh_accuracy_before": before,
+            "refresh_accuracy": after,
             "refresh_held_out_pairs": float(found["num_pairs"]),
             "refresh_pairs": float(found["train_pairs"]),
             "refresh_replayed": float(found["replayed"]),
