@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dscoder.cli.arguments import parse
@@ -31,6 +32,7 @@ PICTURE = "pass_at_1.png"
 RESULTS = "results.json"
 _BASE = "sft"
 _NAMES: Mapping[Signal, str] = {"tests": "raw tests", "reward_model": "reward model"}
+_MODELS = {_BASE: "SFT"} | {f"grpo_{signal}": name for signal, name in _NAMES.items()}
 _SPARK_WIDTH = 50
 
 
@@ -145,7 +147,7 @@ def _gains(answered: Mapping[str, Sequence[Answered]]) -> dict[str, Interval]:
 def _percent(rate: Interval | None) -> str:
     if rate is None:
         return "not judged"
-    return f"{100 * rate.mean:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    return f"{100 * rate.mean:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 def _points(gain: Interval) -> str:
@@ -159,22 +161,15 @@ def _show_scores(
     gains: Mapping[str, Interval],
 ) -> None:
     num = scores[_BASE].num_problems
-    title = (
-        f"pass@1 on {num} test problems of compositions never seen, {config.problems.many_tests} tests each"
-    )
+    title = f"pass@1 in % [95 % interval]: {num} test problems, {config.problems.many_tests} tests each"
     table = Table(title=title, title_justify="left")
-    for heading in ("model", f"{config.num_samples} draws [95 %]", "greedy [95 %]", "gain of draws"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    names = {_BASE: "SFT"} | {f"grpo_{signal}": f"GRPO by {_NAMES[signal]}" for signal in SIGNALS}
+    for heading in ("model", f"{config.num_samples} draws", "greedy", "gain of draws"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for stage, score in scores.items():
         gain = gains.get(f"{_BASE} to {stage}")
-        table.add_row(
-            names[stage],
-            _percent(score.sampled),
-            _percent(score.greedy),
-            "" if gain is None else _points(gain),
-        )
-    screen.print(table, markup=False)
+        cells = (_percent(score.sampled), _percent(score.greedy), "" if gain is None else _points(gain))
+        table.add_row(_MODELS[stage], *map(escape, cells))
+    screen.print(table)
     first, second = (f"grpo_{signal}" for signal in SIGNALS)
     gap = gains[f"{first} to {second}"]
     is_sure = gap.low > 0 or gap.high < 0
@@ -217,8 +212,7 @@ def _leave(
             "curves": {name: asdict(curve) for name, curve in curves.items()},
         },
     )
-    names = {_BASE: "SFT"} | {f"grpo_{signal}": _NAMES[signal] for signal in SIGNALS}
-    drawn = draw_signals(curves, {names[stage]: score for stage, score in scores.items()}, root / PICTURE)
+    drawn = draw_signals(curves, {_MODELS[stage]: score for stage, score in scores.items()}, root / PICTURE)
     screen.print()
     if drawn:
         screen.print(f"picture: {root / PICTURE}", soft_wrap=True)
