@@ -46,7 +46,7 @@ struct MlaPrefillParams {
     FloatType dtype;  // bfloat16 or float16
 };
 
-// Gradients of out to q, k and v. lse carries none.
+// Gradients of out to q, k and v. lse carries none. Those of rows that belong to no sequence are 0.
 struct MlaPrefillBackwardParams {
     HeadRows q, k, v, grad_out;   // [Tq, H, d], [Tk, G, d], [Tk, G, v], [Tq, H, v]
     const void* out;              // [Tq, H, v], contiguous, as the forward pass left it

@@ -2,7 +2,7 @@
 //
 // row_values reads a head's row of dO and of the output on 16 lanes and turns what it finds, [Tq, H] by its
 // order of work, into [H, Tq]: 32 tokens by 8 heads a block, through shared memory. The zeros that the sums
-// of grad_q begin with, and those of rows behind the last sequence, are dealt out to all blocks alike.
+// of grad_q begin with, and those of rows of no sequence, are dealt out to all blocks alike.
 // round_sums reads sums where the warps left them and writes whole sectors: 8 rows by 4 words a warp.
 #include "attention/mla_prefill_rows.h"
 
@@ -27,21 +27,22 @@ static_assert(kBlockTokens * kBlockHeads == kNumThreads and kNumThreads / kWarpS
 
 // ---- device ----
 
-// Zeros from word `first` on, dealt out to all blocks of the grid.
-__device__ __forceinline__ void clear_words(void* words, int64_t first, int64_t num_words) {
+// Zeros from word `first` up to `end`, dealt out to all blocks of the grid.
+__device__ __forceinline__ void clear_words(void* words, int64_t first, int64_t end) {
     const int64_t num_blocks = int64_t{gridDim.x} * gridDim.y;
     const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
-    for (int64_t i = first + block * kNumThreads + threadIdx.x; i < num_words;
-         i += num_blocks * kNumThreads) {
+    for (int64_t i = first + block * kNumThreads + threadIdx.x; i < end; i += num_blocks * kNumThreads) {
         static_cast<Word*>(words)[i] = make_uint4(0, 0, 0, 0);
     }
 }
 
-// Of a gradient [num_rows, heads, width], the rows behind the last sequence.
-__device__ __forceinline__ void clear_rows_behind(void* grad, const int32_t* cu_seqlens, int num_sequences,
-                                                  int64_t num_rows, int64_t row_elements) {
+// Of a gradient [num_rows, heads, width], the rows ahead of the first sequence and behind the last one.
+__device__ __forceinline__ void clear_stray_rows(void* grad, const int32_t* cu_seqlens, int num_sequences,
+                                                 int64_t num_rows, int64_t row_elements) {
     const int64_t row_words = row_elements / kPerWord<__half>;
-    const int64_t end = prefill_end(cu_seqlens[num_sequences], 0, num_rows);
+    const int begin = prefill_end(cu_seqlens[0], 0, num_rows);
+    const int end = prefill_end(cu_seqlens[num_sequences], begin, num_rows);
+    clear_words(grad, 0, begin * row_words);
     clear_words(grad, end * row_words, num_rows * row_words);
 }
 
@@ -115,12 +116,12 @@ __global__ void __launch_bounds__(kNumThreads)
     }
 
     clear_words(p.sums_q, 0, num_sum_words);
-    clear_rows_behind(p.grad_q, p.cu_seqlens_q, p.num_sequences, p.num_queries,
-                      int64_t{p.num_heads} * p.width);
-    clear_rows_behind(p.grad_k, p.cu_seqlens_k, p.num_sequences, p.num_keys,
-                      int64_t{p.num_key_heads} * p.width);
-    clear_rows_behind(p.grad_v, p.cu_seqlens_k, p.num_sequences, p.num_keys,
-                      int64_t{p.num_key_heads} * p.value_width);
+    clear_stray_rows(p.grad_q, p.cu_seqlens_q, p.num_sequences, p.num_queries,
+                     int64_t{p.num_heads} * p.width);
+    clear_stray_rows(p.grad_k, p.cu_seqlens_k, p.num_sequences, p.num_keys,
+                     int64_t{p.num_key_heads} * p.width);
+    clear_stray_rows(p.grad_v, p.cu_seqlens_k, p.num_sequences, p.num_keys,
+                     int64_t{p.num_key_heads} * p.value_width);
 }
 
 // The last sequence whose sums begin in block `block` or ahead of it; the first one where there is none.

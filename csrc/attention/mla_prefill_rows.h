@@ -28,7 +28,7 @@ DSC_HOST_DEVICE constexpr int sum_place(int column_block, int element, int lane)
     return (column_block * 8 + element) * 32 + lane;
 }
 
-// row_values; and, where sums_q is none of a deterministic call, zeros there.
+// row_values; zeros in sums_q, unless deterministic, and in the gradients of rows of no sequence.
 void launch_mla_prefill_row_values(const MlaPrefillBackwardParams& p, cudaStream_t stream);
 
 // grad_q = scale * sums_q, rounded.

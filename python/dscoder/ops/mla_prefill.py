@@ -1,6 +1,7 @@
 """mla_prefill: attention over packed sequences of any lengths, value heads narrower than key heads (192/128).
 
-The training form of latent attention (DeepSeek-V2 eqs 9-19): every head has its own keys and values.
+The training form of latent attention (DeepSeek-V2 eqs 9-19): every head has its own keys and values. Heads
+that share keys in groups, and values as wide as keys, are attention as DeepSeek-Coder has it.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dscoder.ops.library import (
     aligned,
     check_arch,
     check_devices,
+    check_number,
     check_shape,
     check_tensor,
     define_gradient,
@@ -36,8 +38,8 @@ _BLOCK = 128
 
 def mla_prefill(
     q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
+    k_TGd: Tensor,
+    v_TGv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *,
@@ -50,51 +52,64 @@ def mla_prefill(
 
     `cu_seqlens_q` and `cu_seqlens_k` are int32 [B + 1], ascending from 0 to the number of rows. A sequence
     may have other lengths in q and k, zero too; `causal` aligns their ends: the last query sees every key.
-    `deterministic` asks for the same bits of every gradient each time, default: whether torch was asked for
-    deterministic algorithms.
+    Query head h reads head h // (H / G) of k and v; G divides H. `deterministic` asks for the same bits of
+    every gradient each time, default: whether torch was asked for deterministic algorithms.
+
+    `arch` says what runs on a GPU (a CPU runs the reference). "auto": kernels for bfloat16 and float16,
+    widths (192, 128) and (128, 128) of keys and values and a scale > 0, on compute capability 8.x and 9.0,
+    else the reference, which waits for the lengths. "sm80", "sm90": these kernels, ValueError where they
+    cannot. "reference": that. Tokens and heads may lie apart; kernels read them there if in steps of 16
+    bytes. They write no row that belongs to no sequence.
 
     Returns:
         out_THv in q's dtype and lse_TH, the float32 (float64 for float64) log-sum-exp of the scaled scores.
         A query that sees no key has out 0 and lse -inf. Differentiable in q, k and v through out, once; lse
         carries no gradient.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, eqs 9-19; online softmax as FlashAttention-2, arXiv 2307.08691.
     """
     op = "mla_prefill"
     check_tensor(op, "q", q_THd, num_dims=3, dtypes=FLOATS)
-    check_tensor(op, "k", k_THd, num_dims=3, dtypes=(q_THd.dtype,))
-    check_tensor(op, "v", v_THv, num_dims=3, dtypes=(q_THd.dtype,))
-    check_shape(op, "k", k_THd, (k_THd.shape[0], *q_THd.shape[1:]))
-    check_shape(op, "v", v_THv, (*k_THd.shape[:2], v_THv.shape[2]))
+    check_tensor(op, "k", k_TGd, num_dims=3, dtypes=(q_THd.dtype,))
+    check_tensor(op, "v", v_TGv, num_dims=3, dtypes=(q_THd.dtype,))
+    num_heads, num_key_heads = q_THd.shape[1], k_TGd.shape[1]
+    if num_heads % num_key_heads if num_key_heads else num_heads:
+        raise ValueError(f"{op}: k must have heads that divide {num_heads}, those of q, got {num_key_heads}")
+    check_shape(op, "k", k_TGd, (*k_TGd.shape[:2], q_THd.shape[2]))
+    check_shape(op, "v", v_TGv, (*k_TGd.shape[:2], v_TGv.shape[2]))
     check_tensor(op, "cu_seqlens_q", cu_seqlens_q, num_dims=1, dtypes=(torch.int32,))
     check_tensor(op, "cu_seqlens_k", cu_seqlens_k, num_dims=1, dtypes=(torch.int32,))
     if not cu_seqlens_q.shape[0]:
         raise ValueError(f"{op}: cu_seqlens_q must have at least one element, got {cu_seqlens_q.shape[0]}")
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
-    check_devices(op, q=q_THd, k=k_THd, v=v_THv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_arch(op, arch, q_THd, lambda: kernel_refusal(q_THd, v_THv))
+    check_devices(op, q=q_THd, k=k_TGd, v=v_TGv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_number(op, "scale", scale)
+    check_arch(op, arch, q_THd, lambda: kernel_refusal(q_THd, v_TGv, scale))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_prefill.default(
-        q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, scale, causal, deterministic, arch
+        q_THd, k_TGd, v_TGv, cu_seqlens_q, cu_seqlens_k, scale, causal, deterministic, arch
     )
     return out, lse
 
 
-def kernel_refusal(q_THd: Tensor, v_THv: Tensor) -> str | None:
+def kernel_refusal(q_THd: Tensor, v_TGv: Tensor, scale: float) -> str | None:
     """What the kernels want and do not get, or None where they can run."""
-    widths = (q_THd.shape[2], v_THv.shape[2])
+    widths = (q_THd.shape[2], v_TGv.shape[2])
     if q_THd.dtype not in KERNEL_DTYPES:
         wanted = " or ".join(str(kind).removeprefix("torch.") for kind in KERNEL_DTYPES)
         return f"q of {wanted}, got {str(q_THd.dtype).removeprefix('torch.')}"
     if widths not in KERNEL_WIDTHS:
-        return f"widths {' or '.join(map(str, KERNEL_WIDTHS))} of keys and values, got {widths}"
+        return f"widths of k and v to be {' or '.join(map(str, KERNEL_WIDTHS))}, got {widths}"
+    if not scale > 0:
+        return f"scale > 0, got {scale}"
     refusal: str | None = device_refusal(q_THd.device)
     return refusal
 
 
-def _runs_reference(q_THd: Tensor, v_THv: Tensor, arch: str) -> bool:
-    return arch == "reference" or (arch == "auto" and kernel_refusal(q_THd, v_THv) is not None)
+# ---- references ----
 
 
 def _blocks(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -120,10 +135,16 @@ def _upper_triangle(q: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full((_BLOCK, _BLOCK), -torch.inf, dtype=dtype, device=q.device).triu_(1)
 
 
+def _heads_of(x_TGd: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """The rows that each query head reads, [H, T, d]; a copy only where heads share them."""
+    x_GTd = x_TGd.to(dtype).transpose(0, 1)
+    return x_GTd if len(x_GTd) == num_heads else x_GTd.repeat_interleave(num_heads // len(x_GTd), dim=0)
+
+
 def _forward(
     q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
+    k_TGd: Tensor,
+    v_TGv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
@@ -132,9 +153,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q_THd.dtype)
     future = _upper_triangle(q_THd, dtype)
-    q_HTd, k_HTd, v_HTv = (x.to(dtype).transpose(0, 1) for x in (q_THd, k_THd, v_THv))
+    q_HTd, k_HTd, v_HTv = (_heads_of(x, q_THd.shape[1], dtype) for x in (q_THd, k_TGd, v_TGv))
     q_HTd = q_HTd * scale
-    out_THv = q_THd.new_zeros(*q_THd.shape[:2], v_THv.shape[2])
+    out_THv = q_THd.new_zeros(*q_THd.shape[:2], v_TGv.shape[2])
     lse_TH = q_THd.new_full(q_THd.shape[:2], -torch.inf, dtype=dtype)
     for rows, keys in _blocks(cu_seqlens_q, cu_seqlens_k, causal):
         scores = torch.bmm(q_HTd[:, rows], k_HTd[:, keys].transpose(1, 2))
@@ -160,8 +181,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_THd, k_THd, v_THv, out_THv, lse_TH = saved
     dtype = accumulate_dtype(q_THd.dtype)
+    num_sharing = q_THd.shape[1] // max(k_THd.shape[1], 1)
     q_HTd, k_HTd, v_HTv, grad_HTv = (x.to(dtype).transpose(0, 1) for x in (q_THd, k_THd, v_THv, grad_THv))
     q_HTd = q_HTd * scale
+    if num_sharing != 1:
+        k_HTd, v_HTv = (x.repeat_interleave(num_sharing, dim=0) for x in (k_HTd, v_HTv))
     minus_lse = lse_TH.neg().t().unsqueeze(-1)
     # d scores = probs * (d probs - delta), delta = sum(d out * out): the softmax's own gradient.
     minus_delta = (grad_THv.to(dtype) * out_THv.to(dtype)).sum(dim=-1).neg_().t().unsqueeze(-1)
@@ -176,8 +200,51 @@ def _backward(
         grad_scores = torch.baddbmm(minus_delta[:, rows], grad, v_HTv[:, keys].transpose(1, 2)).mul_(probs)
         grad_q[rows] = torch.bmm(grad_scores, k).mul_(scale).transpose(0, 1).to(grad_q.dtype)
         grad_k_HTd[:, keys].baddbmm_(grad_scores.transpose(1, 2), q)
+    if num_sharing != 1:
+        groups = (k_THd.shape[1], num_sharing)
+        grad_k_HTd, grad_v_HTv = (x.unflatten(0, groups).sum(dim=1) for x in (grad_k_HTd, grad_v_HTv))
     grad_k, grad_v = (x.transpose(0, 1).to(q_THd.dtype).contiguous() for x in (grad_k_HTd, grad_v_HTv))
     return grad_q, grad_k, grad_v
+
+
+# ---- kernels ----
+
+
+def _runs_reference(q_THd: Tensor, v_TGv: Tensor, scale: float, arch: str) -> bool:
+    if arch == "reference":
+        return True
+    refusal = kernel_refusal(q_THd, v_TGv, scale)
+    if refusal is not None and arch != "auto":
+        raise ValueError(f"mla_prefill: arch {arch} wants {refusal}")
+    return refusal is not None
+
+
+def _forward_kernel(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    _deterministic: bool,
+    arch: str,
+) -> tuple[Tensor, Tensor]:
+    if _runs_reference(q_THd, v_TGv, scale, arch):
+        return _forward(q_THd, k_TGd, v_TGv, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    out_THv, lse_TH = _forward_fake(q_THd, k_TGd, v_TGv)
+    if not out_THv.numel():
+        return out_THv, lse_TH
+    plan_size = native._C.mla_prefill_plan_size(q_THd.shape[0], cu_seqlens_q.shape[0] - 1)
+    q, k, v = (spread_rows(x, num_dense=1) for x in (q_THd, k_TGd, v_TGv))
+    native._C.mla_prefill_forward(
+        *(q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
+        *(cu_seqlens_q.new_empty(plan_size), out_THv, lse_TH),
+        scale,
+        causal,
+        arch,
+    )
+    return out_THv, lse_TH
 
 
 def _backward_kernel(
@@ -191,7 +258,7 @@ def _backward_kernel(
     arch: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_THd, k_THd, v_THv, out_THv, lse_TH = saved
-    if _runs_reference(q_THd, v_THv, arch):
+    if _runs_reference(q_THd, v_THv, scale, arch):
         return _backward(grad_THv, saved, cu_seqlens_q, cu_seqlens_k, scale, causal)
     grads = _backward_fake(grad_THv, saved)
     num_sequences, (num_queries, num_heads, width) = cu_seqlens_q.shape[0] - 1, q_THd.shape
@@ -218,8 +285,8 @@ def _backward_kernel(
     return grads
 
 
-def _forward_fake(q_THd: Tensor, _k: Tensor, v_THv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    out = q_THd.new_empty(*q_THd.shape[:2], v_THv.shape[2])
+def _forward_fake(q_THd: Tensor, _k: Tensor, v_TGv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = q_THd.new_empty(*q_THd.shape[:2], v_TGv.shape[2])
     return out, q_THd.new_empty(q_THd.shape[:2], dtype=accumulate_dtype(q_THd.dtype))
 
 
@@ -247,6 +314,7 @@ define_op(
     "mla_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale,"
     " bool causal, bool deterministic, str arch) -> (Tensor out, Tensor lse)",
     reference=_forward,
+    kernel=_forward_kernel,
     fake=_forward_fake,
 )
 define_op(
