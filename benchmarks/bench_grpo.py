@@ -1,8 +1,8 @@
 """A step of GRPO beside TRL's GRPOTrainer: the same tiny model, prompts, rewards and objective, float32, CPU.
 
 A step samples groups of answers, rewards them and moves the policy once, with a reference model. The two
-take turns in one process, step by step. Random weights seldom end an answer, so both make as many tokens. Ours
-goes through GrpoSteps as `dscoder grpo` does, its rollouts written; its balance loss comes on top.
+take turns in one process, step by step. Random weights seldom end an answer, so both make as many tokens.
+Ours goes through GrpoSteps as `dscoder grpo` does, its rollouts written; its balance loss comes on top.
 """
 
 import statistics
@@ -18,7 +18,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.peers import trl_trainer
-from benchmarks.peers.trl_trainer import HAS_TRL, StepTimes, TextReward
+from benchmarks.peers.trl_trainer import StepTimes, TextReward
 from dscoder.checkpoint import load_pretrained, save_pretrained
 from dscoder.config import preset
 from dscoder.config.grpo import GrpoConfig, RewardsConfig, RolloutConfig, UpdateConfig
@@ -51,9 +51,9 @@ LIMITS = Limits()
 TESTS = "answer = {answer!r}\nassert len(answer) % 2 == 0\n"
 
 
-def letters(text: str) -> float:
-    """A reward that costs nothing and differs within a group: the share of letters "e"."""
-    return text.count("e") / max(1, len(text))
+def mean_code(text: str) -> float:
+    """A reward that costs nothing and differs within a group, so that every group is trained on."""
+    return sum(map(ord, text)) / max(1, len(text))
 
 
 def program_of(answer: str) -> Program:
@@ -88,8 +88,8 @@ class Continuations(Task):
 
 
 def rewards_of(batch: RewardBatch) -> list[float | None]:
-    """`letters` as a reward function of ours."""
-    return [letters(answer.completion) for answer in batch.answers]
+    """`mean_code` as a reward function of ours."""
+    return [mean_code(answer.completion) for answer in batch.answers]
 
 
 def text_reward(pool: Pool, *, has_tests: bool) -> TextReward:
@@ -97,9 +97,9 @@ def text_reward(pool: Pool, *, has_tests: bool) -> TextReward:
 
     def reward(texts: Sequence[str]) -> list[float]:
         if not has_tests:
-            return [letters(text) for text in texts]
+            return [mean_code(text) for text in texts]
         verdicts = pool.run_many([program_of(text) for text in texts], LIMITS)
-        return [letters(text) + verdict.is_passed for text, verdict in zip(texts, verdicts, strict=True)]
+        return [mean_code(text) + verdict.is_passed for text, verdict in zip(texts, verdicts, strict=True)]
 
     return reward
 
@@ -126,7 +126,7 @@ class OurSteps:
             self.questions,
             sampler=EngineSampler(Engine(model, tokenizer, batch=config.rollout.batch)),
             judge=Judge(task, pool),
-            rewards=Rewards(reward_terms(config.rewards, given={"letters": rewards_of})),
+            rewards=Rewards(reward_terms(config.rewards, given={"mean_code": rewards_of})),
             config=config,
         )
         num_ids = min(model.config.vocab_size, tokenizer.vocab_size)
@@ -177,15 +177,18 @@ def record_of(ours: StepTimes, theirs: StepTimes | None) -> dict[str, Any]:
     if abs(theirs.num_tokens - ours.num_tokens) > TOKENS_APART * ours.num_tokens:
         kept["peers"]["trl"] = {"error": f"made {theirs.num_tokens} tokens, ours {ours.num_tokens}"}
         return kept
-    ratio = float(f"{theirs.total / ours.total:.4g}")
-    kept["peers"]["trl"] = {**figures_of(theirs), "ratio": ratio}
+    kept["peers"]["trl"] = {
+        **figures_of(theirs),
+        "ratio": float(f"{theirs.total / ours.total:.4g}"),
+        "processor_ratio": float(f"{theirs.processor / ours.processor:.4g}"),
+    }
     return kept
 
 
 def config_for(model: Path, out: Path, *, sizes: tuple[int, int, int], has_tests: bool) -> GrpoConfig:
     """One update a step; the other settings are the defaults of both sides, which are the same."""
     groups, group_size, new_tokens = sizes
-    functions = ("letters", *(("tests",) if has_tests else ()))
+    functions = ("mean_code", *(("tests",) if has_tests else ()))
     return GrpoConfig(
         model=str(model),
         out=str(out),
@@ -203,7 +206,7 @@ def contest(
     with Pool() as pool:
         ours = OurSteps(config, Continuations(prompts, has_tests=has_tests), pool=pool)
         theirs: list[StepTimes] = []
-        if HAS_TRL:
+        if trl_trainer.HAS_TRL:
             theirs = trl_trainer.train(
                 config,
                 prompts,
