@@ -391,3 +391,10 @@ def test_a_required_function_that_gives_nothing_leaves_the_steps_out_too() -> No
     required = RewardTerm(name="tests", function=answering([None, None]), is_required=True)
     scores = Rewards([required, process_term(step_lengths)]).score(steps_of(("a", "b"), ("c",)))
     assert [score.steps for score in scores] == [(None, None), (None,)]
+
+
+def test_a_mix_of_step_rewards_that_is_too_large_is_left_out_and_told() -> None:
+    terms = [TELLING, process_term(answering([[1e300, 1.0], [1.0]]), weight=2.0)]
+    scores = Rewards(terms).score(steps_of(("a", "b"), ("c",)))
+    assert [score.steps for score in scores] == [(None, 2.0), (2.0,)]
+    assert [score.reasons for score in scores] == [{"mix": "not_finite: the sum is beyond 1e+300"}, {}]

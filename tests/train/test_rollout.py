@@ -1,5 +1,6 @@
 """Rollouts on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,10 @@ def test_a_step_of_a_run_needs_a_reward_that_counts() -> None:
     untold = RolloutStep(end=2, text_end=1, rewards={"process.f": None}, reward=None, advantage=None)
     require_rewards([rollout(reward=None), rollout(reward=0.0)])
     failed = rollout(steps=(untold,), reward=1.0, failures={"process.f": "hung"}, detail="ok")
+    require_rewards([failed])
     with pytest.raises(ValueError, match=r"step 1 must have a reward, .* 1 \(the first: ok; process.f: hung"):
-        require_rewards([failed])
+        require_rewards([failed], has_outcome=False)
+    require_rewards([failed, rollout(steps=(replace(untold, reward=0.0),))], has_outcome=False)
 
 
 def test_halves_of_surrogate_pairs_do_not_end_a_run(tmp_path: Path) -> None:

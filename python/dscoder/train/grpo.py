@@ -131,7 +131,7 @@ class GrpoSteps:
         found = self._explorer.explore(step + 1, int(self._position))
         self._position.fill_(found.next_position)
         write_rollouts(self._directory, step + 1, found.rollouts)
-        require_rewards(found.rollouts)
+        require_rewards(found.rollouts, has_outcome=self._config.rewards.has_outcome)
         began = time.perf_counter()
         figures = self._updates.update(optimizer, found.rollouts, step=step + 1, lr=lr)
         seconds = {

@@ -33,6 +33,7 @@ from dscoder.train.advantage import LARGEST_REWARD, group_mean
 _GRACE = 1.0
 _LONGEST_REASON = 200  # characters
 _MIX = "mix"  # what failures of the sum are counted under
+_TOO_LARGE = f"not_finite: the sum is beyond {LARGEST_REWARD:g}"
 _LOG = get_logger(__name__)
 
 
@@ -303,7 +304,7 @@ class Rewards:
             reasons = {name: result.reasons[idx] for name, result in results.items() if result.reasons[idx]}
             reward = mixed[idx] if mixed else None
             if reward is None and _there(rewards.values()):
-                reasons[_MIX] = f"not_finite: the sum is beyond {LARGEST_REWARD:g}"
+                reasons[_MIX] = _TOO_LARGE
             scores.append(Score(rewards=rewards, reasons=reasons, reward=None if is_left_out else reward))
         return scores
 
@@ -321,6 +322,9 @@ class Rewards:
         found = []
         for score, own in zip(scores, (slice(*bound) for bound in bounds), strict=True):
             whys = {name: next(filter(None, result.reasons[own]), "") for name, result in results.items()}
+            told = zip(*(result.values[own] for result in results.values()), strict=True)
+            if any(_there(values) and step is None for values, step in zip(told, mixed[own], strict=True)):
+                whys[_MIX] = _TOO_LARGE
             found.append(
                 replace(
                     score,

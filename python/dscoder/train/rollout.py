@@ -89,13 +89,6 @@ class Rollout:
         return self.finish_reason in ("length", "context")
 
     @property
-    def has_reward(self) -> bool:
-        """Whether anything that counts could tell: of some step, where steps are rewarded."""
-        if self.steps:
-            return any(step.reward is not None for step in self.steps)
-        return self.reward is not None
-
-    @property
     def token_advantages(self) -> list[float]:
         """Of a rollout that is used: one a token, or a single one for all of them."""
         if not self.steps:
@@ -152,9 +145,14 @@ def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> N
     write_bytes(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
-def require_rewards(rollouts: Sequence[Rollout]) -> None:
-    """ValueError if no answer of a step has a reward: whatever judges them does not work."""
-    if any(rollout.has_reward for rollout in rollouts):
+def require_rewards(rollouts: Sequence[Rollout], *, has_outcome: bool = True) -> None:
+    """ValueError if no answer of a step has a reward that counts: whatever judges them does not work.
+
+    `has_outcome`: whether rewards of whole answers count.
+    """
+    if any(step.reward is not None for rollout in rollouts for step in rollout.steps):
+        return
+    if has_outcome and any(rollout.reward is not None for rollout in rollouts):
         return
     first = rollouts[0]
     reasons = [f"{name}: {reason}" for name, reason in first.failures.items()]
