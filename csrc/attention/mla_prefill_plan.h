@@ -181,4 +181,33 @@ int fill_prefill_plan(const Ends& cu_seqlens_q, const Ends& cu_seqlens_k, int nu
     return visit_tiles([&](const PrefillTile& tile, int cost_class) { tiles[place[cost_class]++] = tile; });
 }
 
+// ---- the resources of the kernel of sm_80 ----
+
+// 64 keys in a block share the queries' way through shared memory twice as often as 32, and take more of it;
+// two blocks of the grid on an SM, of which one multiplies while the other waits or weighs, come first.
+constexpr int kPrefillSm80Threads = 128;
+constexpr int kPrefillSm80TileRows = 128;
+constexpr int kPrefillSm80BlocksPerSm = 2;
+constexpr int kSystemSharedBytes = 1024;  // of each block of the grid
+
+// Queries, two blocks of keys, one of values.
+constexpr int prefill_sm80_bytes(int width, int value_width, int num_keys) {
+    return 2 * (kPrefillSm80TileRows * width + 2 * num_keys * width + num_keys * value_width);
+}
+
+struct PrefillSm80Plan {
+    int num_keys;  // of a block, 32 or 64
+    int shared_bytes;
+};
+
+inline PrefillSm80Plan plan_prefill_sm80(int width, int value_width, int shared_per_sm,
+                                         int most_shared_bytes) {
+    const int wide = prefill_sm80_bytes(width, value_width, 64);
+    const int narrow = prefill_sm80_bytes(width, value_width, 32);
+    const bool has_room = kPrefillSm80BlocksPerSm * (wide + kSystemSharedBytes) <= shared_per_sm;
+    DSC_CHECK(narrow <= most_shared_bytes, "mla_prefill: a block needs ", narrow,
+              " bytes of shared memory, the device has ", most_shared_bytes);
+    return has_room ? PrefillSm80Plan{64, wide} : PrefillSm80Plan{32, narrow};
+}
+
 }  // namespace dsc

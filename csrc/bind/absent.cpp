@@ -52,7 +52,7 @@ void register_mla_decode(py::module_& module) {
 }
 
 void register_mla_prefill(py::module_& module) {
-    define_absent(module, "mla_prefill", {"mla_prefill_plan"});
+    define_absent(module, "mla_prefill", {"mla_prefill_plan", "mla_prefill_forward"});
 }
 
 void register_mla_prefill_backward(py::module_& module) {

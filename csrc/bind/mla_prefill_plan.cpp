@@ -49,6 +49,15 @@ std::vector<std::pair<int, int>> mla_prefill_works(int num_tiles, int num_heads)
     return works;
 }
 
+// What the kernel of sm_80 takes of a device with so many bytes of shared memory.
+py::dict mla_prefill_sm80_plan(int width, int value_width, int shared_per_sm, int shared_per_block) {
+    const PrefillSm80Plan plan = plan_prefill_sm80(width, value_width, shared_per_sm, shared_per_block);
+    py::dict seen;
+    seen["keys"] = plan.num_keys;
+    seen["shared_bytes"] = plan.shared_bytes;
+    return seen;
+}
+
 }  // namespace
 }  // namespace bind
 
@@ -58,6 +67,8 @@ void register_mla_prefill_plan(py::module_& module) {
                py::arg("tile_rows"), py::arg("block_rows"), py::arg("causal"));
     module.def("mla_prefill_plan_size", prefill_plan_size, py::arg("num_rows"), py::arg("num_sequences"));
     module.def("mla_prefill_class", prefill_class, py::arg("cost"));
+    module.def("mla_prefill_sm80_plan", bind::mla_prefill_sm80_plan, py::arg("width"), py::arg("value_width"),
+               py::arg("shared_per_sm"), py::arg("shared_per_block"));
     module.def("mla_prefill_works", bind::mla_prefill_works, py::arg("num_tiles"), py::arg("num_heads"));
 }
 

@@ -25,10 +25,12 @@
     std::type_identity_t<type>& name = ::dsc::host::shared_variable<std::type_identity_t<type>>([] {}, #name)
 #define DSC_SHARED_DYNAMIC(type, name) type* const name = ::dsc::host::shared_dynamic<type>()
 #define DSC_UNROLL
+#define DSC_NO_UNROLL
 #else
 #define DSC_SHARED(type, name) __shared__ std::type_identity_t<type> name
 #define DSC_SHARED_DYNAMIC(type, name)                                   \
     extern __shared__ __align__(128) unsigned char dsc_shared_dynamic[]; \
     type* const name = reinterpret_cast<type*>(dsc_shared_dynamic)
 #define DSC_UNROLL _Pragma("unroll")
+#define DSC_NO_UNROLL _Pragma("unroll 1")
 #endif

@@ -191,6 +191,19 @@ def mla_prefill_plan(
     block_rows: int,
     causal: bool,
 ) -> None: ...
+def mla_prefill_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    plan: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    arch: str,
+) -> None: ...
 def mla_prefill_plan_of(
     cu_seqlens_q: Sequence[int],
     cu_seqlens_k: Sequence[int],
@@ -203,6 +216,9 @@ def mla_prefill_plan_of(
 ) -> list[tuple[int, int]]: ...
 def mla_prefill_plan_size(num_rows: int, num_sequences: int) -> int: ...
 def mla_prefill_class(cost: int) -> int: ...
+def mla_prefill_sm80_plan(
+    width: int, value_width: int, shared_per_sm: int, shared_per_block: int
+) -> dict[str, int]: ...
 def mla_prefill_works(num_tiles: int, num_heads: int) -> list[tuple[int, int]]: ...
 def mla_prefill_backward(
     grad_out: Tensor,

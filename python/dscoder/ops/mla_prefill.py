@@ -141,6 +141,13 @@ def _heads_of(x_TGd: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     return x_GTd if len(x_GTd) == num_heads else x_GTd.repeat_interleave(num_heads // len(x_GTd), dim=0)
 
 
+def _sum_of_heads(grad_HTd: Tensor, num_key_heads: int) -> Tensor:
+    """[G, T, d]: what the query heads that share a head say of it."""
+    if len(grad_HTd) == num_key_heads:
+        return grad_HTd
+    return grad_HTd.unflatten(0, (num_key_heads, -1)).sum(dim=1)
+
+
 def _forward(
     q_THd: Tensor,
     k_TGd: Tensor,
@@ -179,13 +186,10 @@ def _backward(
     causal: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_THd, k_THd, v_THv, out_THv, lse_TH = saved
-    dtype = accumulate_dtype(q_THd.dtype)
-    num_sharing = q_THd.shape[1] // max(k_THd.shape[1], 1)
-    q_HTd, k_HTd, v_HTv, grad_HTv = (x.to(dtype).transpose(0, 1) for x in (q_THd, k_THd, v_THv, grad_THv))
+    q_THd, k_TGd, v_TGv, out_THv, lse_TH = saved
+    dtype, num_heads = accumulate_dtype(q_THd.dtype), q_THd.shape[1]
+    q_HTd, k_HTd, v_HTv, grad_HTv = (_heads_of(x, num_heads, dtype) for x in (q_THd, k_TGd, v_TGv, grad_THv))
     q_HTd = q_HTd * scale
-    if num_sharing != 1:
-        k_HTd, v_HTv = (x.repeat_interleave(num_sharing, dim=0) for x in (k_HTd, v_HTv))
     minus_lse = lse_TH.neg().t().unsqueeze(-1)
     # d scores = probs * (d probs - delta), delta = sum(d out * out): the softmax's own gradient.
     minus_delta = (grad_THv.to(dtype) * out_THv.to(dtype)).sum(dim=-1).neg_().t().unsqueeze(-1)
@@ -200,10 +204,10 @@ def _backward(
         grad_scores = torch.baddbmm(minus_delta[:, rows], grad, v_HTv[:, keys].transpose(1, 2)).mul_(probs)
         grad_q[rows] = torch.bmm(grad_scores, k).mul_(scale).transpose(0, 1).to(grad_q.dtype)
         grad_k_HTd[:, keys].baddbmm_(grad_scores.transpose(1, 2), q)
-    if num_sharing != 1:
-        groups = (k_THd.shape[1], num_sharing)
-        grad_k_HTd, grad_v_HTv = (x.unflatten(0, groups).sum(dim=1) for x in (grad_k_HTd, grad_v_HTv))
-    grad_k, grad_v = (x.transpose(0, 1).to(q_THd.dtype).contiguous() for x in (grad_k_HTd, grad_v_HTv))
+    grad_k, grad_v = (
+        _sum_of_heads(x, k_TGd.shape[1]).transpose(0, 1).to(q_THd.dtype).contiguous()
+        for x in (grad_k_HTd, grad_v_HTv)
+    )
     return grad_q, grad_k, grad_v
 
 
@@ -257,20 +261,19 @@ def _backward_kernel(
     deterministic: bool,
     arch: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_THd, k_THd, v_THv, out_THv, lse_TH = saved
-    if _runs_reference(q_THd, v_THv, scale, arch):
+    q_THd, k_TGd, v_TGv, out_THv, lse_TH = saved
+    if _runs_reference(q_THd, v_TGv, scale, arch):
         return _backward(grad_THv, saved, cu_seqlens_q, cu_seqlens_k, scale, causal)
     grads = _backward_fake(grad_THv, saved)
     num_sequences, (num_queries, num_heads, width) = cu_seqlens_q.shape[0] - 1, q_THd.shape
-    plan_size = native._C.mla_prefill_plan_size(max(num_queries, k_THd.shape[0]), num_sequences)
+    plan_size = native._C.mla_prefill_plan_size(max(num_queries, k_TGd.shape[0]), num_sequences)
     num_sums = 0 if deterministic else native._C.mla_prefill_num_sums(num_queries, num_sequences)
     scratch = (
         cu_seqlens_q.new_empty(plan_size),
         lse_TH.new_empty(2, num_heads, num_queries),
         lse_TH.new_empty(num_sums, num_heads, width),
     )
-    rows = (spread_rows(x, num_dense=1) for x in (grad_THv, q_THd, k_THd, v_THv))
-    grad_out, *inputs = rows
+    grad_out, *inputs = (spread_rows(x, num_dense=1) for x in (grad_THv, q_THd, k_TGd, v_TGv))
     native._C.mla_prefill_backward(
         grad_out,
         (*inputs, aligned(out_THv), lse_TH.contiguous()),
