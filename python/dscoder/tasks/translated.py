@@ -24,7 +24,10 @@ _CPP_START = """\
 #include <stdio.h>
 namespace {name} {{
 char text[64];
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wprio-ctor-dtor"
 __attribute__((constructor(0))) void take() {{
+#pragma GCC diagnostic pop
     if (FILE* file = fopen("{mark}", "r")) {{
         text[fread(text, 1, sizeof text - 1, file)] = 0;
         fclose(file);
