@@ -21,16 +21,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from dscoder.testing.contract import (
-    ARCHS,
-    KERNELS,
-    ROW_KERNELS,
-    SPILLS,
-    Kernel,
-    broken,
-    broken_blanking,
-    broken_overlap,
-)
+from dscoder.testing.contract import ARCHS, SPILLS, Kernel, broken, broken_blanking, broken_overlap
+from dscoder.testing.contract_kernels import KERNELS, ROW_KERNELS
 from dscoder.testing.machine_code import (
     Usage,
     broken_telling,

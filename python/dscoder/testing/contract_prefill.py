@@ -1,0 +1,69 @@
+"""The build contract's rows of prefill attention and of its gradients."""
+
+from dscoder.testing.contract import Kernel
+
+_HALVES = (("__nv_bfloat16", "HMMA.16816.F32.BF16"), ("__half", "HMMA.16816.F32"))
+
+
+def _backward(width: int, queries: int) -> dict[str, Kernel]:
+    """The gradients of a tile of so many queries and 64 keys on mma.sync, for both types.
+
+    Products of 16 x 8 x 16 of each of 8 warps: scores over keys' and values' width, three gradients over
+    queries or keys. Copies are started ahead of the loop and in it, of what stays ahead of it alone. Sums of
+    grad_q leave by a reduction each, 8 for a block of 16 x 16.
+    """
+    scores = queries * 64 * (width + 128)
+    grad_q, grad_k, grad_v = (queries * 64 * n for n in (width, width, 128))
+    query_words, key_words = (n * (width + 128) // 8 // 256 for n in (queries, 64))
+
+    def row(name: str, dtype: str, products: int, copies: int, wants: dict[str, int]) -> dict[str, Kernel]:
+        product = dict(_HALVES)[dtype]
+        wants = {product: products // 2048 // 8, "LDGSTS.E.BYPASS.LTC128B.128": copies, **wants}
+        return {f"{name}<Tile<{dtype}, {width}, 128, {queries}>>": Kernel(registers=255, wants=wants)}
+
+    kernels = {}
+    for dtype, _ in _HALVES:
+        kernels |= row(
+            "mla_prefill_backward_sm80_kernel",
+            dtype,
+            scores + grad_q + grad_k + grad_v,
+            key_words + 2 * query_words,
+            {"RED.E.ADD.F32": queries * width // 256, "STG.E.128": 64 * (width + 128) // 8 // 256},
+        )
+        kernels |= row(
+            "mla_prefill_grad_query_sm80_kernel",
+            dtype,
+            scores + grad_q,
+            query_words + 2 * key_words,
+            {"STG.E.128": queries * width // 8 // 256},
+        )
+    return kernels
+
+
+# A lane reads 16 bytes of four rows at a time; sums come as two words for each that goes.
+_ROW_KERNELS = {
+    name: kernel
+    for dtype, _ in _HALVES
+    for name, kernel in (
+        (
+            f"mla_prefill_row_values_kernel<{dtype}>",
+            Kernel(registers=64, shared=2304, wants={"LDG.E.128": 8, "SHFL.BFLY": 16, "STG.E.128": 1}),
+        ),
+        *(
+            (
+                f"mla_prefill_round_sums_kernel<{dtype}, {width}>",
+                Kernel(registers=64, wants={"LDG.E.128": width // 8, "STG.E.128": width // 16}),
+            )
+            for width in (128, 192)
+        ),
+    )
+}
+PREFILL_KERNELS = {
+    **_ROW_KERNELS,
+    **{
+        name: kernel
+        for width in (128, 192)
+        for queries in (64, 128)
+        for name, kernel in _backward(width, queries).items()
+    },
+}
