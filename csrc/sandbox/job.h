@@ -32,7 +32,7 @@ struct Step {
 struct Job {
     std::string folder;                       // where the files go and the steps run
     std::vector<std::string> memory_folders;  // file systems that hold their files in memory
-    std::vector<std::string> join;            // control groups, by their files of processes
+    std::vector<std::string> join;            // control groups, by the files to write "0" to
     std::string_view filter;                  // struct sock_filter[]
     uint64_t user;                            // of the program; 0: the supervisor's own
     bool is_pid_1;

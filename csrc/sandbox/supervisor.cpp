@@ -196,12 +196,12 @@ void supervise() {
     const std::string text = read_to_end(STDIN_FILENO);
     const Job job = JobReader(text).job();
     signal(SIGPIPE, SIG_IGN);
-    checked(syscall(SYS_close_range, kFirstInherited, ~0U, 0), "close_range");
     for (const auto& path : job.join) {
         const int file = checked(open(path.c_str(), O_WRONLY | O_CLOEXEC), "open " + path);
         write_all(file, "0");  // this process
         close(file);
     }
+    checked(syscall(SYS_close_range, kFirstInherited, ~0U, 0), "close_range");
     // Other processes of the same user cannot look into this one, nor take over its descriptors.
     checked(prctl(PR_SET_DUMPABLE, 0), "prctl dumpable");
     write_files(job);

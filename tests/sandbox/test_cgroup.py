@@ -63,7 +63,11 @@ def test_limits_are_written(tmp_path: Path, version: int, name: str) -> None:
         assert (folder / name).read_text() == "1000"
         assert (folder / "pids.max").read_text() == "7"
         group.add(42)
-        assert (folder / "cgroup.procs").read_text() == "42"
+        assert (folder / "cgroup.procs").exists() == (version == 2)
+        (folder / "tasks").touch()
+        with group.open_doors() as files:
+            assert len(files) == (1 if version == 1 else 0)
+        assert group.all_doors() == [folder / ("cgroup.procs" if version == 2 else "tasks")]
         (folder / "cgroup.procs").write_text("")  # the kernel empties it; this stand-in does not
 
 
@@ -80,13 +84,14 @@ def test_a_shortage_is_the_groups_own_only_if_it_was_full(
         else:
             (folder / "memory.oom_control").write_text("under_oom 0\noom_kill 2\n")
             (folder / "memory.failcnt").write_text(f"{num_full}\n")
+        assert group.counts_memory()
         assert group.shortage() == Shortage(num_killed=2, is_own=num_full > 0)
         (folder / "cgroup.procs").write_text("")
 
 
-def test_without_a_group_that_counts_nothing_is_known_of_a_shortage() -> None:
+def test_without_a_group_nobody_counts_memory() -> None:
     with new_group((), memory=1000, processes=7) as group:
-        assert group.shortage() is None
+        assert not group.counts_memory()
 
 
 def refuse_while_inside(monkeypatch: pytest.MonkeyPatch, root: Path, *, is_alone: bool) -> None:

@@ -15,13 +15,13 @@ from tests.sandbox.conftest import SMALL
 Attack = Callable[..., Verdict]
 
 FORKS = """
-import ctypes, mmap, os, socket, threading, time
+import ctypes, mmap, os, platform, socket, threading, time
 def in_children(count, action):
     for _ in range(count):
         if os.fork() == 0:
             kept = action()
             time.sleep(60)
-    time.sleep(1.0)
+    time.sleep(1.5)
 """
 
 
@@ -36,19 +36,21 @@ def without_groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 SHARED_MAPS = """
 def action():
     shared = mmap.mmap(-1, 50 << 20)
-    shared.write(b"x" * (50 << 20))
+    time.sleep(0.3)  # so that nothing else grows meanwhile
+    for _ in range(50): shared.write(b"x" * (1 << 20))
     return shared
 in_children(4, action)
 """
 # The first thread ends by itself, which leaves the process a zombie to look at while the other lives on.
 ZOMBIE_LEADERS = """
+libc = ctypes.CDLL(None)
 def hold():
+    time.sleep(0.3)  # until the other has ended
     kept = b"x" * (50 << 20)
     time.sleep(60)
 def action():
     threading.Thread(target=hold).start()
-    time.sleep(0.1)
-    ctypes.CDLL(None).pthread_exit(None)
+    libc.syscall(60 if platform.machine() == "x86_64" else 93, 0)
 in_children(4, action)
 """
 SOCKETS = """

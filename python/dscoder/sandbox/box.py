@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -225,8 +225,10 @@ def execute(job: Job, view: View, group: Group, *, cancel: int | None) -> Ending
     """Run a job under full isolation to its end."""
     bubblewrap = find_bubblewrap()
     deadline = time.monotonic() + job.deadline()
-    with open_gates() as gates:
+    with open_gates() as gates, group.open_doors() as doors:
+        job = replace(job, join=tuple(f"/proc/self/fd/{door}" for door in doors))
         command = command_line(bubblewrap, job, view, gates)
-        with Supervised(command, job, passed=gates.passed(), deadline=deadline, cancel=cancel) as process:
+        passed = (*gates.passed(), *doors)
+        with Supervised(command, job, passed=passed, deadline=deadline, cancel=cancel) as process:
             _admit(process, gates, group)
             return process.ending()

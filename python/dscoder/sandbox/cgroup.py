@@ -57,13 +57,38 @@ class Group:
     folders: tuple[tuple[Hierarchy, Path], ...] = ()
 
     def member_files(self) -> list[Path]:
-        """Where a process id is written to move that process in."""
+        """Where it says which processes are in."""
         return [folder / "cgroup.procs" for _, folder in self.folders]
 
     def add(self, pid: int) -> None:
-        """Move a process into the group, before it has started others."""
-        for file in self.member_files():
-            file.write_text(str(pid))
+        """Move a process into the groups of version 2, before it has started others."""
+        for hierarchy, folder in self.folders:
+            if hierarchy.version == 2:
+                (folder / "cgroup.procs").write_text(str(pid))
+
+    def doors(self) -> list[Path]:
+        """The files of version 1 by which a process with one thread moves itself in, writing "0".
+
+        Moving another holds up every fork on the machine for some milliseconds.
+        """
+        return [folder / "tasks" for hierarchy, folder in self.folders if hierarchy.version == 1]
+
+    def all_doors(self) -> list[Path]:
+        """The same, and those of version 2."""
+        files = [folder / "cgroup.procs" for hierarchy, folder in self.folders if hierarchy.version == 2]
+        return self.doors() + files
+
+    @contextmanager
+    def open_doors(self) -> Iterator[list[int]]:
+        """Descriptors of the doors, for a process that does not see their paths."""
+        files: list[int] = []
+        try:
+            for path in self.doors():
+                files.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+            yield files
+        finally:
+            for file in files:
+                os.close(file)
 
     def kill(self) -> None:
         """SIGKILL to whatever is in the group, until nothing is; gives up after a while."""
@@ -76,20 +101,19 @@ class Group:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(_PAUSE)
 
-    def shortage(self) -> Shortage | None:
-        """What the kernel did since memory was used up; None if no group of this one counts memory."""
-        for hierarchy, folder in self.folders:
-            if "memory" not in hierarchy.controllers:
-                continue
-            if hierarchy.version == 2:
-                num_killed, num_full = (
-                    _count(folder / "memory.events", name) for name in ("oom_kill", "oom")
-                )
-            else:
-                num_killed = _count(folder / "memory.oom_control", "oom_kill")
-                num_full = int((folder / "memory.failcnt").read_text())
-            return Shortage(num_killed=num_killed, is_own=num_full > 0)
-        return None
+    def counts_memory(self) -> bool:
+        """Whether one of the groups does."""
+        return any("memory" in hierarchy.controllers for hierarchy, _ in self.folders)
+
+    def shortage(self) -> Shortage:
+        """What the kernel did since memory was used up, in a group that counts it."""
+        version, folder = next((h.version, path) for h, path in self.folders if "memory" in h.controllers)
+        if version == 2:
+            num_killed, num_full = (_count(folder / "memory.events", name) for name in ("oom_kill", "oom"))
+        else:
+            num_killed = _count(folder / "memory.oom_control", "oom_kill")
+            num_full = int((folder / "memory.failcnt").read_text())
+        return Shortage(num_killed=num_killed, is_own=num_full > 0)
 
 
 def _count(file: Path, name: str) -> int:

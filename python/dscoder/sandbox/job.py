@@ -55,7 +55,7 @@ class Job:
     is_pid_1: bool
     launcher: int  # the process id that the supervisor's parent must have; 0: not seen from inside
     filter: bytes  # what seccomp.py makes
-    join: tuple[str, ...]  # control groups, by their files of processes, that the supervisor puts itself into
+    join: tuple[str, ...]  # files of control groups that the supervisor writes "0" to, to be in
 
     def deadline(self) -> float:
         """Seconds after which a supervisor that has not reported never will."""

@@ -119,7 +119,8 @@ def _execute(
                 processes=int(limits.processes + _SUPERVISOR_PROCESSES),
             )
         )
-        killed_before = num_killed_for_memory()
+        # Without a group that counts, whoever was killed on the machine may have been the program's.
+        killed_before = None if group.counts_memory() else num_killed_for_memory()
         if isolation == "full":
             ending = box.execute(job, toolchain.view, group, cancel=cancel)
         else:
@@ -128,10 +129,11 @@ def _execute(
                 for path in toolchain.paths.values():
                     weak.check_reachable(path.resolve())
             folder = stack.enter_context(weak.new_folder(user))
-            files = tuple(str(file) for file in group.member_files())
+            files = tuple(str(file) for file in group.all_doors())
             ending = weak.execute(_weakened(job, folder=folder, user=user, join=files), cancel=cancel)
-        # Without a group that counts, whatever was killed on the machine meanwhile may have been the program.
-        return ending, group.shortage() or Shortage(num_killed=num_killed_for_memory() - killed_before)
+        if killed_before is None:
+            return ending, group.shortage()
+        return ending, Shortage(num_killed=num_killed_for_memory() - killed_before)
 
 
 def _explain(complaint: str) -> str:
