@@ -59,6 +59,17 @@ def test_nothing_is_both_shown_and_asked(written: Path) -> None:
     assert not shown & asked
 
 
+def test_a_share_of_the_answers_leaves_out_a_step(tmp_path: Path) -> None:
+    def lines(share: float) -> list[int]:
+        num = replace(NUM, hurried_share=share)
+        out = generated.run(GeneratedConfig(out=str(tmp_path / str(share)), num=num))
+        return [len(record["completion"].splitlines()) for record in records(out, "dialogues.jsonl")]
+
+    whole, hurried, some = lines(0.0), lines(1.0), lines(0.4)
+    assert [count - 1 for count in whole] == hurried
+    assert 25 <= sum(a != b for a, b in zip(whole, some, strict=True)) <= 55
+
+
 def test_a_seed_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
     config = GeneratedConfig(out=str(tmp_path / "again"), num=NUM)
     again = generated.run(config)
@@ -77,3 +88,5 @@ def test_a_finished_directory_is_left_alone(written: Path) -> None:
 def test_counts_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="ProblemCounts: few_tests must be >= 1, got 0"):
         ProblemCounts(few_tests=0)
+    with pytest.raises(ValueError, match=r"ProblemCounts: hurried_share must be in \[0, 1\], got 1.5"):
+        ProblemCounts(hurried_share=1.5)

@@ -55,7 +55,7 @@ class LearningConfig:
 class PolicyConfig:
     """What both runs of GRPO share."""
 
-    num_steps: int = 40
+    num_steps: int = 30
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(
             groups=16, group_size=8, max_new_tokens=_ANSWER_TOKENS, template=_TEMPLATE, batch=_BATCH
@@ -64,7 +64,7 @@ class PolicyConfig:
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(micro=32))
     schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(kind="cosine", max_lr=2e-4, warmup_steps=0)
+        default_factory=lambda: ScheduleConfig(kind="cosine", max_lr=3e-4, warmup_steps=0)
     )
 
 
@@ -76,8 +76,8 @@ class AlignDemoConfig:
     problems: ProblemCounts = field(default_factory=ProblemCounts)
     model: ModelConfig = _MODEL
     pretrain: LearningConfig = field(default_factory=lambda: _learning(400, 6e-3, sequences=8))
-    sft: LearningConfig = field(default_factory=lambda: _learning(60, 1e-3, sequences=8))
-    reward: LearningConfig = field(default_factory=lambda: _learning(100, 5e-4, sequences=32))
+    sft: LearningConfig = field(default_factory=lambda: _learning(100, 1e-3, sequences=8))
+    reward: LearningConfig = field(default_factory=lambda: _learning(60, 5e-4, sequences=32))
     num_asked: int = 192  # practised problems to which the reward model sees candidates
     num_candidates: int = 8  # of one problem
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -9,6 +9,7 @@ class ProblemCounts:
 
     documents: int = 20000  # functions with docstrings, to pre-train on
     dialogues: int = 2000  # requests with answers, to fine-tune on
+    hurried_share: float = 0.4  # of those answers, that leave out a step
     practised: int = 512  # problems to learn from by running answers, with few tests each
     validation: int = 64  # problems for choosing sizes
     test: int = 160  # problems for the figures in the end
@@ -16,9 +17,11 @@ class ProblemCounts:
     many_tests: int = 12  # of a validation or test problem
 
     def __post_init__(self) -> None:
+        if not 0 <= self.hurried_share <= 1:
+            raise ValueError(f"ProblemCounts: hurried_share must be in [0, 1], got {self.hurried_share}")
         for item in fields(self):
             value = getattr(self, item.name)
-            if value < 1:
+            if item.name != "hurried_share" and value < 1:
                 raise ValueError(f"ProblemCounts: {item.name} must be >= 1, got {value}")
 
 

@@ -6,10 +6,12 @@
     validation.jsonl   problems with many tests, for choosing sizes
     test.jsonl         problems with many tests, for the figures in the end
 
-The first two are of one split, the others have one each (`tasks/pipelines.py`).
+The first two are of one split, the others have one each (`tasks/pipelines.py`). Some of the answers leave out
+a step: a model that imitates them does so too, and tests are what tells it not to.
 """
 
 import json
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +19,9 @@ from pathlib import Path
 from dscoder.config.generated import GeneratedConfig
 from dscoder.runtime.artifact import open_stage, write_bytes
 from dscoder.runtime.log import get_logger
+from dscoder.runtime.seed import derive_seed
 from dscoder.tasks.generated import documented, question, record_of
-from dscoder.tasks.pipelines import Pipeline, draw_pipelines, make_tests
+from dscoder.tasks.pipelines import Pipeline, draw_pipelines, make_tests, without_step
 
 COMMAND = "generated"
 CORPUS = "corpus.jsonl"
@@ -29,8 +32,10 @@ TEST = "test.jsonl"
 _LOG = get_logger(__name__)
 
 
-def _dialogue(pipeline: Pipeline) -> dict[str, str]:
-    return {"prompt": question(pipeline.task, documented(pipeline)), "completion": pipeline.source}
+def _dialogue(pipeline: Pipeline, *, hurried_share: float, seed: int) -> dict[str, str]:
+    rng = random.Random(derive_seed("hurried", pipeline.task, seed))
+    answer = without_step(pipeline, rng) if rng.random() < hurried_share else pipeline.source
+    return {"prompt": question(pipeline.task, documented(pipeline)), "completion": answer}
 
 
 def _problems(split: str, count: int, *, num_tests: int, seed: int) -> list[dict[str, str]]:
@@ -62,7 +67,9 @@ def run(config: GeneratedConfig) -> Path:
         shown, asked = taught[: num.documents], taught[num.documents :]
         files: dict[str, list[dict[str, str]]] = {
             CORPUS: [{"text": documented(pipeline) + pipeline.body} for pipeline in shown],
-            DIALOGUES: [_dialogue(pipeline) for pipeline in asked],
+            DIALOGUES: [
+                _dialogue(pipeline, hurried_share=num.hurried_share, seed=seed) for pipeline in asked
+            ],
             PRACTISED: _problems("practised", num.practised, num_tests=num.few_tests, seed=seed),
             VALIDATION: _problems("validation", num.validation, num_tests=num.many_tests, seed=seed),
             TEST: _problems("test", num.test, num_tests=num.many_tests, seed=seed),

@@ -98,6 +98,14 @@ def draw_pipelines(split: str, count: int, *, seed: int) -> list[Pipeline]:
     return list(found.values())
 
 
+def without_step(pipeline: Pipeline, rng: random.Random) -> str:
+    """The program without one of its steps; what it starts with and what it returns stay."""
+    lines = pipeline.source.splitlines(keepends=True)
+    first = 2 if pipeline.family.start else 1
+    left_out = rng.randrange(first, len(lines) - 1)
+    return "".join(line for place, line in enumerate(lines) if place != left_out)
+
+
 def make_tests(pipeline: Pipeline, count: int, *, seed: int) -> str:
     """`count` assertions with arguments that follow from the problem and the seed."""
     rng = random.Random(derive_seed("tests", pipeline.task, seed))
