@@ -47,8 +47,14 @@ class Call:
 
     def case(self) -> PrefillCase:
         rng = torch.Generator().manual_seed(self.order)
-        options = {"num_heads": self.num_heads, "num_key_heads": self.num_key_heads}
-        return prefill_case(rng, self.lengths, widths=self.widths, dtype=self.dtype, **options)
+        return prefill_case(
+            rng,
+            self.lengths,
+            num_heads=self.num_heads,
+            num_key_heads=self.num_key_heads,
+            widths=self.widths,
+            dtype=self.dtype,
+        )
 
     def grad_out(self) -> Tensor:
         rng = torch.Generator().manual_seed(self.order + 1)
@@ -60,8 +66,9 @@ def saved_of(
     case: PrefillCase, grad_out: Tensor, *, causal: bool, scale: float = SCALE
 ) -> tuple[Tensor, Tensor]:
     """out rounded once, and lse."""
-    exact = tuple(x.double() for x in case[:3])
-    out, lse, _ = forward_and_gradients((*exact, *case[3:]), grad_out.double(), causal=causal, scale=scale)
+    q, k, v, *ends = case
+    exact = (q.double(), k.double(), v.double(), ends[0], ends[1])
+    out, lse, _ = forward_and_gradients(exact, grad_out.double(), causal=causal, scale=scale)
     return out.to(grad_out.dtype), lse.float()
 
 
@@ -231,15 +238,17 @@ def test_rows_of_no_sequence_reach_nothing_and_get_zeros(
 ) -> None:
     call = Call(lengths=((70, 70), (0, 3), (12, 40)), num_heads=2)
     case, grad_out = call.case(), call.grad_out()
-    options = {"causal": causal, "deterministic": deterministic}
-    wanted = differentiate(host_ops, case, grad_out, **options)
+    wanted = differentiate(host_ops, case, grad_out, causal=causal, deterministic=deterministic)
     stray, stray_grad = stray_case(case), torch.full((len(grad_out) + 2 * NUM_STRAY, 2, 128), torch.nan)
     stray_grad = stray_grad.to(BF16)
     stray_grad[NUM_STRAY:-NUM_STRAY] = grad_out
     out, lse = saved_of(case, grad_out, causal=causal)
     stray_out, stray_lse = torch.full_like(stray_grad, torch.nan), torch.full((len(stray_grad), 2), torch.nan)
     stray_out[NUM_STRAY:-NUM_STRAY], stray_lse[NUM_STRAY:-NUM_STRAY] = out, lse
-    actual = differentiate(host_ops, stray, stray_grad, saved=(stray_out, stray_lse), **options)
+    saved = (stray_out, stray_lse)
+    actual = differentiate(
+        host_ops, stray, stray_grad, saved=saved, causal=causal, deterministic=deterministic
+    )
     for got, want in zip(actual, wanted, strict=True):
         if deterministic:
             assert_same(got[NUM_STRAY:-NUM_STRAY], want)
@@ -255,10 +264,11 @@ def test_rows_of_no_sequence_reach_nothing_and_get_zeros(
 
 def test_tokens_and_heads_may_lie_apart(host_ops: ModuleType) -> None:
     call = Call(lengths=((70, 90), (12, 40)), num_heads=2)
-    (q, k, v, *ends), grad_out = call.case(), call.grad_out()
-    saved = saved_of((q, k, v, ends[0], ends[1]), grad_out, causal=True)
-    wanted = differentiate(host_ops, (q, k, v, ends[0], ends[1]), grad_out, deterministic=True, saved=saved)
-    views = (apart(q), apart(k), apart(v), ends[0], ends[1])
+    case, grad_out = call.case(), call.grad_out()
+    q, k, v, ends_q, ends_k = case
+    saved = saved_of(case, grad_out, causal=True)
+    wanted = differentiate(host_ops, case, grad_out, deterministic=True, saved=saved)
+    views = (apart(q), apart(k), apart(v), ends_q, ends_k)
     actual = differentiate(host_ops, views, apart(grad_out), deterministic=True, saved=saved)
     for got, want in zip(actual, wanted, strict=True):
         assert_same(got, want)
@@ -281,9 +291,8 @@ def test_ends_of_nonsense_stay_within_their_memory(host_ops: ModuleType, ends: t
 
 def test_a_nan_in_a_sequence_stays_in_it(host_ops: ModuleType) -> None:
     call = Call(lengths=((70, 70), (12, 40)))
-    (q, *rest), grad_out = call.case(), call.grad_out()
-    q[3, 0, 5] = torch.nan
-    case = (q, *rest)
+    case, grad_out = call.case(), call.grad_out()
+    case[0][3, 0, 5] = torch.nan
     saved = saved_of(case, grad_out, causal=True)
     assert saved[1][3].isnan().all()
     for deterministic in (False, True):
@@ -296,15 +305,16 @@ def test_a_nan_in_a_sequence_stays_in_it(host_ops: ModuleType) -> None:
 def test_large_scores_overflow_nothing(host_ops: ModuleType, host_kernels: ModuleType) -> None:
     """Scores in the hundreds, of keys that are not seen too: no float32 holds exp of them."""
     call = Call(lengths=((70, 70), (5, 130)))
-    (q, k, *rest), grad_out = call.case(), call.grad_out()
-    case = (q * 8, k * 8, *rest)
+    (q, k, v, ends_q, ends_k), grad_out = call.case(), call.grad_out()
+    case = (q * 8, k * 8, v, ends_q, ends_k)
     assert_gradients_near(differentiate(host_ops, case, grad_out), case, grad_out, causal=True)
 
 
 def test_scores_far_below_zero_make_no_weights_of_keys_that_are_not_there(host_ops: ModuleType) -> None:
     """exp(0 - lse) of the zeros behind the last key is inf, and inf * 0 would be NaN."""
-    (q, k, *rest), grad_out = Call(lengths=((5, 5),)).case(), Call(lengths=((5, 5),)).grad_out()
-    case = (q.abs() * 6, -k.abs() * 6, *rest)
+    call = Call(lengths=((5, 5),))
+    (q, k, v, ends_q, ends_k), grad_out = call.case(), call.grad_out()
+    case = (q.abs() * 6, -k.abs() * 6, v, ends_q, ends_k)
     for deterministic in (False, True):
         actual = differentiate(host_ops, case, grad_out, causal=False, deterministic=deterministic)
         assert_gradients_near(actual, case, grad_out, causal=False)

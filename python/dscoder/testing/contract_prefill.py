@@ -5,6 +5,28 @@ from dscoder.testing.contract import Kernel
 _HALVES = (("__nv_bfloat16", "HMMA.16816.F32.BF16"), ("__half", "HMMA.16816.F32"))
 
 
+def _forward(width: int, keys: int) -> dict[str, Kernel]:
+    """A tile of 128 queries over blocks of so many keys on mma.sync, for both types.
+
+    A warp's 32 rows: scores a line of 64 elements of the depth after the other, then 128 columns of values.
+    Copies are started ahead of the loop, of queries and keys, and in it, of keys and values.
+    """
+    wants = {
+        "LDSM.16.M88.4": 4 * (2 + keys // 16),
+        "LDSM.16.MT88.4": keys // 16 * 8,
+        "LDGSTS.E.BYPASS.LTC128B.128": (128 + 2 * keys) * width // 8 // 128 + keys * 128 // 8 // 128,
+        "MUFU.EX2": keys + 4,
+        "STG.E.128": 16,
+    }
+    products = 4 * 2 * (keys // 8) + keys // 16 * 16 * 2
+    return {
+        f"mla_prefill_sm80_kernel<Shape<{dtype}, {width}, 128, {keys}>>": Kernel(
+            registers=255, shared=128, wants={product: products, **wants}
+        )
+        for dtype, product in _HALVES
+    }
+
+
 def _backward(width: int, queries: int) -> dict[str, Kernel]:
     """The gradients of a tile of so many queries and 64 keys on mma.sync, for both types.
 
@@ -21,7 +43,7 @@ def _backward(width: int, queries: int) -> dict[str, Kernel]:
         wants = {product: products // 2048 // 8, "LDGSTS.E.BYPASS.LTC128B.128": copies, **wants}
         return {f"{name}<Tile<{dtype}, {width}, 128, {queries}>>": Kernel(registers=255, wants=wants)}
 
-    kernels = {}
+    kernels: dict[str, Kernel] = {}
     for dtype, _ in _HALVES:
         kernels |= row(
             "mla_prefill_backward_sm80_kernel",
@@ -59,6 +81,15 @@ _ROW_KERNELS = {
     )
 }
 PREFILL_KERNELS = {
+    "mla_prefill_plan_kernel": Kernel(
+        registers=48, shared=32896, wants={"MATCH.ANY": 2, "SHFL.UP": 20, "STG.E.64": 2}
+    ),
+    **{
+        name: kernel
+        for width in (128, 192)
+        for keys in (32, 64)
+        for name, kernel in _forward(width, keys).items()
+    },
     **_ROW_KERNELS,
     **{
         name: kernel

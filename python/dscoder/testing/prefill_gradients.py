@@ -35,7 +35,7 @@ def _differentiate(
     grad_q = torch.einsum("hsr,rhd->shd", grad_scores, keys) * scale
     grad_k = torch.einsum("hsr,shd->rhd", grad_scores, q) * scale
     grad_v = torch.einsum("hsr,shv->rhv", rounded, grad_out)
-    grad_k, grad_v = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (grad_k, grad_v))
+    grad_k, grad_v = (x.reshape(len(k), -1, group, x.shape[2]).sum(dim=2) for x in (grad_k, grad_v))
     return out, lse.t(), (grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype))
 
 
