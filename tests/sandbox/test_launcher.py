@@ -104,7 +104,7 @@ def test_a_launcher_killed_at_any_moment_leaves_neither_process_nor_group(tmp_pa
     assert run(Program(source="pass"), SMALL).is_passed
     mounts, membership = (Path("/proc/self", name).read_text() for name in ("mounts", "cgroup"))
     for hierarchy in find_hierarchies(mounts, membership):
-        for folder in hierarchy.root.glob("dscoder-sandbox-*"):
+        for folder in hierarchy.root.glob("dscoder-sandboxes-*"):
             assert Path("/proc", folder.name.split("-")[2]).exists(), folder
 
 

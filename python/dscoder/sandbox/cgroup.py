@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dscoder.sandbox.machine import control_groups
 
-_NAME = "dscoder-sandbox"
+_NAME = "dscoder-sandboxes"
 _LEAF = "dscoder-launcher"
 _MAX_ROUNDS = 200
 _PAUSE = 0.005  # seconds
