@@ -16,7 +16,7 @@ STAGES = (
     *("problems", "tokenizer", "data", "pretrain", "sft", "validation_sft", "preferences", "reward_model"),
     *("grpo_tests", "grpo_reward_model", "test_sft", "test_grpo_tests", "test_grpo_reward_model"),
 )
-# One test a practised problem, and enough of them that some answers pass it and others do not.
+# Single tests of practised problems, and enough of these that some answers pass and others do not.
 SMALL = {
     "problems.documents": 2000,
     "problems.dialogues": 300,

@@ -30,7 +30,7 @@ def test_the_files_hold_what_was_asked_for(written: Path) -> None:
 
 
 def test_problems_have_few_tests_to_learn_from_and_many_to_be_measured_by(written: Path) -> None:
-    for name, count in (("practised", 2), ("validation", 12), ("test", 12)):
+    for name, count in (("practised", 3), ("validation", 12), ("test", 12)):
         for record in records(written, f"{name}.jsonl"):
             assert record["tests"].count("assert solve(") == count
 

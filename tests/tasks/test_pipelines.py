@@ -5,7 +5,15 @@ import random
 import pytest
 
 from dscoder.tasks.pipeline_steps import FAMILIES
-from dscoder.tasks.pipelines import NAME, SPLITS, draw_pipelines, make_tests, split_of
+from dscoder.tasks.pipelines import (
+    NAME,
+    SPLITS,
+    draw_pipelines,
+    draw_problems,
+    make_tests,
+    split_of,
+    without_step,
+)
 
 
 def test_a_seed_gives_the_same_problems_and_another_seed_others() -> None:
@@ -65,14 +73,37 @@ def test_kinds_and_wordings_of_a_family_tell_its_steps_apart() -> None:
 
 
 def test_tests_are_assertions_that_hold_and_no_two_are_the_same() -> None:
-    pipeline = draw_pipelines("practised", 1, seed=0)[0]
-    tests = make_tests(pipeline, 12, seed=0)
-    lines = tests.strip().split("\n")
-    assert len(set(lines)) == 12
-    assert all(line.startswith(f"assert {NAME}(") for line in lines)
-    exec(pipeline.source + tests, {})
-    assert tests.startswith(make_tests(pipeline, 2, seed=0))
-    assert tests != make_tests(pipeline, 12, seed=1)
+    [(pipeline, tests)] = draw_problems("practised", 1, num_tests=12, seed=0)
+    assert len(set(tests)) == 12
+    assert all(line.startswith(f"assert {NAME}(") for line in tests)
+    exec(pipeline.source + "\n".join(tests), {})
+    assert make_tests(pipeline, 12, seed=0) == tests
+    assert make_tests(pipeline, 12, seed=1) != tests
+
+
+def test_no_problem_is_passed_by_a_guess() -> None:
+    for pipeline, tests in draw_problems("test", 60, num_tests=3, seed=0):
+        expected = {line.split(" == ", 1)[1] for line in tests}
+        assert len(expected) == 3, pipeline.task
+    answers_yes_or_no = next(
+        p for p in draw_pipelines("test", 200, seed=0) if p.composition.endswith(("is_even", "is_above"))
+    )
+    assert make_tests(answers_yes_or_no, 12, seed=0) is None
+
+
+def test_more_problems_begin_with_the_same_ones() -> None:
+    few = draw_problems("validation", 5, num_tests=3, seed=0)
+    assert draw_problems("validation", 30, num_tests=3, seed=0)[:5] == few
+
+
+def test_a_hurried_program_lacks_one_step_and_still_returns() -> None:
+    rng = random.Random(0)
+    for pipeline in draw_pipelines("taught", 60, seed=0):
+        whole, hurried = pipeline.source.splitlines(), without_step(pipeline, rng).splitlines()
+        assert len(hurried) == len(whole) - 1
+        assert (hurried[0], hurried[-1]) == (whole[0], whole[-1])
+        assert not pipeline.family.start or hurried[1] == whole[1]
+        assert set(hurried) <= set(whole)
 
 
 def test_a_split_that_is_not_there_is_named() -> None:

@@ -55,7 +55,7 @@ class LearningConfig:
 class PolicyConfig:
     """What both runs of GRPO share."""
 
-    num_steps: int = 30
+    num_steps: int = 16
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(
             groups=16, group_size=8, max_new_tokens=_ANSWER_TOKENS, template=_TEMPLATE, batch=_BATCH
@@ -76,13 +76,13 @@ class AlignDemoConfig:
     problems: ProblemCounts = field(default_factory=ProblemCounts)
     model: ModelConfig = _MODEL
     pretrain: LearningConfig = field(default_factory=lambda: _learning(400, 6e-3, sequences=8))
-    sft: LearningConfig = field(default_factory=lambda: _learning(100, 1e-3, sequences=8))
+    sft: LearningConfig = field(default_factory=lambda: _learning(240, 2e-3, sequences=8))
     reward: LearningConfig = field(default_factory=lambda: _learning(60, 5e-4, sequences=32))
-    num_asked: int = 192  # practised problems to which the reward model sees candidates
+    num_asked: int = 96  # practised problems to which the reward model sees candidates
     num_candidates: int = 8  # of one problem
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     num_samples: int = 4  # answers drawn to each test problem
-    watch_every: int = 10  # steps of GRPO between two looks at the validation problems
+    watch_every: int = 4  # steps of GRPO between two looks at the validation problems
     num_watched: int = 3  # answers drawn to each of them
     isolation: Literal["full", "rlimits"] = "full"  # of the sandbox; rlimits is much weaker
     num_threads: int = 1  # of torch: so small a model gains little by more, and sandboxes use the other core

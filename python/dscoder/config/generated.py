@@ -8,12 +8,12 @@ class ProblemCounts:
     """Sizes of the files; no two of them but documents and dialogues share a composition of steps."""
 
     documents: int = 20000  # functions with docstrings, to pre-train on
-    dialogues: int = 2000  # requests with answers, to fine-tune on
+    dialogues: int = 6000  # requests with answers, to fine-tune on
     hurried_share: float = 0.4  # of those answers, that leave out a step
     practised: int = 512  # problems to learn from by running answers, with few tests each
-    validation: int = 64  # problems for choosing sizes
-    test: int = 160  # problems for the figures in the end
-    few_tests: int = 2  # of a practised problem
+    validation: int = 48  # problems for choosing sizes
+    test: int = 128  # problems for the figures in the end
+    few_tests: int = 3  # of a practised problem
     many_tests: int = 12  # of a validation or test problem
 
     def __post_init__(self) -> None:

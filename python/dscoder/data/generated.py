@@ -21,7 +21,7 @@ from dscoder.runtime.artifact import open_stage, write_bytes
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import derive_seed
 from dscoder.tasks.generated import documented, question, record_of
-from dscoder.tasks.pipelines import Pipeline, draw_pipelines, make_tests, without_step
+from dscoder.tasks.pipelines import Pipeline, draw_pipelines, draw_problems, without_step
 
 COMMAND = "generated"
 CORPUS = "corpus.jsonl"
@@ -39,9 +39,10 @@ def _dialogue(pipeline: Pipeline, *, hurried_share: float, seed: int) -> dict[st
 
 
 def _problems(split: str, count: int, *, num_tests: int, seed: int) -> list[dict[str, str]]:
+    drawn = draw_problems(split, count, num_tests=num_tests, seed=seed)
     return [
-        record_of(pipeline, make_tests(pipeline, num_tests, seed=seed), number=number)
-        for number, pipeline in enumerate(draw_pipelines(split, count, seed=seed))
+        record_of(pipeline, "\n".join(tests) + "\n", number=number)
+        for number, (pipeline, tests) in enumerate(drawn)
     ]
 
 

@@ -24,6 +24,7 @@ SPLITS: Mapping[str, float] = MappingProxyType(
     {"taught": 0.4, "practised": 0.4, "validation": 0.1, "test": 0.1}
 )
 _INDENT = "    "
+_FEWEST_VALUES = 3  # that the tests of a problem expect
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,16 +107,31 @@ def without_step(pipeline: Pipeline, rng: random.Random) -> str:
     return "".join(line for place, line in enumerate(lines) if place != left_out)
 
 
-def make_tests(pipeline: Pipeline, count: int, *, seed: int) -> str:
-    """`count` assertions with arguments that follow from the problem and the seed."""
+def make_tests(pipeline: Pipeline, count: int, *, seed: int) -> list[str] | None:
+    """`count` assertions with arguments that follow from the problem and the seed.
+
+    None if they expect fewer than three values (or `count`): a guess would pass such tests too often.
+    """
     rng = random.Random(derive_seed("tests", pipeline.task, seed))
     space: dict[str, Any] = {}
-    exec(pipeline.source, space)  # made from the tables above
-    lines: list[str] = []
-    while len(lines) < count:
+    exec(pipeline.source, space)  # made from the tables of steps
+    expected: dict[str, str] = {}  # by the arguments
+    while len(expected) < count:
         arguments = pipeline.family.arguments(rng)
-        shown = ", ".join(map(repr, arguments))
-        line = f"assert {NAME}({shown}) == {space[NAME](*arguments)!r}"
-        if line not in lines:
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+        expected[", ".join(map(repr, arguments))] = repr(space[NAME](*arguments))
+    if len(set(expected.values())) < min(count, _FEWEST_VALUES):
+        return None
+    return [f"assert {NAME}({shown}) == {value}" for shown, value in expected.items()]
+
+
+def draw_problems(split: str, count: int, *, num_tests: int, seed: int) -> list[tuple[Pipeline, list[str]]]:
+    """`count` pipelines of a split with their tests."""
+    found: list[tuple[Pipeline, list[str]]] = []
+    num_drawn = count
+    while len(found) < count:
+        num_drawn *= 2
+        drawn = (
+            (p, make_tests(p, num_tests, seed=seed)) for p in draw_pipelines(split, num_drawn, seed=seed)
+        )
+        found = [(pipeline, tests) for pipeline, tests in drawn if tests is not None]
+    return found[:count]
