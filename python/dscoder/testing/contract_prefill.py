@@ -37,6 +37,8 @@ def _backward(width: int, queries: int) -> dict[str, Kernel]:
     scores = queries * 64 * (width + 128)
     grad_q, grad_k, grad_v = (queries * 64 * n for n in (width, width, 128))
     query_words, key_words = (n * (width + 128) // 8 // 256 for n in (queries, 64))
+    plain = (width + 128) // 16 * (queries // 64 + 2) + 8
+    turned = width * queries // 1024  # of keys, for grad_q
 
     def row(name: str, dtype: str, products: int, copies: int, wants: dict[str, int]) -> dict[str, Kernel]:
         product = dict(_HALVES)[dtype]
@@ -50,14 +52,23 @@ def _backward(width: int, queries: int) -> dict[str, Kernel]:
             dtype,
             scores + grad_q + grad_k + grad_v,
             key_words + 2 * query_words,
-            {"RED.E.ADD.F32": queries * width // 256, "STG.E.128": 64 * (width + 128) // 8 // 256},
+            {
+                "LDSM.16.M88.4": plain,
+                "LDSM.16.MT88.4": turned + queries // 16 * (6 + width // 64),
+                "RED.E.ADD.F32": queries * width // 256,
+                "STG.E.128": 64 * (width + 128) // 8 // 256,
+            },
         )
         kernels |= row(
             "mla_prefill_grad_query_sm80_kernel",
             dtype,
             scores + grad_q,
             query_words + 2 * key_words,
-            {"STG.E.128": queries * width // 8 // 256},
+            {
+                "LDSM.16.M88.4": plain,
+                "LDSM.16.MT88.4": turned,
+                "STG.E.128": queries * width // 8 // 256,
+            },
         )
     return kernels
 
