@@ -1,4 +1,5 @@
-// The attention family: which kernels there are and what each reads and writes.
+// The attention family: which kernels there are and what each reads and writes; those of prefill attention,
+// forward and backward, are in mla_prefill.h.
 #pragma once
 
 #include "attention/mla_decode_plan.h"

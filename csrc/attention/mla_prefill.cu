@@ -46,18 +46,25 @@ void launch_tiles(const MlaPrefillParams& p, cudaStream_t stream) {
                       dim3(kPrefillSm80Threads), kSharedBytes, stream, p);
 }
 
+// Keys in a block, with as many blocks of the grid on an SM as it has room for.
+int num_block_keys(const MlaPrefillParams& p, PrefillArch arch) {
+    if (arch == PrefillArch::kSm80Keys32) return 32;
+    if (arch == PrefillArch::kSm80Keys64) return 64;
+    const PrefillDevice device = current_prefill_device();
+    return plan_prefill_sm80(p.width, p.value_width, device.shared_per_sm, device.shared_per_block).num_keys;
+}
+
 template <typename T, int kWidth, int kValueWidth>
-void launch_sm80(const MlaPrefillParams& p, const PrefillDevice& device, cudaStream_t stream) {
-    const PrefillSm80Plan plan =
-        plan_prefill_sm80(kWidth, kValueWidth, device.shared_per_sm, device.shared_per_block);
-    if (plan.num_keys == 64) return launch_tiles<prefill::Shape<T, kWidth, kValueWidth, 64>>(p, stream);
+void launch_sm80(const MlaPrefillParams& p, PrefillArch arch, cudaStream_t stream) {
+    if (num_block_keys(p, arch) == 64)
+        return launch_tiles<prefill::Shape<T, kWidth, kValueWidth, 64>>(p, stream);
     launch_tiles<prefill::Shape<T, kWidth, kValueWidth, 32>>(p, stream);
 }
 
 template <typename T>
-void launch_widths(const MlaPrefillParams& p, const PrefillDevice& device, cudaStream_t stream) {
-    if (p.width == 192) return launch_sm80<T, 192, 128>(p, device, stream);
-    launch_sm80<T, 128, 128>(p, device, stream);
+void launch_widths(const MlaPrefillParams& p, PrefillArch arch, cudaStream_t stream) {
+    if (p.width == 192) return launch_sm80<T, 192, 128>(p, arch, stream);
+    launch_sm80<T, 128, 128>(p, arch, stream);
 }
 
 }  // namespace
@@ -72,9 +79,8 @@ void launch_mla_prefill(const MlaPrefillParams& p, PrefillArch arch, cudaStream_
     DSC_CHECK(arch != PrefillArch::kSm90,
               "mla_prefill: arch sm90 needs compute capability 9.0 and a build with kernels for it");
     if (p.num_queries == 0 or p.num_sequences == 0 or p.num_heads == 0) return;
-    const PrefillDevice device = current_prefill_device();
-    if (p.dtype == FloatType::kBfloat16) return launch_widths<__nv_bfloat16>(p, device, stream);
-    launch_widths<__half>(p, device, stream);
+    if (p.dtype == FloatType::kBfloat16) return launch_widths<__nv_bfloat16>(p, arch, stream);
+    launch_widths<__half>(p, arch, stream);
 }
 
 }  // namespace dsc

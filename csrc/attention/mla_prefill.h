@@ -67,7 +67,22 @@ struct MlaPrefillBackwardParams {
     FloatType dtype;
 };
 
-enum class PrefillArch { kAuto, kSm80, kSm90 };
+// kAuto: what is proven on the device. kSm80Keys32 and kSm80Keys64 are kSm80 with blocks of so many keys in
+// the forward pass, whatever the device has room for, and in the backward pass kSm80. Those behind kSm90 are
+// the steps of its bring-up in the forward pass (docs/mla_prefill_sm90.md).
+enum class PrefillArch {
+    kAuto,
+    kSm80,
+    kSm80Keys32,
+    kSm80Keys64,
+    kSm90,
+    kSm90OneStage,
+    kSm90OneTile,
+    kSm90WithoutTurns
+};
+
+// Whether a GPU has run the forward kernel of sm_90a and its tests passed: until then kAuto takes that of sm_80.
+constexpr bool kMlaPrefillSm90IsProven = false;
 
 void launch_mla_prefill_plan(const MlaPrefillPlanParams& p, cudaStream_t stream);
 

@@ -188,7 +188,8 @@ int fill_prefill_plan(const Ends& cu_seqlens_q, const Ends& cu_seqlens_k, int nu
 constexpr int kPrefillSm80Threads = 128;
 constexpr int kPrefillSm80TileRows = 128;
 constexpr int kPrefillSm80BlocksPerSm = 2;
-constexpr int kSystemSharedBytes = 1024;  // of each block of the grid
+constexpr int kPrefillSm80FixedBytes =
+    1024 + 128;  // that the system takes for a block of the grid, and its tile
 
 // Queries, two blocks of keys, one of values.
 constexpr int prefill_sm80_bytes(int width, int value_width, int num_keys) {
@@ -204,7 +205,7 @@ inline PrefillSm80Plan plan_prefill_sm80(int width, int value_width, int shared_
                                          int most_shared_bytes) {
     const int wide = prefill_sm80_bytes(width, value_width, 64);
     const int narrow = prefill_sm80_bytes(width, value_width, 32);
-    const bool has_room = kPrefillSm80BlocksPerSm * (wide + kSystemSharedBytes) <= shared_per_sm;
+    const bool has_room = kPrefillSm80BlocksPerSm * (wide + kPrefillSm80FixedBytes) <= shared_per_sm;
     DSC_CHECK(narrow <= most_shared_bytes, "mla_prefill: a block needs ", narrow,
               " bytes of shared memory, the device has ", most_shared_bytes);
     return has_room ? PrefillSm80Plan{64, wide} : PrefillSm80Plan{32, narrow};

@@ -149,7 +149,7 @@ __device__ __forceinline__ void move_references(const Scores<S>& scores, float f
     }
 }
 
-// weights = 2^(factor * (scores - reference)), rounded; their sums are those of what is rounded.
+// weights = 2^(factor * (scores - reference)), which are rounded behind their sums.
 template <typename S>
 __device__ __forceinline__ void weigh_scores(const Scores<S>& scores, float factor, RowStates& rows,
                                              Weights<S>& weights) {

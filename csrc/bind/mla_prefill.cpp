@@ -34,6 +34,8 @@ void mla_prefill_plan(py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::hand
 PrefillArch prefill_arch(const char* op, const std::string& arch) {
     if (arch == "auto") return PrefillArch::kAuto;
     if (arch == "sm80") return PrefillArch::kSm80;
+    if (arch == "sm80 32 keys") return PrefillArch::kSm80Keys32;
+    if (arch == "sm80 64 keys") return PrefillArch::kSm80Keys64;
     DSC_CHECK(arch == "sm90", op, ": arch must be auto, sm80 or sm90, got ", arch);
     return PrefillArch::kSm90;
 }

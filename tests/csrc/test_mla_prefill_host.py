@@ -153,6 +153,19 @@ def test_no_sequences_are_no_work(host_ops: ModuleType) -> None:
     assert bool(lse.isnan().all())
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("keys", [32, 64])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_blocks_of_32_and_of_64_keys_give_what_is_wanted(
+    host_ops: ModuleType, widths: tuple[int, int], keys: int, dtype: torch.dtype, causal: bool
+) -> None:
+    """Whichever the device has room for."""
+    case = Call(lengths=((129, 129), (33, 96), (65, 64), (0, 9)), widths=widths, dtype=dtype).case()
+    result = attend(host_ops, case, causal=causal, arch=f"sm80 {keys} keys")
+    assert_prefills(result, case, causal=causal)
+
+
 # ---- memory ----
 
 
@@ -228,7 +241,8 @@ def test_scores_that_grow_along_the_keys_move_the_reference(host_ops: ModuleType
     for ends in ((0.1, 6.0), (0.5, 0.9), (6.0, 0.1)):
         q, _, *rest = Call(lengths=((150, 150),), dtype=dtype).case()
         growth = torch.linspace(*ends, 150)[:, None, None]
-        case = (q, (q.roll(1, 0) * growth).to(dtype), *rest)
+        v, ends_q, ends_k = rest
+        case = (q, (q.roll(1, 0) * growth).to(dtype), v, ends_q, ends_k)
         for causal in (True, False):
             assert_prefills(attend(host_ops, case, causal=causal, scale=0.2), case, causal=causal, scale=0.2)
 
@@ -269,7 +283,7 @@ def test_keys_come_in_the_widest_blocks_that_leave_room_for_two_blocks_of_the_gr
     assert plan["keys"] == keys
     assert plan["shared_bytes"] == 2 * (128 * width + 2 * keys * width + keys * 128) <= per_block
     if device != "A10":
-        assert 2 * (plan["shared_bytes"] + KIB) <= per_sm
+        assert 2 * (plan["shared_bytes"] + KIB + 128) <= per_sm
 
 
 def test_a_device_without_room_is_refused(host_ops: ModuleType) -> None:

@@ -115,6 +115,23 @@ def test_a_query_that_sees_nothing_has_out_zero_and_lse_minus_infinity(rng: torc
     assert lse[4:7].isfinite().all()
 
 
+@pytest.mark.parametrize("num_key_heads", [1, 2, 3])
+def test_heads_that_share_keys_are_as_good_as_copies_of_them(
+    num_key_heads: int, rng: torch.Generator
+) -> None:
+    q, *_ = random_case(rng, "keys_before", widths=(6, 5, 3))
+    _, k, v, *ends = random_case(rng, "keys_before", widths=(num_key_heads, 5, 3))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    shared_out, shared_lse = ops.mla_prefill(q, k, v, *ends, scale=0.4)
+    k_copies, v_copies = (x.repeat_interleave(6 // num_key_heads, dim=1) for x in (k, v))
+    out, lse = ops.mla_prefill(q, k_copies, v_copies, *ends, scale=0.4)
+    assert_same(shared_out, out)
+    assert_same(shared_lse, lse)
+    shared_grads = torch.autograd.grad(shared_out.square().sum(), (q, k, v))
+    for actual, wanted in zip(shared_grads, torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):
+        assert_close(actual, wanted)
+
+
 def test_the_last_query_sees_every_key(rng: torch.Generator) -> None:
     q, k, v, cu_q, cu_k = random_case(rng, "keys_before")
     out, lse = ops.mla_prefill(q, k, v, cu_q, cu_k, scale=1.0, causal=True)
@@ -201,7 +218,10 @@ Q, K, V, CU = torch.zeros(4, 2, 6), torch.zeros(5, 2, 6), torch.zeros(5, 2, 3), 
         ({"q": Q.int()}, TypeError, "q must be float32 or .*, got int32"),
         ({"q": Q[0]}, ValueError, r"q must have 3 dimensions, got shape \(2, 6\)"),
         ({"k": K.half()}, TypeError, "k must be float32, got float16"),
-        ({"k": K[:, :1]}, ValueError, r"k must have shape \(5, 2, 6\), got \(5, 1, 6\)"),
+        ({"k": K[..., :1]}, ValueError, r"k must have shape \(5, 2, 6\), got \(5, 2, 1\)"),
+        ({"k": K[:, :1]}, ValueError, r"v must have shape \(5, 1, 3\), got \(5, 2, 3\)"),
+        ({"q": Q[:, :1]}, ValueError, "k must have heads that divide 1, those of q, got 2"),
+        ({"k": K[:, :0]}, ValueError, "k must have heads that divide 2, those of q, got 0"),
         ({"v": V.double()}, TypeError, "v must be float32, got float64"),
         ({"v": V[:4]}, ValueError, r"v must have shape \(5, 2, 3\), got \(4, 2, 3\)"),
         ({"cu_q": CU.long()}, TypeError, "cu_seqlens_q must be int32, got int64"),
