@@ -6,9 +6,9 @@
 //     registers: dK 48, dV 32 for the whole walk; dO V^T and Q K^T 32 + 32, then dQ 96.
 //     shared memory: Q 48, dO 32, K 24, V 16, P 16, dS 16 KiB: 152 of the 163 that a block of sm_80 may have.
 // A product's cycles, by multiply-adds (1024 an SM and cycle) and by what ldmatrix moves (128 bytes): dO V^T
-// 1024 / 1024, Q K^T 1536 / 1536, P^T dO 1024 / 1024, dS^T Q 1536 / 1280, dS K 1536 / 1024. Tiles of 64
-// queries would move as much for half the work (3840 for 3328). The next dO comes while dK and dQ are
-// multiplied, the next Q while dQ and the next dO V^T are, without a second buffer.
+// 1024 / 1024, Q K^T 1536 / 1536, P^T dO 1024 / 1024, dS^T Q 1536 / 1280, dS K 1536 / 1024. Half the queries
+// are half the multiply-adds, but 0.63 of the bytes. The next dO comes while dK and dQ are multiplied, the
+// next Q while dQ and the next dO V^T are, without a second buffer.
 //
 // Sums of dQ lie as the warps hold them: 16 rows by 16 columns are 256 floats, a warp's atomic is 128 bytes
 // in a row. Rows as they are in grad_q would take eight times as many lines.
@@ -19,15 +19,17 @@
 
 namespace dsc::prefill_backward {
 
-// The queries that see a tile of keys: blocks of one query head after the other.
+// The queries that see a tile of keys: tiles of one query head after the other. They begin with the first 16
+// that see one, not with a whole tile, which at a diagonal saves half a tile for every second tile of keys.
 struct QueryWalk {
     int head, end_head;
-    int block, first_block, end_block;
+    int first_query, begin, end;  // of the tile, and of a head's tiles
 
-    __device__ __forceinline__ bool has_block() const { return head < end_head and first_block < end_block; }
-    __device__ __forceinline__ void advance() {
-        if (++block < end_block) return;
-        block = first_block;
+    __device__ __forceinline__ bool has_tile() const { return head < end_head and begin < end; }
+    __device__ __forceinline__ void advance(int num_queries) {
+        first_query += num_queries;
+        if (first_query < end) return;
+        first_query = begin;
         ++head;
     }
 };
@@ -35,19 +37,16 @@ struct QueryWalk {
 template <typename S>
 __device__ __forceinline__ QueryWalk walk_queries(const MlaPrefillBackwardParams& p, const Place& place) {
     const int group = p.num_heads / p.num_key_heads;
-    const PrefillTiling tiling{PrefillSide::kKeys, S::kKeys, S::kQueries, p.causal};
-    const int first = first_query_block(place.sequence, place.tile, tiling);
-    return {place.head * group, (place.head + 1) * group, first, first,
-            num_prefill_blocks(place.sequence.num_queries, S::kQueries)};
+    const int begin = place.sequence.first_seeing(place.tile * S::kKeys, p.causal) / kSumRows * kSumRows;
+    return {place.head * group, (place.head + 1) * group, begin, begin, place.sequence.num_queries};
 }
 
-// The halves of a block of the walk, of which there may be none left.
+// The halves of a tile of the walk, of which there may be none left.
 template <typename S>
 __device__ __forceinline__ void start_query(const MlaPrefillBackwardParams& p, const Memory<S>& memory,
                                             const Place& place, const QueryWalk& walk) {
-    if (walk.has_block()) {
-        start_queries<S::kQueries, S::kWidth>(memory.query, p.q, place.sequence, walk.block * S::kQueries,
-                                              walk.head);
+    if (walk.has_tile()) {
+        start_queries<S::kQueries, S::kWidth>(memory.query, p.q, place.sequence, walk.first_query, walk.head);
     }
     commit_copies();
 }
@@ -55,9 +54,9 @@ __device__ __forceinline__ void start_query(const MlaPrefillBackwardParams& p, c
 template <typename S>
 __device__ __forceinline__ void start_grad_out(const MlaPrefillBackwardParams& p, const Memory<S>& memory,
                                                const Place& place, const QueryWalk& walk) {
-    if (walk.has_block()) {
+    if (walk.has_tile()) {
         start_queries<S::kQueries, S::kValueWidth>(memory.grad_out, p.grad_out, place.sequence,
-                                                   walk.block * S::kQueries, walk.head);
+                                                   walk.first_query, walk.head);
     }
     commit_copies();
 }
@@ -73,11 +72,10 @@ __device__ __forceinline__ void add_grad_query(const MlaPrefillBackwardParams& p
         sums, Operand<Grid, Side::kA, Depth::kAlongRows, S::kKeys>(memory.grad_score),
         Operand<Grid, Side::kB, Depth::kAcrossRows, S::kWidth>(memory.key));
     const int thread = unhoisted(threadIdx.x), lane = thread % kWarpSize;
-    const int first_row = walk.block * S::kQueries;
     const int64_t first_block = first_sum_block(place.sequence.first_query, place.sequence_idx);
     DSC_UNROLL
     for (int i = 0; i < Grid::kBlocksM; ++i) {
-        const int row = first_row + Grid::row(thread, i);
+        const int row = walk.first_query + Grid::row(thread, i);
         if (row >= place.sequence.num_queries) continue;
         float* const target =
             p.sums_q + ((first_block + row / kSumRows) * p.num_heads + walk.head) * kSumRows * S::kWidth;
@@ -104,7 +102,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const Place place = find_place(p, p.num_key_heads);
     const int first_key = place.tile * S::kKeys;
     QueryWalk walk = walk_queries<S>(p, place);
-    if (walk.has_block()) {
+    if (walk.has_tile()) {
         start_keys<S::kKeys, S::kValueWidth>(memory.value, p.v, place.sequence, first_key, place.head);
         start_grad_out<S>(p, memory, place, walk);
         start_keys<S::kKeys, S::kWidth>(memory.key, p.k, place.sequence, first_key, place.head);
@@ -114,13 +112,12 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     Sums<typename S::GradV> grad_v;
     clear<typename S::GradK>(grad_k);
     clear<typename S::GradV>(grad_v);
-    while (walk.has_block()) {
+    while (walk.has_tile()) {
         QueryWalk next = walk;
-        next.advance();
-        const int first_query = walk.block * S::kQueries;
+        next.advance(S::kQueries);
         RowValues<S> rows;
-        rows.load(p, place.sequence, first_query, walk.head);
-        make_scores<S, true>(memory, rows, seen_keys(place.sequence, first_query, first_key, p.causal),
+        rows.load(p, place.sequence, walk.first_query, walk.head);
+        make_scores<S, true>(memory, rows, seen_keys(place.sequence, walk.first_query, first_key, p.causal),
                              p.scale * kLog2E);
         __syncthreads();
 

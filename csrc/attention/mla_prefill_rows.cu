@@ -19,7 +19,7 @@
 namespace dsc {
 namespace {
 
-constexpr int kNumThreads = 256;
+constexpr int kNumThreads = 256, kMinBlocks = 4;   // of an SM: enough loads in flight
 constexpr int kBlockTokens = 32, kBlockHeads = 8;  // a thread for each pair
 constexpr int kValueWidth = 128, kRowLanes = kValueWidth / kPerWord<__half>;
 constexpr float kLog2E = 1.4426950408889634f, kInfinity = std::numeric_limits<float>::infinity();
@@ -90,7 +90,7 @@ __device__ __forceinline__ void sum_rows(const MlaPrefillBackwardParams& p, int6
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kNumThreads, kMinBlocks)
     mla_prefill_row_values_kernel(const MlaPrefillBackwardParams p, const int64_t num_sum_words) {
     DSC_SHARED(float[2][kBlockTokens][kBlockHeads + 1], values);
     const int thread = threadIdx.x;
@@ -148,7 +148,7 @@ __device__ __forceinline__ Word gathered(const float4& even, const float4& odd, 
 
 // Block: 16 rows of one sequence and 8 heads, a warp each.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kNumThreads, kMinBlocks)
     mla_prefill_round_sums_kernel(const MlaPrefillBackwardParams p) {
     constexpr int kWarpWords = 4, kGroups = kWidth / (kWarpWords * kPerWord<T>);
     const int lane = threadIdx.x % kWarpSize, line = lane % 8, word = lane / 8;
