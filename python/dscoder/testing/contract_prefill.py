@@ -55,7 +55,7 @@ def _backward(width: int, queries: int) -> dict[str, Kernel]:
             {
                 "LDSM.16.M88.4": plain,
                 "LDSM.16.MT88.4": turned + queries // 16 * (6 + width // 64),
-                "RED.E.ADD.F32": queries * width // 256,
+                "RED": queries * width // 256,
                 "STG.E.128": 64 * (width + 128) // 8 // 256,
             },
         )
