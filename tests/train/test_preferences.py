@@ -132,7 +132,7 @@ def test_the_manifest_counts_what_was_dropped(tmp_path: Path) -> None:
     config = from_files(tmp_path, *LETTERS, ("strange/1", "abc"))
     manifest = read_manifest(preferences.run(config, task=Letters(2)), command="prefer")
     assert manifest["dropped"] == {
-        **{"not_judged": 1, "same_program": 1},
+        **{"not_judged": 1, "same_program": 1, "suspect": 0},
         **{"unknown_problem": 1, "problems_without_candidates": 1},
     }
     assert manifest["counts"] == {

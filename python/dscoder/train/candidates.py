@@ -210,6 +210,7 @@ class Judging:
                     outcome=outcome_of(grade),
                     score=grade.score,
                     detail=grade.detail,
+                    is_suspect=grade.is_suspect,
                     verdict=None if verdict is None else _kept(verdict),
                 )
             )

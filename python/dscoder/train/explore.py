@@ -95,17 +95,19 @@ class Judge:
         found = pending if isinstance(pending, Grade) else _awaited(pending)
         grade = found if isinstance(found, Grade) else self._grade(problem, completion, found)
         if grade.is_passed is None:
-            self._tell(problem, grade.detail)
+            self._tell(problem, f"was not judged ({grade.detail})")
+        elif grade.is_suspect and grade.score:
+            self._tell(problem, f"is suspect: it may have cheated its tests ({grade.detail or 'passed'})")
         return grade
 
-    def _tell(self, problem: Problem, detail: str) -> None:
-        """Warn of each kind of failure once."""
-        kind = detail.partition(":")[0]
+    def _tell(self, problem: Problem, what: str) -> None:
+        """Warn of each kind of answer without a reward once."""
+        kind = what.partition(":")[0]
         with self._lock:
             is_known = kind in self._told
             self._told.add(kind)
         if not is_known:
-            _LOG.warning("an answer to %s was not judged (%s); it has no reward", problem.id, detail)
+            _LOG.warning("an answer to %s %s; it has no reward", problem.id, what)
 
     def cancel(self) -> None:
         """Call off what runs and waits: a verdict to come is then CancelledError or "sandbox_error"."""
@@ -354,6 +356,7 @@ class Explorer:
             reason=reason,
             is_passed=None if answer.grade is None else answer.grade.is_passed,
             score=None if answer.grade is None else answer.grade.score,
+            is_suspect=answer.grade is not None and answer.grade.is_suspect,
             steps=tuple(
                 RolloutStep(
                     end=end,
@@ -369,6 +372,8 @@ class Explorer:
     def _own_reason(self, answer: Answer, score: Score, credit: Credit) -> Reason:
         if not answer.tokens:
             return "empty"
+        if answer.is_withheld:
+            return "suspect"
         if score.reward is None if self._cutter is None else not credit.steps:
             return "no_reward"
         is_masked = answer.is_truncated and self._config.rollout.mask_truncated

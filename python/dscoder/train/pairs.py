@@ -2,7 +2,8 @@
 
 Everything here is a function of plain data. Candidates that write the same program count as one answer: its
 pass rate is the mean of their scores, so a program whose tests sometimes pass stands between. What nobody
-could judge says nothing about its program, and is in no answer.
+could judge says nothing about its program, and is in no answer. Nor is a program of which a candidate has a
+score and is suspect: what passes by cheating its tests is no example of either side.
 """
 
 import ast
@@ -10,7 +11,7 @@ import hashlib
 import random
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -41,6 +42,7 @@ class Candidate:
         program: hash of the normalised program.
         outcome: of the grade, see `outcome_of`.
         score: None where nobody could judge.
+        is_suspect: whether it shows signs of cheating its tests.
         verdict: what the sandbox said, without the output of the program.
     """
 
@@ -56,6 +58,7 @@ class Candidate:
     outcome: str
     score: float | None
     detail: str
+    is_suspect: bool = False
     verdict: dict[str, Any] | None = None
 
 
@@ -123,11 +126,17 @@ def outcome_of(grade: Grade) -> str:
     return "failed" if grade.verdict.is_passed else grade.verdict.outcome
 
 
+def suspect_programs(candidates: Iterable[Candidate]) -> set[str]:
+    """The programs that have a score and may have cheated for it."""
+    return {candidate.program for candidate in candidates if candidate.is_suspect and candidate.score}
+
+
 def pool_answers(candidates: Sequence[Candidate]) -> list[GradedAnswer]:
     """The distinct programs among the judged candidates of one problem, in order of first appearance."""
     groups: dict[str, _Group] = {}
+    withheld = suspect_programs(candidates)
     for candidate in candidates:
-        if candidate.score is not None:
+        if candidate.score is not None and candidate.program not in withheld:
             group = groups.setdefault(candidate.program, _Group())
             group.scores.append(candidate.score)
             group.members.append(candidate)

@@ -214,6 +214,7 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
         **_mean("reward_std", stds),
         **_mean("length", [float(len(r.completion_ids)) for r in rollouts]),
         **_mean("truncated", [float(r.is_truncated) for r in rollouts]),
+        **_mean("suspect", [float(r.is_suspect) for r in rollouts]),
         **_mean("used", [float(r.is_used) for r in rollouts]),
         "groups": float(len(groups)),
         "groups_equal": float(sum(group[0].reason == "equal_rewards" for group in groups)),

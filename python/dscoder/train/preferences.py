@@ -34,7 +34,7 @@ from dscoder.train.candidates import (
     hash_problems,
     read_candidates,
 )
-from dscoder.train.pairs import Candidate, NoPairsError, choose_pairs, pool_answers
+from dscoder.train.pairs import Candidate, NoPairsError, choose_pairs, pool_answers, suspect_programs
 from dscoder.train.run import hash_model
 
 COMMAND = "prefer"
@@ -122,12 +122,15 @@ def _add_problem(
 ) -> None:
     """The lines of one problem's candidates."""
     answers = pool_answers(candidates)
-    judged = [candidate.score for candidate in candidates if candidate.score is not None]
+    withheld = suspect_programs(candidates)
+    known = [candidate for candidate in candidates if candidate.score is not None]
+    judged = [candidate.score or 0.0 for candidate in known if candidate.program not in withheld]
     written.outcomes.update(count_outcomes(candidates))
     written.counts["candidates"] += len(candidates)
     written.counts["passed"] += sum(candidate.outcome == "passed" for candidate in candidates)
     written.counts["answers"] += len(answers)
-    written.dropped["not_judged"] += len(candidates) - len(judged)
+    written.dropped["not_judged"] += len(candidates) - len(known)
+    written.dropped["suspect"] += len(known) - len(judged)
     written.dropped["same_program"] += len(judged) - len(answers)
     if not answers:
         return
@@ -176,7 +179,8 @@ def write_results(
     if not written.pairs:
         raise NoPairsError(
             "prefer: some problem must have a better and a worse answer, got none among "
-            f"{written.counts['candidates']} candidates of {num_problems} problems: {dict(written.outcomes)}"
+            f"{written.counts['candidates']} candidates of {num_problems} problems: {dict(written.outcomes)}, "
+            f"{written.dropped['suspect']} left out as suspect"
         )
     write_bytes(stage.directory / GRADED, "".join(written.graded).encode())
     write_bytes(stage.directory / PAIRS, "".join(written.pairs).encode())

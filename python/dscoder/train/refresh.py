@@ -77,7 +77,13 @@ def done_resets(directory: Path) -> list[int]:
 def _grade(rollout: Rollout) -> Grade:
     """As the task gave it, as far as the rollout tells."""
     verdict = None if rollout.verdict is None else Verdict(outcome=rollout.verdict["outcome"])
-    return Grade(is_passed=rollout.is_passed, score=rollout.score, verdict=verdict, detail=rollout.detail)
+    return Grade(
+        is_passed=rollout.is_passed,
+        score=rollout.score,
+        verdict=verdict,
+        detail=rollout.detail,
+        is_suspect=rollout.is_suspect,
+    )
 
 
 def _key(task: Task, problem: Problem, completion: str) -> str:
@@ -110,6 +116,7 @@ def candidates_of(
                 outcome=outcome_of(grade),
                 score=grade.score,
                 detail=grade.detail,
+                is_suspect=grade.is_suspect,
             )
             groups.setdefault(problem.id, []).append(candidate)
     return list(groups.values())

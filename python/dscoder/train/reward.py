@@ -8,17 +8,20 @@ The rule for None: that reward is left out of this answer's mix. The mix takes t
 in its place, so the answer is neither better nor worse than its group for it. (To add nothing would be to
 count it as zero.) An answer without any reward has none, and is left out of its group.
 
+A suspect, an answer that its grade gives something for what looks like cheating its tests, has no reward from
+any function, and what functions gave for it is in no mean. One that failed all the same has its failure: or a
+sign of cheating would spare it.
+
 A process reward function gives for each answer a number for each of its steps, or None where it cannot tell:
 for a step, or for a whole answer. The same rule holds among all steps of the group.
 """
 
 import asyncio
 import inspect
-import math
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -27,13 +30,15 @@ from numbers import Real
 from dscoder.infer.request import FinishReason
 from dscoder.runtime.log import get_logger
 from dscoder.tasks.problem import Grade, Problem
-from dscoder.train.advantage import LARGEST_REWARD, group_mean
+from dscoder.train.advantage import LARGEST_REWARD
+from dscoder.train.reward_mix import mix, told
 
 # Seconds in which a function that ran out of time may still end before it is asked again.
 _GRACE = 1.0
 _LONGEST_REASON = 200  # characters
 _MIX = "mix"  # what failures of the sum are counted under
 _TOO_LARGE = f"not_finite: the sum is beyond {LARGEST_REWARD:g}"
+_SUSPECT = "suspect"
 _LOG = get_logger(__name__)
 
 
@@ -60,6 +65,11 @@ class Answer:
     def is_truncated(self) -> bool:
         """Whether the answer ended because there was no more room."""
         return self.finish_reason in ("length", "context")
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether it is a suspect that would gain by it, and so has no reward."""
+        return self.grade is not None and self.grade.is_suspect and bool(self.grade.score)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +136,15 @@ class _Result:
 
 
 _Found = RewardValues | StepRewardValues
+
+
+def _without_suspects(result: _Result, batch: RewardBatch, *, is_process: bool) -> _Result:
+    """The same without what was given for answers that have no reward."""
+    kept = [not a.is_withheld for a in batch.answers for _ in (a.steps if is_process else (a,))]
+    return _Result(
+        values=tuple(value if keep else None for value, keep in zip(result.values, kept, strict=True)),
+        reasons=tuple(reason if keep else "" for reason, keep in zip(result.reasons, kept, strict=True)),
+    )
 
 
 def _nothing(num_values: int, reason: str) -> _Result:
@@ -285,26 +304,30 @@ class Rewards:
         """The score of each answer of a group; all functions run at once."""
         calls = [caller.start(batch) for caller in self._callers]
         results = {
-            caller.term.name: caller.finish(call, batch)
+            caller.term.name: _without_suspects(
+                caller.finish(call, batch), batch, is_process=caller.term.is_process
+            )
             for caller, call in zip(self._callers, calls, strict=True)
         }
         process = {c.term.name: results.pop(c.term.name) for c in self._callers if c.term.is_process}
-        is_left_out = any(not _there(results[name].values) for name in self._required)
-        scores = self._mixed(results, len(batch.answers), is_left_out=is_left_out)
+        is_left_out = any(not told(results[name].values) for name in self._required)
+        scores = self._mixed(results, batch, is_left_out=is_left_out)
         if process:
             scores = self._with_steps(scores, process, batch, is_left_out=is_left_out)
         self._tell(scores)
         return scores
 
-    def _mixed(self, results: Mapping[str, _Result], num_answers: int, *, is_left_out: bool) -> list[Score]:
+    def _mixed(self, results: Mapping[str, _Result], batch: RewardBatch, *, is_left_out: bool) -> list[Score]:
         mixed = mix({name: result.values for name, result in results.items()}, self._weights)
         scores = []
-        for idx in range(num_answers):
+        for idx, answer in enumerate(batch.answers):
             rewards = {name: result.values[idx] for name, result in results.items()}
             reasons = {name: result.reasons[idx] for name, result in results.items() if result.reasons[idx]}
             reward = mixed[idx] if mixed else None
-            if reward is None and _there(rewards.values()):
+            if reward is None and told(rewards.values()):
                 reasons[_MIX] = _TOO_LARGE
+            if answer.is_withheld:
+                reasons[_MIX] = _SUSPECT
             scores.append(Score(rewards=rewards, reasons=reasons, reward=None if is_left_out else reward))
         return scores
 
@@ -322,8 +345,8 @@ class Rewards:
         found = []
         for score, own in zip(scores, (slice(*bound) for bound in bounds), strict=True):
             whys = {name: next(filter(None, result.reasons[own]), "") for name, result in results.items()}
-            told = zip(*(result.values[own] for result in results.values()), strict=True)
-            if any(_there(values) and step is None for values, step in zip(told, mixed[own], strict=True)):
+            by_step = zip(*(result.values[own] for result in results.values()), strict=True)
+            if any(told(values) and step is None for values, step in zip(by_step, mixed[own], strict=True)):
                 whys[_MIX] = _TOO_LARGE
             found.append(
                 replace(
@@ -336,11 +359,11 @@ class Rewards:
         return found
 
     def _tell(self, scores: Sequence[Score]) -> None:
-        """Warn of each kind of failure once; that a function cannot tell is none."""
+        """Warn of each kind of failure once; that a function cannot tell, or a suspect has none, is none."""
         for score in scores:
             for name, reason in score.reasons.items():
                 kind = failure_kind(name, reason)
-                if kind not in self._told and not reason.startswith("no_answer"):
+                if kind not in self._told and not reason.startswith(("no_answer", _SUSPECT)):
                     _LOG.warning("reward function %s gave no reward (%s); it is left out", name, reason)
                 self._told.add(kind)
 
@@ -348,33 +371,3 @@ class Rewards:
 def failure_kind(name: str, reason: str) -> str:
     """What failures of a function are counted under: "name: kind"."""
     return f"{name}: {reason.partition(':')[0]}"
-
-
-def mix(
-    values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]
-) -> tuple[float | None, ...]:
-    """One reward an answer: the weighted sum, a missing value counted as the mean of the group's others.
-
-    A function without any value in the group is left out of the whole group; an answer without any value gets
-    None, and so does one whose sum is too large to be compared.
-    """
-    means = {name: group_mean(there) for name, by_answer in values.items() if (there := _there(by_answer))}
-    rows = zip(*values.values(), strict=True)
-    return tuple(_mixed(dict(zip(values, row, strict=True)), means, weights) for row in rows)
-
-
-def _there(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _mixed(
-    row: Mapping[str, float | None], means: Mapping[str, float], weights: Mapping[str, float]
-) -> float | None:
-    if not _there(row.values()):
-        return None
-    filled = {name: means[name] if (value := row[name]) is None else value for name in means}
-    parts = [weights[name] * value for name, value in filled.items()]
-    if any(abs(part) > LARGEST_REWARD for part in parts):  # their sum may be no number
-        return None
-    mixed = math.fsum(parts)
-    return mixed if abs(mixed) <= LARGEST_REWARD else None

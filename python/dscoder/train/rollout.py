@@ -18,9 +18,10 @@ from dscoder.sandbox.verdict import Verdict
 ROLLOUTS = "rollouts"
 _FILE = re.compile(r"step-(\d{6,})\.jsonl")
 _MOST_OUTPUT = 2000  # characters kept of each stream of a program
+_IF_THERE = ("steps", "is_suspect")  # written where an answer has steps, or is one
 
 # Why an answer is not trained on; what concerns its group comes first.
-Reason = Literal["", "too_few_rewards", "equal_rewards", "no_reward", "truncated", "empty"]
+Reason = Literal["", "too_few_rewards", "equal_rewards", "suspect", "no_reward", "truncated", "empty"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class Rollout:
         detail: of the grade: one line for a person.
         is_passed: by the task's rules, which a program that ran well may still fail; None: not judged.
         score: by those rules; None where `is_passed` is.
+        is_suspect: whether it shows signs of cheating its tests; one with a score has no reward.
         steps: under process supervision, where they have the advantages that count.
         rewards: by function, None where it could not tell; `failures` say why not.
         reward: the mix; None if no function could tell.
@@ -81,6 +83,7 @@ class Rollout:
     reason: Reason
     is_passed: bool | None = None
     score: float | None = None
+    is_suspect: bool = False
     steps: tuple[RolloutStep, ...] = ()
 
     @property
@@ -133,7 +136,7 @@ def step_file(directory: Path, step: int) -> Path:
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
-    return {key: value for key, value in asdict(rollout).items() if key != "steps" or value}
+    return {key: value for key, value in asdict(rollout).items() if key not in _IF_THERE or value}
 
 
 def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> None:
@@ -148,11 +151,13 @@ def write_rollouts(directory: Path, step: int, rollouts: Iterable[Rollout]) -> N
 def require_rewards(rollouts: Sequence[Rollout], *, has_outcome: bool = True) -> None:
     """ValueError if no answer of a step has a reward that counts: whatever judges them does not work.
 
-    `has_outcome`: whether rewards of whole answers count.
+    It does where the reward of a suspect is withheld. `has_outcome`: whether rewards of whole answers count.
     """
     if any(step.reward is not None for rollout in rollouts for step in rollout.steps):
         return
     if has_outcome and any(rollout.reward is not None for rollout in rollouts):
+        return
+    if any(rollout.is_suspect and rollout.score for rollout in rollouts):
         return
     first = rollouts[0]
     reasons = [f"{name}: {reason}" for name, reason in first.failures.items()]
@@ -187,7 +192,7 @@ def _parse(line: str, path: Path, number: int) -> Rollout:
         record = json.loads(line)
     except ValueError:
         record = None
-    is_whole = isinstance(record, dict) and {*record, "steps"} == _FIELDS
+    is_whole = isinstance(record, dict) and {*record, *_IF_THERE} == _FIELDS
     if not is_whole or any(set(step) != _STEP_FIELDS for step in record.get("steps", ())):
         raise ValueError(f"{path}: line {number} must be a rollout, got {line[:80]!r}")
     steps = tuple(RolloutStep(**step) for step in record.get("steps", ()))
