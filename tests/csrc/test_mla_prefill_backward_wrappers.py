@@ -13,7 +13,7 @@ from dscoder.testing.cases import generator, randn
 from dscoder.testing.compare import assert_close, assert_op_registered, assert_same
 from dscoder.testing.poison import with_strides
 from dscoder.testing.prefill import SCALE, WIDTHS, Lengths, PrefillCase, apart, prefill_case
-from dscoder.testing.prefill_gradients import assert_gradients_near
+from dscoder.testing.prefill_gradients import Gradients, assert_gradients_near, deterministic_algorithms
 
 UseKernels = Callable[..., None]
 Calls = list[tuple[Any, ...]]
@@ -46,10 +46,13 @@ def grad_of(rng: torch.Generator, case: PrefillCase) -> Tensor:
     return randn(rng, *q.shape[:2], v.shape[2], dtype=q.dtype)
 
 
-def gradients(case: PrefillCase, grad_out: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    case: PrefillCase, grad_out: Tensor, *, deterministic: bool = False, **options: Any
+) -> Gradients:
     q, k, v, *ends = case
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, _ = ops.mla_prefill(*leaves, *ends, scale=SCALE, **options)
+    with deterministic_algorithms(deterministic):
+        out, _ = ops.mla_prefill(*leaves, *ends, scale=SCALE, **options)
     grad_q, grad_k, grad_v = torch.autograd.grad(out, leaves, grad_out)
     return grad_q, grad_k, grad_v
 
@@ -77,22 +80,17 @@ def test_both_directions_are_exact_enough(
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
-@pytest.mark.parametrize("torch_asks", [False, True])
-def test_torch_is_asked_for_determinism_where_the_caller_says_nothing(
-    use_kernels: UseKernels, calls: Calls, asked: bool | None, torch_asks: bool, rng: torch.Generator
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_the_forward_pass_asks_torch_for_determinism(
+    use_kernels: UseKernels, calls: Calls, is_asked: bool, rng: torch.Generator
 ) -> None:
+    """As in the helper, torch need not be asked any more when the backward pass runs."""
     case = prefill_case(rng, ((5, 5),))
     use_kernels(*OPS)
-    torch.use_deterministic_algorithms(torch_asks)
-    try:
-        gradients(case, grad_of(rng, case), deterministic=asked)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    is_deterministic = torch_asks if asked is None else asked
+    gradients(case, grad_of(rng, case), deterministic=is_asked)
     *_, scratch, _, _, _, deterministic, arch = calls[-1]
-    assert (deterministic, arch) == (is_deterministic, "auto")
-    assert bool(len(scratch[2])) != is_deterministic
+    assert (deterministic, arch) == (is_asked, "auto")
+    assert bool(len(scratch[2])) != is_asked
 
 
 def test_the_same_bits_every_time_where_they_are_asked_for(
@@ -206,10 +204,12 @@ def test_it_compiles_whole(use_kernels: UseKernels, rng: torch.Generator) -> Non
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.mla_prefill(q * 2, k, v, *ends, scale=SCALE, deterministic=True)[0]
+        return ops.mla_prefill(q * 2, k, v, *ends, scale=SCALE)[0]
 
     use_kernels(*OPS)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
-    wanted = torch.autograd.grad(attend(*leaves), leaves, grad_out)
-    for got, want in zip(torch.autograd.grad(compiled(*leaves), leaves, grad_out), wanted, strict=True):
+    with deterministic_algorithms(True):
+        outs = attend(*leaves), compiled(*leaves)
+    wanted, actual = (torch.autograd.grad(out, leaves, grad_out) for out in outs)
+    for got, want in zip(actual, wanted, strict=True):
         assert_same(got, want)

@@ -24,7 +24,7 @@ from dscoder.testing.prefill import (
     prefill_case,
     stray_case,
 )
-from dscoder.testing.prefill_gradients import Gradients, assert_gradients_near
+from dscoder.testing.prefill_gradients import Gradients, assert_gradients_near, deterministic_algorithms
 
 ARCHS = ["auto", "sm80"]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -39,12 +39,12 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     return generator(request.node.nodeid, gpu.DEVICE)
 
 
-def step(**options: Any) -> gpu.Step:
-    """out and the gradients, the same bits every time unless `options` say otherwise."""
+def step(*, deterministic: bool = True, **options: Any) -> gpu.Step:
+    """out and the gradients."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
-        given = {"scale": SCALE, "deterministic": True} | options
-        return ops.mla_prefill(q, k, v, ends_q, ends_k, **given)[0]
+        with deterministic_algorithms(deterministic):
+            return ops.mla_prefill(q, k, v, ends_q, ends_k, scale=SCALE, **options)[0]
 
     return gpu.forward_and_backward(attend)
 
@@ -54,10 +54,13 @@ def grad_of(rng: torch.Generator, case: PrefillCase) -> Tensor:
     return randn(rng, *q.shape[:2], v.shape[2], dtype=q.dtype)
 
 
-def gradients(case: PrefillCase, grad_out: Tensor, **options: Any) -> Gradients:
+def gradients(
+    case: PrefillCase, grad_out: Tensor, *, deterministic: bool = False, **options: Any
+) -> Gradients:
     q, k, v, *ends = case
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, _ = ops.mla_prefill(*leaves, *ends, scale=SCALE, **options)
+    with deterministic_algorithms(deterministic):
+        out, _ = ops.mla_prefill(*leaves, *ends, scale=SCALE, **options)
     grad_q, grad_k, grad_v = torch.autograd.grad(out, leaves, grad_out)
     return grad_q, grad_k, grad_v
 
@@ -187,9 +190,11 @@ def test_it_passes_opcheck(rng: torch.Generator) -> None:
 
 def test_it_compiles_in_one_graph(rng: torch.Generator) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
-        return ops.mla_prefill(q * 2, k + 1, v, ends_q, ends_k, scale=SCALE, deterministic=True)[0]
+        return ops.mla_prefill(q * 2, k + 1, v, ends_q, ends_k, scale=SCALE)[0]
 
-    gpu.assert_compiles_whole(attend, *prefill_case(rng, ((129, 129), (5, 64))))
+    case = prefill_case(rng, ((129, 129), (5, 64)))
+    with deterministic_algorithms(True):
+        gpu.assert_compiles_whole(attend, *case)
 
 
 def test_a_captured_graph_follows_its_input(rng: torch.Generator) -> None:

@@ -45,15 +45,14 @@ def mla_prefill(
     *,
     scale: float,
     causal: bool = True,
-    deterministic: bool | None = None,
     arch: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v inside each sequence; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
     `cu_seqlens_q` and `cu_seqlens_k` are int32 [B + 1], ascending from 0 to the number of rows. A sequence
     may have other lengths in q and k, zero too; `causal` aligns their ends: the last query sees every key.
-    Query head h reads head h // (H / G) of k and v; G divides H. `deterministic` asks for the same bits of
-    every gradient each time, default: whether torch was asked for deterministic algorithms.
+    Query head h reads head h // (H / G) of k and v; G divides H. Where torch was asked
+    for deterministic algorithms, every gradient has the same bits each time.
 
     `arch` says what runs on a GPU (a CPU runs the reference). "auto": kernels for bfloat16 and float16,
     widths (192, 128) and (128, 128) of keys and values and a scale > 0, on compute capability 8.x and 9.0,
@@ -85,8 +84,7 @@ def mla_prefill(
     check_devices(op, q=q_THd, k=k_TGd, v=v_TGv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_number(op, "scale", scale)
     check_arch(op, arch, q_THd, lambda: kernel_refusal(q_THd, v_TGv, scale))
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.dscoder.mla_prefill.default(
@@ -145,7 +143,8 @@ def _sum_of_heads(grad_HTd: Tensor, num_key_heads: int) -> Tensor:
     """[G, T, d]: what the query heads that share a head say of it."""
     if len(grad_HTd) == num_key_heads:
         return grad_HTd
-    return grad_HTd.unflatten(0, (num_key_heads, -1)).sum(dim=1)
+    num_heads, *rest = grad_HTd.shape
+    return grad_HTd.reshape(num_key_heads, num_heads // num_key_heads, *rest).sum(dim=1)
 
 
 def _forward(
@@ -231,9 +230,9 @@ def _forward_kernel(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
-    _deterministic: bool,
-    arch: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    _deterministic, arch = options
     if _runs_reference(q_THd, v_TGv, scale, arch):
         return _forward(q_THd, k_TGd, v_TGv, cu_seqlens_q, cu_seqlens_k, scale, causal)
     out_THv, lse_TH = _forward_fake(q_THd, k_TGd, v_TGv)

@@ -1,5 +1,8 @@
 """Gradients of prefill attention in float64, and how near to them a result has to be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,17 @@ _TIMES_TORCH = 2.0  # how far from float64 a gradient may be, in errors of torch
 _OF_TERMS = 1e-5
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # to q, k and v
+
+
+@contextmanager
+def deterministic_algorithms(is_asked: bool) -> Iterator[None]:
+    """torch is asked for them inside, or is not."""
+    was_asked = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(is_asked)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_asked)
 
 
 def _differentiate(
