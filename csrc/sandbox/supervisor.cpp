@@ -210,6 +210,8 @@ void supervise() {
         run_steps(job, caller);
     } catch (...) {
         kill_all(job);
+        Usage unused;
+        reap(unused, 0, true);  // so that they are dead when this process is
         throw;
     }
 }
