@@ -82,6 +82,7 @@ def _draw_scores(axes: "Axes", scores: Mapping[str, TaskScore]) -> None:
         means = [rate.mean for rate in rates]
         axes.errorbar(places, means, yerr=spans, fmt=marker, capsize=4, label=what)
     axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_title("test problems, 95 % intervals")
     axes.legend()
     axes.grid(alpha=0.3)
