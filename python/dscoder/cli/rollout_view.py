@@ -1,34 +1,35 @@
 """Rollouts for the terminal: a step in a line, a group with its best answer and the others as diffs to it."""
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 
 from rich.text import Text
 
-from dscoder.train.rollout import Rollout, RolloutStep, by_group
+from dscoder.cli.rollout_answer import (
+    complaints,
+    difference,
+    headline,
+    indented,
+    number,
+    unlikely_tokens,
+    visible,
+    whole_text,
+)
+from dscoder.train.rollout import Rollout, by_group
 
 _PROMPT_LINES = 12
-_COMPLAINT_LINES = 6
-_GRADES = {True: "passed", False: "failed", None: "not judged"}
-_STYLES = {"passed": "not bold green", "failed": "not bold red", "not judged": "not bold yellow"}
-_DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+# An answer of a group by its number in it, from 1.
+Numbered = tuple[int, Rollout]
 
 
-def visible(text: str) -> str:
-    """`text` with control characters spelled out: what a model wrote must not steer the terminal."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def counted(count: int, noun: str) -> str:
+    """As in "1 group", "2 groups"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _mean(values: Sequence[float | None]) -> str:
     there = [value for value in values if value is not None]
-    return _number(sum(there) / len(there) if there else None)
+    return number(sum(there) / len(there) if there else None)
 
 
 def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
@@ -41,10 +42,11 @@ def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
         for rewards in rewarded
         for name in sorted({name for found in rewards for name in found})
     )
+    num_passed = sum(rollout.is_passed is True for rollout in rollouts)
     line = Text(f"step {step}", style="bold")
     line.append(
-        f"  {len(by_group(rollouts))} groups  {len(rollouts)} answers  "
-        f"reward {_mean([r.reward for r in rollouts])}  ({means})",
+        f"  {counted(len(by_group(rollouts)), 'group')}  {counted(len(rollouts), 'answer')}  "
+        f"{num_passed} passed  reward {_mean([r.reward for r in rollouts])}  ({means})",
         style="not bold",
     )
     if reasons:
@@ -53,108 +55,68 @@ def render_step(step: int, rollouts: Sequence[Rollout]) -> Text:
     return line
 
 
-def _headline(rollout: Rollout, number: int) -> Text:
-    rewards = ", ".join(f"{name} {_number(value)}" for name, value in rollout.rewards.items())
-    grade = _GRADES[rollout.is_passed]
-    program = "not run" if rollout.verdict is None else str(rollout.verdict["outcome"])
-    line = Text(f"answer {number}  ", style="bold")
-    # What the program did is no grade: one that ends well may have printed what is wrong.
-    line.append(f"{grade}  " if grade == program else f"{grade} (program: {program})  ", style=_STYLES[grade])
-    # Under process supervision the steps say what counts.
-    advantage = "" if rollout.steps else f"advantage {_number(rollout.advantage)}  "
-    line.append(
-        f"reward {_number(rollout.reward)} ({rewards})  {advantage}"
-        f"{len(rollout.completion_ids)} tokens, {rollout.finish_reason}",
-        style="not bold",
-    )
-    if rollout.reason:
-        line.append(f"  left out: {rollout.reason}", style="not bold yellow")
-    return line
-
-
-def _complaints(rollout: Rollout) -> Text:
-    """What the sandbox and failed reward functions said, the last lines."""
-    lines = [f"{name}: {reason}" for name, reason in rollout.failures.items()]
-    if rollout.detail:
-        lines.append(rollout.detail)
-    if rollout.verdict is not None and rollout.verdict["outcome"] != "passed":
-        said = rollout.verdict["compiler"] or rollout.verdict["stderr"]
-        lines += str(said).rstrip().split("\n")[-_COMPLAINT_LINES:] if said else []
-    return Text("".join(f"  {visible(line)}\n" for line in lines), style="red")
-
-
-def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in visible(text).split("\n"))
-
-
-def _whole(rollout: Rollout) -> Text:
-    """A completion; cut into steps, each under what it is rewarded with and what its tokens count."""
-    if not rollout.steps:
-        return Text(_indented(rollout.completion), style="not bold")
-    shown, begin = Text(), 0
-    for number, step in enumerate(rollout.steps, start=1):
-        shown.append_text(_step_headline(step, number))
-        text = rollout.completion[begin : step.text_end].removesuffix("\n")
-        shown.append(_indented(text) if text else "", style="not bold")
-        begin = step.text_end
-    return shown
-
-
-def _step_headline(step: RolloutStep, number: int) -> Text:
-    rewards = ", ".join(f"{name} {_number(value)}" for name, value in step.rewards.items())
-    told = (
-        f"    step {number}  reward {_number(step.reward)} ({rewards})  advantage {_number(step.advantage)}\n"
-    )
-    return Text(told, style="cyan")
-
-
-def _step_lines(rollout: Rollout) -> Text:
-    """What the steps of an answer that is shown as a diff are worth."""
-    lines = [_step_headline(step, number) for number, step in enumerate(rollout.steps, start=1)]
-    return Text().join(lines)
-
-
-def _diff(best: str, other: str) -> Text:
-    """`other` as what changes in `best`."""
-    lines = difflib.unified_diff(
-        visible(best).split("\n"), visible(other).split("\n"), "best", "this", lineterm="", n=2
-    )
-    shown = Text()
-    for line in list(lines)[2:]:  # without the names
-        shown.append(f"    {line}\n", style=_DIFF_STYLES.get(line[:1], ""))
-    return shown if shown else Text("    the same text\n", style="dim")
-
-
 def _worth(rollout: Rollout) -> float:
     """The reward; under process supervision what the answer's first token counts, the sum over its steps."""
     worth = rollout.steps[0].advantage if rollout.steps else rollout.reward
     return float("-inf") if worth is None else worth
 
 
-def render_group(group: Sequence[Rollout], *, num_answers: int) -> Text:
+def _folded(answers: Sequence[Numbered]) -> list[tuple[list[int], Rollout]]:
+    """Answers that are alike in all that is shown of them as one with their numbers, the best first."""
+    found: dict[str, tuple[list[int], Rollout]] = {}
+    for answer_number, rollout in answers:
+        facts = (rollout.completion, headline(rollout, [0]).plain, rollout.steps, rollout.detail)
+        found.setdefault(repr((*facts, rollout.failures)), ([], rollout))[0].append(answer_number)
+    return sorted(found.values(), key=lambda item: (-_worth(item[1]), item[0][0]))
+
+
+def _head(first: Rollout, num_answers: int, *, is_whole: bool) -> Text:
+    """Which group it is, and the prompt: its last lines, or all."""
+    group_number = first.group + 1
+    shown = Text(f"group {group_number}  {first.task} {visible(first.problem)}", style="bold")
+    shown.append(f"  {counted(num_answers, 'answer')}\n", style="not bold")
+    lines = first.prompt.split("\n")
+    kept = lines if is_whole else lines[-_PROMPT_LINES:]
+    if len(lines) > len(kept):
+        before = counted(len(lines) - len(kept), "line")
+        shown.append(
+            f"    ... {before} before, which --group {group_number} shows\n", style="not bold yellow"
+        )
+    return shown.append(indented("\n".join(kept)), style="not bold dim")
+
+
+def render_group(
+    answers: Sequence[Numbered], *, num_answers: int | None = None, is_whole: bool = False
+) -> Text:
     """The end of the prompt, the best answer whole, and others as diffs to it, best and worst first.
 
     Args:
-        num_answers: how many are shown besides the best.
+        answers: of one group, all or some.
+        num_answers: how many are shown besides the best; None: all.
+        is_whole: the whole prompt.
     """
-    first = group[0]
-    shown = Text(f"{first.task} {visible(first.problem)}", style="bold")
-    shown.append(f"  {len(group)} answers\n", style="not bold")
-    prompt = first.prompt.split("\n")[-_PROMPT_LINES:]
-    shown.append(_indented("\n".join(prompt)), style="not bold dim")
-    numbered = sorted(enumerate(group, start=1), key=lambda item: (-_worth(item[1]), item[0]))
-    (number, best), *others = numbered
-    shown.append_text(_headline(best, number)).append("\n")
-    shown.append_text(_whole(best))
-    shown.append_text(_complaints(best))
+    shown = _head(answers[0][1], len(answers), is_whole=is_whole)
+    (numbers, best), *others = _folded(answers)
+    shown.append_text(headline(best, numbers)).append_text(whole_text(best)).append_text(complaints(best))
     # From both ends: what failed most beside what nearly won.
     turns = [others[idx // 2] if idx % 2 else others[-1 - idx // 2] for idx in range(len(others))]
-    for number, rollout in turns[:num_answers]:
-        shown.append_text(_headline(rollout, number)).append("\n")
-        shown.append_text(_diff(best.completion, rollout.completion))
-        shown.append_text(_step_lines(rollout))
-        shown.append_text(_complaints(rollout))
-    left = len(others) - min(num_answers, len(others))
+    for numbers, rollout in turns[:num_answers]:
+        shown.append_text(headline(rollout, numbers))
+        shown.append_text(difference(best, rollout)).append_text(complaints(rollout))
+    left = sum(len(numbers) for numbers, _ in turns[len(turns[:num_answers]) :])
     if left:
-        shown.append(f"{left} more answers\n", style="not bold dim")
+        shown.append(f"{left} more {'answer' if left == 1 else 'answers'}\n", style="not bold dim")
     return shown
+
+
+def render_answer(answer: Numbered, token_bytes: Sequence[bytes] | None) -> Text:
+    """All of one answer: the prompt, the text, what its program wrote, and its least likely tokens.
+
+    Args:
+        token_bytes: of each id; None: ids are shown.
+    """
+    answer_number, rollout = answer
+    shown = _head(rollout, 1, is_whole=True)
+    shown.append_text(headline(rollout, [answer_number])).append_text(whole_text(rollout))
+    shown.append_text(complaints(rollout, is_whole=True))
+    return shown.append_text(unlikely_tokens(rollout, token_bytes))
