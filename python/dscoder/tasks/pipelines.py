@@ -100,10 +100,21 @@ def draw_pipelines(split: str, count: int, *, seed: int) -> list[Pipeline]:
 
 
 def without_step(pipeline: Pipeline, rng: random.Random) -> str:
-    """The program without one of its steps; what it starts with and what it returns stay."""
+    """The program without one of its steps; what it starts with and what it returns stay.
+
+    What is left is a composition too, and must be of the same split. Where no step can go, none does.
+    """
+    family, *kinds = pipeline.composition.split("/")
     lines = pipeline.source.splitlines(keepends=True)
-    first = 2 if pipeline.family.start else 1
-    left_out = rng.randrange(first, len(lines) - 1)
+    first = len(lines) - len(kinds)
+    places = [
+        place
+        for place in range(len(kinds) - 1)
+        if split_of("/".join([family, *kinds[:place], *kinds[place + 1 :]])) == split_of(pipeline.composition)
+    ]
+    if not places:
+        return pipeline.source
+    left_out = first + rng.choice(places)
     return "".join(line for place, line in enumerate(lines) if place != left_out)
 
 
