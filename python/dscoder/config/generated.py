@@ -9,7 +9,7 @@ class ProblemCounts:
 
     documents: int = 20000  # functions with docstrings, to pre-train on
     dialogues: int = 6000  # requests with answers, to fine-tune on
-    hurried_share: float = 0.4  # of those answers, that leave out a step
+    hurried_share: float = 0.4  # of those answers, that leave out a step where what is left is not held out
     practised: int = 512  # problems to learn from by running answers, with few tests each
     validation: int = 48  # problems for choosing sizes
     test: int = 128  # problems for the figures in the end
