@@ -183,3 +183,10 @@ def test_the_driver_needs_the_standard_library_alone() -> None:
     tree = ast.parse(Path(driver.__file__).read_text())
     froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert not [module for module in froms if module is not None and module.startswith("dscoder")]
+
+
+def test_what_failed_is_the_last_that_is_said() -> None:
+    found = grade("def f():\n    return 1", "assert f() == 2, 'one and two'", asked=("f",))
+    assert found.verdict is not None
+    assert found.verdict.stderr.rstrip().endswith("AssertionError: one and two")
+    assert found.verdict.stderr.count("Traceback") == 1  # the answer's process has nothing to add

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from dscoder.config.grpo import RewardsConfig
-from dscoder.sandbox.verdict import Phase, Verdict
+from dscoder.sandbox.run import run
+from dscoder.sandbox.verdict import Limits, Phase, Verdict
+from dscoder.tasks.ending import grade_ended, python_program
 from dscoder.tasks.problem import Grade, Problem, grade_verdict, graded, not_judged
 from dscoder.train.reward import Answer, RewardBatch, RewardFunction
 from dscoder.train.reward_functions import (
@@ -89,6 +91,29 @@ def test_python_by_its_syntax() -> None:
         judged(after("passed")),
     )
     assert found == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("def f(x):\n    return x + 1\n", 1.0),
+        ("def f(x):\n    return x\n", 1.0),
+        ("def f(x):\n    import missing\n", 1.0),
+        ("def f(x):\n    raise SyntaxError('by hand')\n", 1.0),
+        ("raise SyntaxError('by hand')\n", 1.0),
+        ("def f(x):\n    exec('def g(:')\n", 1.0),
+        ("def f(x:\n    return x\n", 0.0),
+        ("def f(x):\nreturn x\n", 0.0),
+        ("def f(x):\n\tif x:\n        return 1\n", 0.0),
+        ("def f(x):\n    return 'x\n", 0.0),
+        ("def f(x):\n    return '\0'\n", 0.0),
+        ("x = '\ud800'\n", 0.0),
+    ],
+)
+def test_the_syntax_of_an_answer_that_runs_apart_from_its_tests(code: str, wanted: float) -> None:
+    tests = "assert f(2) == 3\n"
+    verdict = run(python_program(code, tests, asked=("f",)), Limits(time=10.0))
+    assert rewards(compiled, judged(grade_ended(code, verdict, tests=tests))) == [wanted]
 
 
 def test_an_answer_without_a_program_does_not_compile_if_it_is_wrong() -> None:

@@ -15,6 +15,10 @@ from dscoder.train.reward import Answer, RewardBatch, RewardFunction, RewardTerm
 
 # Python compiles when it is run: what it cannot compile ends with one of these, before any traceback.
 _SYNTAX_ERROR = re.compile(r"^(SyntaxError|IndentationError|TabError)\b", re.MULTILINE)
+# Or, where answer and tests are two processes, with this in one: what is raised while it runs names no line.
+_ANSWER_SYNTAX_ERROR = re.compile(
+    r"^\w*Error: (.*\(answer\.py, line \d+\)|source code string cannot contain null bytes)$", re.MULTILINE
+)
 
 
 def passed_tests(batch: RewardBatch) -> list[float | None]:
@@ -25,8 +29,10 @@ def passed_tests(batch: RewardBatch) -> list[float | None]:
 def _compiles(language: str, verdict: Verdict) -> bool:
     if verdict.outcome == "compile_error" or (verdict.compile is not None and verdict.compile.exit_code != 0):
         return False
-    is_refused = language == "python" and "Traceback (most recent call last)" not in verdict.stderr
-    return not (is_refused and _SYNTAX_ERROR.search(verdict.stderr))
+    if language != "python":
+        return True
+    is_traced = "Traceback (most recent call last)" in verdict.stderr
+    return (_ANSWER_SYNTAX_ERROR if is_traced else _SYNTAX_ERROR).search(verdict.stderr) is None
 
 
 def _compiler_reward(answer: Answer) -> float | None:
