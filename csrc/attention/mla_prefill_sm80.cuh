@@ -61,6 +61,14 @@ using Sums = float[kFragments][S::kValueWidth / 8][4];
 // What a thread knows of its rows: the reference of their weights, and its own keys' share of their sums.
 struct RowStates {
     float reference[kThreadRows], sum[kThreadRows];
+
+    __device__ __forceinline__ RowStates() {
+        DSC_UNROLL
+        for (int row = 0; row < kThreadRows; ++row) {
+            reference[row] = -kInfinity;
+            sum[row] = 0.0f;
+        }
+    }
 };
 
 // ---- a block of keys ----
@@ -224,6 +232,24 @@ __device__ __forceinline__ Tile<T> find_tile(const MlaPrefillParams& p, const Pr
             .num_seen = sequence.num_seen(first_row, p.causal)};
 }
 
+// The weights of a block of keys, some of which the warp's rows see.
+template <typename S>
+__device__ __forceinline__ void weigh_block(const MlaPrefillParams& p, const Tile<typename S::T>& tile,
+                                            const Memory<S>& memory, int block, RowStates& rows,
+                                            Sums<S>& sums, Weights<S>& weights) {
+    const float factor = p.scale * kLog2E;
+    const int first_key = block * S::kKeys, first_row = threadIdx.x / kWarpSize * kWarpRows;
+    Scores<S> scores;
+    multiply_keys<S>(memory.query, memory.keys + block % 2 * S::kKeyElements, scores);
+    if (first_key + S::kKeys > tile.num_seen_by(first_row, p.causal)) {
+        const int own_row = first_row + threadIdx.x % kWarpSize / 4;
+        hide_scores<S>(scores,
+                       [&](int i) { return tile.num_seen_by(own_row + 8 * i, p.causal) - first_key; });
+    }
+    move_references<S>(scores, factor, rows, sums);
+    weigh_scores<S>(scores, factor, rows, weights);
+}
+
 // Outputs and log-sum-exps of the warp's rows.
 template <typename S>
 __device__ __forceinline__ void store_rows(const MlaPrefillParams& p, const Tile<typename S::T>& tile,
@@ -273,7 +299,6 @@ __global__ void __launch_bounds__(kNumThreads, kPrefillSm80BlocksPerSm)
     const int num_keys = tile.num_seen_by(min(S::kRows - 1, last_row), p.causal);
     const int num_seen =
         first_row > last_row ? 0 : tile.num_seen_by(min(first_row + kWarpRows - 1, last_row), p.causal);
-    const float factor = p.scale * kLog2E;
 
     const auto start_keys = [&](int block) {
         const int first = block * S::kKeys;
@@ -283,11 +308,6 @@ __global__ void __launch_bounds__(kNumThreads, kPrefillSm80BlocksPerSm)
     };
     RowStates rows;
     Sums<S> sums = {};
-    DSC_UNROLL
-    for (int i = 0; i < kThreadRows; ++i) {
-        rows.reference[i] = -kInfinity;
-        rows.sum[i] = 0.0f;
-    }
     const int num_blocks = num_keys > 0 ? num_prefill_blocks(num_keys, S::kKeys) : 0;
     if (num_blocks > 0) {
         start_rows<S::kRows, S::kWidth, kNumThreads>(memory.query, tile.query, p.q.token_stride,
@@ -307,17 +327,7 @@ __global__ void __launch_bounds__(kNumThreads, kPrefillSm80BlocksPerSm)
         commit_copies();
         const bool sees = first_key < num_seen;
         Weights<S> weights;
-        if (sees) {
-            Scores<S> scores;
-            multiply_keys<S>(memory.query, memory.keys + block % 2 * S::kKeyElements, scores);
-            if (first_key + S::kKeys > tile.num_seen_by(first_row, p.causal)) {
-                const int own_row = first_row + threadIdx.x % kWarpSize / 4;
-                hide_scores<S>(
-                    scores, [&](int i) { return tile.num_seen_by(own_row + 8 * i, p.causal) - first_key; });
-            }
-            move_references<S>(scores, factor, rows, sums);
-            weigh_scores<S>(scores, factor, rows, weights);
-        }
+        if (sees) weigh_block<S>(p, tile, memory, block, rows, sums, weights);
         wait_copies<1>();
         __syncthreads();  // the values are there
         if (sees) add_values<S>(memory.values, weights, sums);
