@@ -39,6 +39,18 @@ def test_the_parts_put_together_are_the_decoded_whole(data: bytes) -> None:
     assert text == data.decode(errors="replace")
 
 
+@pytest.mark.parametrize("data", ["\U0001f600".encode(), b"\xe4\xe8\xf0\xb8\x9a\xb8", b"\xe4\x9a\xe9\xadX"])
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_a_token_without_text_does_not_split_a_character(data: bytes, place: int) -> None:
+    def without_last(tokens: list[int]) -> str:
+        return decode([token for token in tokens if token < 256])
+
+    tokens = [*data[:place], 256, 256, *data[place:]]
+    detokenizer = Detokenizer(without_last)
+    text = "".join(detokenizer.push(token) for token in tokens) + detokenizer.flush()
+    assert text == data.decode(errors="replace")
+
+
 def test_the_wait_for_a_character_is_bounded() -> None:
     detokenizer = Detokenizer(decode)
     released = [detokenizer.push(0x80) for _ in range(50)]

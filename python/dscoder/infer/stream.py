@@ -24,7 +24,11 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
-        if not self._pending and (known := self._whole.get(token)) is not None:
+        known = self._whole.get(token)
+        if self._pending and known is None and not self._decode([token]):
+            known = self._whole[token] = ""
+        # A character goes on behind tokens without text (special ones).
+        if known == "" or (known is not None and not self._pending):
             return known
         self._pending.append(token)
         text = self._decode(self._pending)

@@ -191,7 +191,7 @@ def _traceback(error: Exception) -> str:
 
 
 def serve(requests: int, replies: int) -> None:
-    """Run the answer, request by request. Where it leaves, so does this process; if the tests did, silently."""
+    """Run the answer, request by request. Where it leaves, or the tests did, this process leaves."""
     sys.excepthook = lambda kind, *rest: None if kind is EOFError else sys.__excepthook__(kind, *rest)
     answer = _Answer()
     while True:
