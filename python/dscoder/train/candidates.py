@@ -165,7 +165,10 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judging:
-    """Candidates whose programs run: the sandbox works while the next ones are sampled."""
+    """Candidates whose programs run: the sandbox works while the next ones are sampled.
+
+    Candidates of the same text share a verdict; each is graded and stored all the same.
+    """
 
     task: Task
     completions: Completions
@@ -174,17 +177,19 @@ class Judging:
 
     @classmethod
     def start(cls, task: Task, completions: Completions, pool: Pool) -> "Judging":
-        """Hand the programs of `completions` to `pool`."""
-        programs = [task.program(completions.problem, text) for text in completions.texts]
+        """Hand the programs of `completions` to `pool`; what is the same text runs once, for all of them."""
+        distinct = tuple(dict.fromkeys(completions.texts))
+        programs = {text: task.program(completions.problem, text) for text in distinct}
+        keys = {text: program_key(program, text) for text, program in programs.items()}
+        verdicts = {
+            text: None if program is None else pool.submit(program, task.limits)
+            for text, program in programs.items()
+        }
         return cls(
             task=task,
             completions=completions,
-            keys=tuple(
-                program_key(program, text) for program, text in zip(programs, completions.texts, strict=True)
-            ),
-            verdicts=tuple(
-                None if program is None else pool.submit(program, task.limits) for program in programs
-            ),
+            keys=tuple(keys[text] for text in completions.texts),
+            verdicts=tuple(verdicts[text] for text in completions.texts),
         )
 
     def finish(self) -> list[Candidate]:
