@@ -18,7 +18,7 @@ from dscoder.config.evaluate import TaskScoreConfig
 from dscoder.config.generated import GeneratedConfig, ProblemCounts
 from dscoder.config.grpo import GrpoConfig, PolicyLossConfig, RewardsConfig, RolloutConfig, UpdateConfig
 from dscoder.config.model import ModelConfig
-from dscoder.config.reward import PreferConfig, ReadingConfig, RewardModelConfig
+from dscoder.config.reward import PreferConfig, ReadingConfig, RewardLossConfig, RewardModelConfig
 from dscoder.config.sft import ExamplesConfig, SftConfig
 from dscoder.config.task import TaskConfig
 from dscoder.config.text import FimConfig
@@ -77,9 +77,11 @@ class AlignDemoConfig:
     model: ModelConfig = _MODEL
     pretrain: LearningConfig = field(default_factory=lambda: _learning(400, 6e-3, sequences=8))
     sft: LearningConfig = field(default_factory=lambda: _learning(240, 2e-3, sequences=8))
-    reward: LearningConfig = field(default_factory=lambda: _learning(60, 5e-4, sequences=32))
-    num_asked: int = 96  # practised problems to which the reward model sees candidates
-    num_candidates: int = 8  # of one problem
+    reward: LearningConfig = field(default_factory=lambda: _learning(80, 1e-3, sequences=64))
+    # The pass rate of each answer: problems whose answers all fail, or all pass, teach something too.
+    reward_loss: RewardLossConfig = field(default_factory=lambda: RewardLossConfig(kind="pointwise"))
+    num_asked: int = 512  # practised problems to which the reward model sees candidates
+    num_candidates: int = 6  # of one problem
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     num_samples: int = 4  # answers drawn to each test problem
     watch_every: int = 4  # steps of GRPO between two looks at the validation problems
@@ -180,6 +182,7 @@ class AlignDemoConfig:
             preferences=(self.directory("preferences"),),
             init_from=self.directory("sft/model"),
             out=self.directory("reward_model"),
+            loss=self.reward_loss,
             reading=ReadingConfig(template=_TEMPLATE),
             num_steps=self.reward.num_steps,
             batch=self.reward.batch,
