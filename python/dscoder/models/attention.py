@@ -77,16 +77,10 @@ class GqaAttention(nn.Module):
     ) -> Tensor:
         # One op for any documents: a mask would cost the square of the window, a call per document waits for
         # the device and compiles anew for every number of them (docs/models.md).
-        num_sharing, ends = self.num_heads // self.num_kv_heads, placement.cu_seqlens
+        ends = placement.cu_seqlens
         assert ends is not None
         out_THd, _ = ops.mla_prefill(
-            query_THd,
-            key_TGd.repeat_interleave(num_sharing, dim=1),
-            value_TGd.repeat_interleave(num_sharing, dim=1),
-            ends,
-            ends,
-            causal=True,
-            scale=self.head_dim**-0.5,
+            query_THd, key_TGd, value_TGd, ends, ends, causal=True, scale=self.head_dim**-0.5
         )
         return out_THd
 
