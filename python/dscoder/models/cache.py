@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dscoder import ops
 from dscoder.config import GqaConfig, MlaConfig, ModelConfig
+from dscoder.models.expansion import Expansion, plan_expansion
 from dscoder.models.yarn import rotations
 
 PAGE_SIZE = 64
@@ -57,6 +58,7 @@ class LatentAppend(Append):
     end_lens_B: Tensor  # int32, lengths with all S columns counted in, padding too
     page_table_BN: Tensor  # int32, wide enough for them
     plan: Tensor | None  # of mla_decode, where kernels run
+    expansion: Expansion | None  # of the latents; None: they are attended as they are, or there are none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +179,7 @@ class LatentCache(Cache):
         device: torch.device | str,
     ) -> None:
         super().__init__(config, num_sequences=num_sequences, max_positions=max_positions, device=device)
-        self._num_heads = attention.num_heads
+        self._attention = attention
         num_row_pages = self.num_pages_of(max_positions)
         shape = (num_sequences, num_row_pages)
         self.num_pages = num_sequences * num_row_pages if num_pages is None else num_pages
@@ -217,37 +219,48 @@ class LatentCache(Cache):
         pool = self.pages[layer_idx]
         pool.view(-1, pool.shape[-1])[append.slots_T] = entry_Td.detach().to(pool.dtype)
 
+    def read(self, layer_idx: int, slots_M: Tensor) -> Tensor:
+        """A copy [M, C + r] of one layer's entries at `slots_M`."""
+        return self.pages[layer_idx].flatten(0, 1).index_select(0, slots_M)
+
     def _narrow(self, first: int, last: int) -> None:
         super()._narrow(first, last)
         self.page_table_BN = self.page_table_BN[first:last]
 
     def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> LatentAppend:
-        max_len = self._max_len + positions_BS.shape[1]
+        num_cached, num_new = self._max_len, positions_BS.shape[1]
+        is_first, max_len = num_cached == 0, num_cached + num_new
         table_BN = self.page_table_BN
         num_missing = self.num_pages_of(max_len) - table_BN.shape[1]
         if num_missing > 0:
             table_BN = F.pad(table_BN, (0, num_missing), value=self.num_pages)
-        end_lens_B = self.seq_lens_B + positions_BS.shape[1]
-        plan = None
-        # Only kernels follow a plan.
-        if self._max_len > 0 and positions_BS.numel() and not end_lens_B.is_cpu:
-            plan = ops.mla_decode_plan(
-                end_lens_B,
-                num_new=positions_BS.shape[1],
-                num_heads=self._num_heads,
-                max_rows=table_BN.shape[1] * PAGE_SIZE,
-            )
+        end_lens_B = self.seq_lens_B + num_new
+        expansion = plan_expansion(
+            self._attention,
+            end_lens_B,
+            table_BN,
+            page_size=PAGE_SIZE,
+            num_new=num_new,
+            num_cached=num_cached,
+        )
         pages_BS = table_BN.gather(1, positions_BS // PAGE_SIZE)
         return LatentAppend(
             positions_BS=positions_BS,
             slots_T=torch.add(positions_BS % PAGE_SIZE, pages_BS, alpha=PAGE_SIZE).flatten(),
             num_new_B=num_new_B,
             end_lens_B=end_lens_B,
-            is_first=self._max_len == 0,
+            is_first=is_first,
             max_len=max_len,
             page_table_BN=table_BN,
-            plan=plan,
+            plan=None if is_first or expansion else self._plan(end_lens_B, table_BN, num_new),
+            expansion=expansion,
         )
+
+    def _plan(self, end_lens_B: Tensor, table_BN: Tensor, num_new: int) -> Tensor | None:
+        if end_lens_B.is_cpu or num_new * len(end_lens_B) == 0:  # only kernels follow a plan
+            return None
+        max_rows, num_heads = table_BN.shape[1] * PAGE_SIZE, self._attention.num_heads
+        return ops.mla_decode_plan(end_lens_B, num_new=num_new, num_heads=num_heads, max_rows=max_rows)
 
 
 class KeyValueCache(Cache):

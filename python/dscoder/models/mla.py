@@ -5,12 +5,15 @@ W_UK moves into the query and W_UV into the output, so that all heads attend the
 C + r numbers a token. Prefilling an empty cache uses the first, decoding the second; they agree.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
 from dscoder import ops
 from dscoder.config import MlaConfig, ModelConfig
 from dscoder.models.cache import LatentAppend, LatentCache
+from dscoder.models.expansion import Expansion, merge
 from dscoder.models.norm import RMSNorm
 from dscoder.models.placement import Placement
 from dscoder.models.residual import multiply
@@ -69,14 +72,17 @@ class LatentAttention(nn.Module):
         query_THd = query.view(len(x_TD), self.shape.num_heads, self.shape.qk_dim)
         latent_Td = self.latent_down(x_TD)
         cache, append = placement.cache, placement.append
-        if isinstance(cache, LatentCache) and append is not None and not append.is_first:
-            out_THv = self._attend_cached(query_THd, latent_Td, placement)
-        else:
-            out_THv = self._attend_expanded(query_THd, latent_Td, placement)
-        return multiply(self.out, out_THv.flatten(1), onto_TD)
+        is_absorbed = (
+            isinstance(cache, LatentCache)
+            and isinstance(append, LatentAppend)
+            and not append.is_first
+            and append.expansion is None
+        )
+        attend = self._attend_absorbed if is_absorbed else self._attend_expanded
+        return multiply(self.out, attend(query_THd, latent_Td, placement).flatten(1), onto_TD)
 
     def _attend_expanded(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
-        shape, cache, append = self.shape, placement.cache, placement.append
+        cache, append = placement.cache, placement.append
         query_THd, row_Td = ops.latent_rope(
             query_THd,
             latent_Td,
@@ -86,27 +92,50 @@ class LatentAttention(nn.Module):
             placement.angles_T,
             eps=LATENT_NORM_EPS,
         )
-        if isinstance(cache, LatentCache) and append is not None:
+        if isinstance(cache, LatentCache) and isinstance(append, LatentAppend):
             cache.write(self.layer_idx, row_Td, append)
-        latent_TC, key_Tr = torch.split(row_Td, [shape.kv_lora_rank, shape.rope_dim], dim=-1)
-        expanded = self.latent_up(latent_TC).view(
-            len(row_Td), shape.num_heads, shape.nope_dim + shape.value_dim
-        )
-        key_THn, value_THv = expanded.split([shape.nope_dim, shape.value_dim], dim=-1)
+            if append.expansion is not None:
+                return self._attend_blocks(query_THd, cache, append.expansion)
         ends = placement.cu_seqlens
         assert ends is not None
-        out_THv, _ = ops.mla_prefill(
+        return self._attend_rows(query_THd, row_Td, ends, ends, is_causal=True)[0]
+
+    def _attend_blocks(self, query_THd: Tensor, cache: LatentCache, expansion: Expansion) -> Tensor:
+        """Blocks of cached rows one by one, so that only one of them is ever expanded."""
+        parts = (
+            self._attend_rows(
+                query_THd,
+                cache.read(self.layer_idx, block.slots_M),
+                expansion.ends_q,
+                block.ends_k,
+                is_causal=block.is_causal,
+            )
+            for block in expansion.blocks
+        )
+        out_THv, _ = reduce(merge, parts)
+        return out_THv.to(query_THd.dtype)
+
+    def _attend_rows(
+        self, query_THd: Tensor, row_Md: Tensor, ends_q: Tensor, ends_k: Tensor, *, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Out and log-sum-exp over rows of latent and rotated key, expanded to heads."""
+        shape = self.shape
+        latent_MC, key_Mr = torch.split(row_Md, [shape.kv_lora_rank, shape.rope_dim], dim=-1)
+        expanded = self.latent_up(latent_MC).view(
+            len(row_Md), shape.num_heads, shape.nope_dim + shape.value_dim
+        )
+        key_MHn, value_MHv = expanded.split([shape.nope_dim, shape.value_dim], dim=-1)
+        return ops.mla_prefill(
             query_THd,
-            torch.cat([key_THn, key_Tr[:, None].expand(-1, shape.num_heads, -1)], dim=-1),
-            value_THv,
-            ends,
-            ends,
-            causal=True,
+            torch.cat([key_MHn, key_Mr[:, None].expand(-1, shape.num_heads, -1)], dim=-1),
+            value_MHv,
+            ends_q,
+            ends_k,
+            causal=is_causal,
             scale=self.scale,
         )
-        return out_THv
 
-    def _attend_cached(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
+    def _attend_absorbed(self, query_THd: Tensor, latent_Td: Tensor, placement: Placement) -> Tensor:
         """Every product writes where the next step reads: no copies between the kernels."""
         shape, cache, append = self.shape, placement.cache, placement.append
         assert isinstance(cache, LatentCache)
