@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "attention/mla_prefill_sm80.cuh"
+#include "attention/mla_prefill_sm90.h"
 #include "core/check.h"
 #include "core/launch.h"
 
@@ -13,16 +14,18 @@ namespace {
 
 struct PrefillDevice {
     int shared_per_sm, shared_per_block;  // bytes
+    bool is_sm90;
 };
 
 // The host executor is an A100.
 PrefillDevice current_prefill_device() {
 #ifdef DSC_HOST_EXECUTOR
-    return {.shared_per_sm = 164 * 1024, .shared_per_block = 163 * 1024};
+    return {.shared_per_sm = 164 * 1024, .shared_per_block = 163 * 1024, .is_sm90 = false};
 #else
     const int device = current_device();
     return {.shared_per_sm = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(device),
-            .shared_per_block = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device)};
+            .shared_per_block = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device),
+            .is_sm90 = device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == 9};
 #endif
 }
 
@@ -67,6 +70,16 @@ void launch_widths(const MlaPrefillParams& p, PrefillArch arch, cudaStream_t str
     launch_sm80<T, 128, 128>(p, arch, stream);
 }
 
+// Whether the kernel of sm_90a is asked for, or kAuto takes it.
+bool takes_sm90(PrefillArch arch) {
+    const bool is_asked_for = arch >= PrefillArch::kSm90;
+    if (not is_asked_for and (arch != PrefillArch::kAuto or not kMlaPrefillSm90IsProven)) return false;
+    const bool can_run = has_mla_prefill_sm90() and current_prefill_device().is_sm90;
+    DSC_CHECK(can_run or not is_asked_for,
+              "mla_prefill: arch sm90 needs compute capability 9.0 and a build with kernels for it");
+    return can_run;
+}
+
 }  // namespace
 
 void launch_mla_prefill(const MlaPrefillParams& p, PrefillArch arch, cudaStream_t stream) {
@@ -76,9 +89,9 @@ void launch_mla_prefill(const MlaPrefillParams& p, PrefillArch arch, cudaStream_
     DSC_CHECK(p.num_key_heads > 0 ? p.num_heads % p.num_key_heads == 0 : p.num_heads == 0,
               "mla_prefill: heads of q must be a multiple of those of k, got ", p.num_heads, " and ",
               p.num_key_heads);
-    DSC_CHECK(arch != PrefillArch::kSm90,
-              "mla_prefill: arch sm90 needs compute capability 9.0 and a build with kernels for it");
+    const bool is_sm90 = takes_sm90(arch);
     if (p.num_queries == 0 or p.num_sequences == 0 or p.num_heads == 0) return;
+    if (is_sm90) return launch_mla_prefill_sm90(p, arch, stream);
     if (p.dtype == FloatType::kBfloat16) return launch_widths<__nv_bfloat16>(p, arch, stream);
     launch_widths<__half>(p, arch, stream);
 }

@@ -81,7 +81,8 @@ enum class PrefillArch {
     kSm90WithoutTurns
 };
 
-// Whether a GPU has run the forward kernel of sm_90a and its tests passed: until then kAuto takes that of sm_80.
+// Whether a GPU has run the forward kernel of sm_90a and its tests passed: until then kAuto takes that of
+// sm_80.
 constexpr bool kMlaPrefillSm90IsProven = false;
 
 void launch_mla_prefill_plan(const MlaPrefillPlanParams& p, cudaStream_t stream);

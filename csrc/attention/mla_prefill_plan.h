@@ -11,7 +11,8 @@
 // less than the sequence's begin. Where sequences overlap, which they must not, a plan that is full leaves
 // out the sequences behind.
 //
-// A plan is int32 [2 * (1 + most tiles) + B]: the number of tiles and 0, then (sequence, block) of each tile,
+// A plan is int32 [2 * (1 + most tiles) + B]: the number of tiles and 0, from which on the forward kernel of
+// sm_90a counts those that blocks of its grid have taken; then (sequence, block) of each tile,
 // up to ceil(T / rows of a tile) + B; behind these B numbers that the plan kernel works with.
 #pragma once
 

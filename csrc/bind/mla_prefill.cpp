@@ -36,6 +36,9 @@ PrefillArch prefill_arch(const char* op, const std::string& arch) {
     if (arch == "sm80") return PrefillArch::kSm80;
     if (arch == "sm80 32 keys") return PrefillArch::kSm80Keys32;
     if (arch == "sm80 64 keys") return PrefillArch::kSm80Keys64;
+    if (arch == "sm90 one stage") return PrefillArch::kSm90OneStage;
+    if (arch == "sm90 one tile") return PrefillArch::kSm90OneTile;
+    if (arch == "sm90 without turns") return PrefillArch::kSm90WithoutTurns;
     DSC_CHECK(arch == "sm90", op, ": arch must be auto, sm80 or sm90, got ", arch);
     return PrefillArch::kSm90;
 }

@@ -25,6 +25,7 @@ from dscoder.testing.contract import ARCHS, SPILLS, Kernel, broken, broken_blank
 from dscoder.testing.contract_kernels import KERNELS, ROW_KERNELS
 from dscoder.testing.machine_code import (
     Usage,
+    broken_prefill,
     broken_telling,
     losses,
     parse_sass,
@@ -170,6 +171,8 @@ def test_a_kernel_keeps_its_contract(
         assert broken_blanking(sass[name, arch]) == []
     if kernel.tells:
         assert broken_telling(sass[name, arch]) == []
+    if kernel.weighs:
+        assert broken_prefill(sass[name, arch], kernel.weighs) == []
 
 
 @needs_nvcc
@@ -318,6 +321,27 @@ BLANKED, TOLD = (STORE, STORE, FENCE, MEET, BEGIN, MULTIPLY), (MEET, "STS", "STS
 )
 def test_writes_for_other_warps_out_of_order_are_caught(opcodes: tuple[str, ...], is_right: bool) -> None:
     assert (broken_telling(opcodes) == []) == is_right
+
+
+WEIGHED = ("WARPGROUP.DEPBAR.LE", "MUFU.EX2", "MUFU.EX2", "WARPGROUP.DEPBAR.LE")
+LOADED = (STORE, "UTMALDG.3D")
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "wanted"),
+    [
+        ((*LOADED, *BLANKED, *WEIGHED, MULTIPLY), []),
+        ((*BLANKED, *WEIGHED[:2], *WEIGHED[3:], "MUFU.EX2"), ["1 x MUFU.EX2 under a product, at least 2"]),
+        ((*BLANKED, *WEIGHED[:2], MULTIPLY, *WEIGHED[2:]), ["0 x MUFU.EX2 under a product, at least 2"]),
+        ((*LOADED, *WEIGHED), ["no zeros"]),
+        (
+            (STORE, MEET, FENCE, BEGIN, *WEIGHED),
+            ["in the order STS.128 BAR.SYNC FENCE.VIEW.ASYNC WARPGROUP.ARRIVE"],
+        ),
+    ],
+)
+def test_a_softmax_behind_its_product_is_caught(opcodes: tuple[str, ...], wanted: list[str]) -> None:
+    assert broken_prefill(opcodes, 2) == wanted
 
 
 def test_names_are_readable() -> None:

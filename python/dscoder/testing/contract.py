@@ -26,6 +26,7 @@ class Kernel:
     is_overlapped: bool = True  # by launch_overlapped: on sm_90a it waits before it touches global memory
     blanks: bool = False  # lines of a stage, between the copy engine's writing and wgmma's reading
     tells: bool = False  # its warpgroups write what others' products read, in several places
+    weighs: int = 0  # exponentials of a thread under a product, in prefill attention by wgmma
 
 
 # Kernels that may spill, with the bytes a thread: none.

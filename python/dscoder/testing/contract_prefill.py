@@ -73,6 +73,26 @@ def _backward(width: int, queries: int) -> dict[str, Kernel]:
     return kernels
 
 
+def _forward_sm90(width: int) -> dict[str, Kernel]:
+    """A tile of 128 queries over blocks of 128 keys on wgmma, for both types.
+
+    Scores ahead of the loop and in it, values in it and behind it; copies of queries, of a tile's first keys
+    and of the next ones, of values. Registers are those of the launch, which the warpgroups then divide anew.
+    """
+    products = 2 * (width // 16) + 2 * (128 // 16)
+    wants = {"UTMALDG.3D": 3 * (width // 64) + 2, "USETMAXREG.TRY_ALLOC": 1, "USETMAXREG.DEALLOC": 1}
+    return {
+        f"mla_prefill_sm90_kernel<Shape<{dtype}, {width}>>": Kernel(
+            registers=168,
+            shared=1024,
+            archs=("sm_90a",),
+            wants={f"HGMMA.64x128x16.F32{suffix}": products, **wants, "ATOMG": 1, "STG.E.128": 8},
+            weighs=64,
+        )
+        for dtype, suffix in (("__nv_bfloat16", ".BF16"), ("__half", ""))
+    }
+
+
 # A lane reads 16 bytes of four rows at a time; sums come as two words for each that goes.
 _ROW_KERNELS = {
     name: kernel
@@ -101,6 +121,8 @@ PREFILL_KERNELS = {
         for keys in (32, 64)
         for name, kernel in _forward(width, keys).items()
     },
+    **_forward_sm90(128),
+    **_forward_sm90(192),
     **_ROW_KERNELS,
     **{
         name: kernel

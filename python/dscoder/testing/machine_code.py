@@ -5,7 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 # ptxas: setmaxnreg ignored (C7508); wgmma serialised for a call, registers, what defines accumulators, or an
 # arrive that ptxas had to add on a branch.
@@ -96,3 +96,33 @@ def broken_telling(opcodes: Sequence[str]) -> list[str]:
     told = [tuple(steps[max(0, i - 3) : i + 1]) for i, step in enumerate(steps) if step == _TOLD[-1]]
     wrong = [found for found in blanked if found != _BLANKED] + [found for found in told if found != _TOLD]
     return missing + [f"in the order {' '.join(found)}" for found in wrong]
+
+
+# ---- attention by wgmma ----
+
+_ZERO_STEPS = ("STS.128", "FENCE.VIEW.ASYNC", "BAR.SYNC", "UTMALDG", "WARPGROUP.ARRIVE", "HGMMA")
+
+
+def broken_prefill(opcodes: Sequence[str], num_weights: int) -> list[str]:
+    """What csrc/attention/mla_prefill_sm90.cuh rests on and the machine code does not keep.
+
+    Zeros over values are written, ordered before wgmma's reads, met over, multiplied by; other wide stores to
+    shared memory are the loader's, ahead of its copies. And a row's weights are made while a product is under
+    way: so many exponentials between the wait for scores and the one for the product issued behind them,
+    where ptxas is free to take a wait ahead of arithmetic.
+    """
+    seen = [next((step for step in _ZERO_STEPS if opcode.startswith(step)), "") for opcode in opcodes]
+    steps = [step for step, _ in groupby(step for step in seen if step)]
+    written = [tuple(steps[i : i + len(_BLANKED)]) for i, step in enumerate(steps) if step == _BLANKED[0]]
+    zeros = [found for found in written if found[1:2] != ("UTMALDG",)]
+    wrong = [f"in the order {' '.join(found)}" for found in zeros if found != _BLANKED]
+    waits = [i for i, opcode in enumerate(opcodes) if opcode.startswith(("WARPGROUP.DEPBAR", "HGMMA"))]
+    between = [
+        count(opcodes[begin:end], "MUFU.EX2")
+        for begin, end in pairwise(waits)
+        if not opcodes[begin].startswith("HGMMA") and not opcodes[end].startswith("HGMMA")
+    ]
+    most = max(between, default=0)
+    if most < num_weights:
+        wrong.append(f"{most} x MUFU.EX2 under a product, at least {num_weights}")
+    return wrong if zeros else [*wrong, "no zeros"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from dscoder.testing.pipeline import BrokenError, Mbarrier, NamedBarrier, Role, play
+from dscoder.testing.pipeline import BrokenError, Mbarrier, NamedBarrier, Role, Waits, play
 
 WARPGROUPS, WARPS = 2, 4
 ALL_WARPS = WARPGROUPS * WARPS
@@ -221,7 +221,8 @@ class Block:
         ragged = tile.num_blocks - 1 if tile.is_ragged else -1
         for block in range(tile.num_blocks - 1, -1, -1):
             is_first = block == tile.num_blocks - 1
-            yield partial(self.keys[warp.keys.stage].full.is_over, warp.keys.phase)
+            if is_first:
+                yield self.keys_are_there(warp)
             yield from self.take_turn(warp)
             self.issue_scores(warp, (idx, block))
             if not is_first:
@@ -231,11 +232,15 @@ class Block:
             if not design.rounds_late:
                 self.round_weights(warp)
             if not is_first:
+                if block > 0:
+                    yield self.keys_are_there(warp)
                 yield from self.release_values(warp, True)
             if design.rounds_late:
                 self.round_weights(warp)
             if is_first and design.blanks_ahead_of_turn:
                 yield from self.blank(warp, tile)
+            if is_first and block > 0:
+                yield self.keys_are_there(warp)
         yield from self.take_turn(warp)
         if not design.blanks_ahead_of_turn:
             yield from self.blank(warp, tile)
@@ -243,6 +248,10 @@ class Block:
         if design.gives_last:
             self.give_turn(warp)
         yield from self.release_values(warp, design.releases_last)
+
+    def keys_are_there(self, warp: Warp) -> Waits:
+        """The next block's."""
+        return partial(self.keys[warp.keys.stage].full.is_over, warp.keys.phase)
 
     def round_weights(self, warp: Warp) -> None:
         """Into the registers that the next product reads."""
