@@ -115,11 +115,14 @@ __device__ __forceinline__ int num_values_of_last(const Tile& tile) {
 // ---- copies ----
 
 // Rows of heads, [T, heads, width], a box one head's strip of 128 rows. Rows behind the last one read as
-// zeros, and those behind a sequence as the next one's.
+// zeros, and those behind a sequence as the next one's. A step along a dimension of one may be anything, and
+// is not the map's.
 inline TensorMapSpec rows_map(const char* name, const HeadRows& rows, FloatType type, int width,
                               int num_heads, int64_t num_rows) {
+    const int64_t head_stride = num_heads > 1 ? rows.head_stride : width;
+    const int64_t token_stride = num_rows > 1 ? rows.token_stride : num_heads * head_stride;
     return map_spec<3>("mla_prefill", name, rows.data, type, {width, num_heads, num_rows},
-                       {rows.head_stride, rows.token_stride}, {kLineElements, 1, kRows});
+                       {head_stride, token_stride}, {kLineElements, 1, kRows});
 }
 
 struct MapSpecs {
