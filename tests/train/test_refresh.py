@@ -298,18 +298,18 @@ def test_earlier_preferences_are_replayed_at_the_first_reset(
         PreferConfig(out=str(tmp_path / "earlier"), candidates=(str(tmp_path / "c.jsonl"),)), task=task()
     )
     seen: list[Mapping[str, float]] = []
-    made = config(
-        model_dir,
-        judge_dir,
-        tmp_path / "run",
-        num_steps=3,
-        refresh=replace(REFRESH, preferences=(str(earlier),)),
-    )
+    refresh = replace(REFRESH, preferences=(str(earlier),))
+    made = config(model_dir, judge_dir, tmp_path / "run", num_steps=3, refresh=refresh)
     grpo.run(made, task(), make_sampler=sampler, on_metrics=seen.append)
     figures = seen[2]
     assert (
         figures["refresh_replayed"] == round((figures["refresh_pairs"] - figures["refresh_replayed"]) / 3) > 0
     )
+    # Earlier ones without a pair to learn from would skip every reset: that is told at once.
+    with pytest.raises(ValueError, match=r"the training prompts must have a pair, .*too_long_pairs"):
+        grpo.run(
+            config(model_dir, judge_dir, tmp_path / "none", refresh=replace(refresh, max_length=1)), task()
+        )
 
 
 def test_the_reward_model_of_steps_is_refreshed_too(model_dir: Path, judge_dir: Path, tmp_path: Path) -> None:

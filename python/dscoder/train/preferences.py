@@ -179,8 +179,8 @@ def write_results(
     if not written.pairs:
         raise NoPairsError(
             "prefer: some problem must have a better and a worse answer, got none among "
-            f"{written.counts['candidates']} candidates of {num_problems} problems: {dict(written.outcomes)}, "
-            f"{written.dropped['suspect']} left out as suspect"
+            f"{written.counts['candidates']} candidates of {num_problems} problems: {dict(written.outcomes)}"
+            f", {written.dropped['suspect']} left out as suspect"
         )
     write_bytes(stage.directory / GRADED, "".join(written.graded).encode())
     write_bytes(stage.directory / PAIRS, "".join(written.pairs).encode())

@@ -29,7 +29,7 @@ import torch
 
 from dscoder.config.grpo import GrpoConfig
 from dscoder.config.reward import RefreshConfig, RewardModelConfig
-from dscoder.runtime.artifact import MANIFEST, open_stage, read_json, read_manifest
+from dscoder.runtime.artifact import MANIFEST, open_stage, read_json
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import random_state, restore_random_state
 from dscoder.sandbox.verdict import Verdict
@@ -39,7 +39,7 @@ from dscoder.train.candidates import candidate_line
 from dscoder.train.pairs import Candidate, NoPairsError, outcome_of, program_key
 from dscoder.train.preferences import COMMAND, write_results
 from dscoder.train.reward import RewardBatch
-from dscoder.train.reward_data import is_held_out_prompt
+from dscoder.train.reward_data import is_held_out_prompt, read_preferences
 from dscoder.train.rollout import Rollout, read_rollouts, step_file
 from dscoder.train.run import CHECKPOINTS, MODEL
 from dscoder.train.scoring import AnswerScorer
@@ -170,9 +170,15 @@ class FollowingRewardModel:
         self._directory = directory
         refresh = config.rewards.refresh
         if refresh is not None:  # what a reset would say, at once
-            for path in refresh.preferences:
-                read_manifest(Path(path), command=COMMAND)
-            reward_model.reading_encoder(self._run_config(refresh, 0))
+            encoder = reward_model.reading_encoder(self._run_config(refresh, 0))
+            if refresh.preferences:
+                read_preferences(
+                    refresh.preferences,
+                    encoder=encoder,
+                    max_length=refresh.max_length or encoder.max_positions,
+                    held_out_share=refresh.held_out_share,
+                    needs_held_out=False,
+                )
         self._scorer: AnswerScorer | None = self._loaded(config.reward_model)
 
     def reward(self, batch: RewardBatch) -> list[float | None]:
