@@ -184,6 +184,7 @@ def test_figures_tell_rewards_and_what_was_left_out() -> None:
             "reward_std": 0.5**0.5 / 2,
             "length": 3.0,
             "truncated": 0.2,
+            "suspect": 0.0,
             "used": 0.4,
             "groups": 3.0,
             "groups_equal": 1.0,
