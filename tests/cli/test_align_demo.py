@@ -155,5 +155,9 @@ def test_the_stages_of_the_demo_fit_together() -> None:
     )
     assert config.prefer().task == tests.task == reward_model.task
     assert config.prefer().task != config.score("sft", "test").task
+    assert config.reward_model().preferences == (config.prefer().out,)
+    assert config.reward_model().loss == config.reward_loss
+    # GRPO asks nothing of which the reward model saw no candidates.
+    assert config.num_asked == config.problems.practised
     assert config.prepare().window == config.sft_run().examples.window == config.model.max_positions
     assert config.tokenizer().vocab_size == config.model.vocab_size

@@ -172,6 +172,7 @@ class AlignDemoConfig:
             batch=_BATCH,
             device="cpu",
             isolation=self.isolation,
+            num_threads=self.num_threads,
             seed=self.seed,
             overwrite=self.overwrite,
         )

@@ -45,6 +45,7 @@ class PreferConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     isolation: Literal["full", "rlimits"] = "full"  # of the sandbox; rlimits alone keeps nothing secret
     num_workers: int | None = None  # programs run at one time; None: one a core
+    num_threads: int | None = None  # of torch; None: every core
     seed: int = 0
     overwrite: bool = False
 
@@ -61,7 +62,11 @@ class PreferConfig:
                 f"PreferConfig: temperature must be positive, or all candidates of a prompt are the same, "
                 f"got {self.temperature}"
             )
-        for name, value in (("max_problems", self.max_problems), ("max_new_tokens", self.max_new_tokens)):
+        for name, value in (
+            ("max_problems", self.max_problems),
+            ("max_new_tokens", self.max_new_tokens),
+            ("num_threads", self.num_threads),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"PreferConfig: {name} must be >= 1, got {value}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from dscoder.config.reward import PairsConfig, PreferConfig
 from dscoder.runtime.artifact import Stage, hash_files, open_stage, write_bytes
 from dscoder.runtime.log import get_logger
-from dscoder.runtime.seed import derive_seed
+from dscoder.runtime.seed import available_threads, derive_seed, deterministic
 from dscoder.sandbox.pool import Pool
 from dscoder.tasks.by_name import open_task
 from dscoder.tasks.problem import Problem, Task
@@ -42,7 +42,7 @@ CANDIDATES = "candidates"
 GRADED = "graded.jsonl"
 PAIRS = "pairs.jsonl"
 _PROBLEMS_PER_FILE = 16
-_FREE = ("out", "model", "candidates", "task", "num_workers", "overwrite")
+_FREE = ("out", "model", "candidates", "task", "num_workers", "num_threads", "overwrite")
 _LOG = get_logger(__name__)
 
 
@@ -249,7 +249,8 @@ def run(config: PreferConfig, *, task: Task | None = None) -> Path:
         if stage.is_finished:
             _LOG.info("%s is finished already", stage.directory)
             return stage.directory
-        _judge_all(work, stage.directory)
+        with deterministic(seed=config.seed, num_threads=config.num_threads or available_threads()):
+            _judge_all(work, stage.directory)
         write_results(
             stage,
             _written_groups(work, stage.directory),
