@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dscoder.checkpoint import save_pretrained
 from dscoder.config.reward import PreferConfig
@@ -108,6 +109,20 @@ def test_recorded_candidates_become_pairs_with_their_origin(tmp_path: Path) -> N
     assert {pair["prompt"] for pair in pairs} == {"def f0("}
     twice = next(pair["rejected"] for pair in pairs if pair["rejected"]["completion"] == "a12")
     assert twice["candidates"] == [["answers.jsonl", 2], ["answers.jsonl", 4]]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_torch_has_as_many_threads_as_asked(num_threads: int, tmp_path: Path) -> None:
+    class Watching(Letters):
+        def grade(self, problem: Problem, completion: str, verdict: Verdict | None) -> Grade:
+            seen.add(torch.get_num_threads())
+            return super().grade(problem, completion, verdict)
+
+    seen: set[int] = set()
+    before = torch.get_num_threads()
+    preferences.run(from_files(tmp_path, num_threads=num_threads), task=Watching(1))
+    assert seen == {num_threads}
+    assert torch.get_num_threads() == before
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -362,6 +377,7 @@ def test_candidates_that_are_not_there_are_named(tmp_path: Path) -> None:
         ({"model": "m", "num_candidates": 1}, "num_candidates must be >= 2, got 1"),
         ({"model": "m", "temperature": 0.0}, "temperature must be positive, .*, got 0.0"),
         ({"model": "m", "max_problems": 0}, "max_problems must be >= 1, got 0"),
+        ({"model": "m", "num_threads": 0}, "num_threads must be >= 1, got 0"),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
