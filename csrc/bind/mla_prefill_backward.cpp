@@ -20,6 +20,7 @@ using Tensors = std::array<py::object, kCount>;
 PrefillArch prefill_arch(const char* op, const std::string& arch) {
     if (arch == "auto") return PrefillArch::kAuto;
     if (arch == "sm80") return PrefillArch::kSm80;
+    if (arch == "sm90 one stage") return PrefillArch::kSm90OneStage;
     DSC_CHECK(arch == "sm90", op, ": arch must be auto, sm80 or sm90, got ", arch);
     return PrefillArch::kSm90;
 }

@@ -27,6 +27,7 @@ from dscoder.testing.machine_code import (
     Usage,
     broken_prefill,
     broken_telling,
+    broken_turning,
     losses,
     parse_sass,
     parse_usage,
@@ -173,6 +174,8 @@ def test_a_kernel_keeps_its_contract(
         assert broken_telling(sass[name, arch]) == []
     if kernel.weighs:
         assert broken_prefill(sass[name, arch], kernel.weighs) == []
+    if kernel.turns:
+        assert broken_turning(sass[name, arch], kernel.turns) == []
 
 
 @needs_nvcc
@@ -342,6 +345,27 @@ LOADED = (STORE, "UTMALDG.3D")
 )
 def test_a_softmax_behind_its_product_is_caught(opcodes: tuple[str, ...], wanted: list[str]) -> None:
     assert broken_prefill(opcodes, 2) == wanted
+
+
+TURNED, SUMMED, STORED = (
+    ("STSM.16.MT88.4", FENCE, MEET, MULTIPLY),
+    ("STS", FENCE, "SYNCS.ARRIVE"),
+    (MEET, "STSM"),
+)
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "is_right"),
+    [
+        ((*TURNED, *SUMMED, *STORED), True),
+        ((*TURNED[:1], MEET, FENCE, MULTIPLY, *SUMMED, *STORED), False),
+        ((*TURNED, "STS", "SYNCS.ARRIVE", FENCE, *STORED), False),
+        ((*TURNED[:2], MULTIPLY, MEET, *SUMMED, *STORED), False),
+        ((*TURNED, *STORED), False),
+    ],
+)
+def test_turned_scores_out_of_order_are_caught(opcodes: tuple[str, ...], is_right: bool) -> None:
+    assert (broken_turning(opcodes, 2) == []) == is_right
 
 
 def test_names_are_readable() -> None:

@@ -372,7 +372,7 @@ def refused(host_ops: ModuleType, error: type[Exception], message: str, **change
             ValueError,
             "q must start at a multiple of 16 bytes, is 2 past one",
         ),
-        ({"arch": "sm90"}, ValueError, "there is no kernel for arch sm90"),
+        ({"arch": "sm90"}, ValueError, "arch sm90 needs compute capability 9.0"),
         ({"arch": "sm70"}, ValueError, "arch must be auto, sm80 or sm90, got sm70"),
     ],
 )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from dscoder.testing.contract import Kernel
 from dscoder.testing.contract_prefill import PREFILL_KERNELS
+from dscoder.testing.contract_prefill_backward import PREFILL_BACKWARD_SM90
 
 # A token on 8 lanes is reduced by three shuffles each time; on 32 lanes integers are by REDUX.
 ROW_OF_8 = {"SHFL.BFLY": 9, "VOTE": 1}
@@ -244,6 +245,7 @@ KERNELS = {
     **ROW_KERNELS,
     **MLA_DECODE_KERNELS,
     **PREFILL_KERNELS,
+    **PREFILL_BACKWARD_SM90,
     **ROTARY_KERNELS,
     **GEMM_KERNELS,
     **GEMM_SM90_KERNELS,

@@ -126,3 +126,26 @@ def broken_prefill(opcodes: Sequence[str], num_weights: int) -> list[str]:
     if most < num_weights:
         wrong.append(f"{most} x MUFU.EX2 under a product, at least {num_weights}")
     return wrong if zeros else [*wrong, "no zeros"]
+
+
+_WRITTEN = "STS"  # stores to shared memory, turned ones (STSM) too
+_WRITE_STEPS = (_WRITTEN, "FENCE.VIEW.ASYNC", "BAR.SYNC", "SYNCS.ARRIVE", "HGMMA")
+
+
+def broken_turning(opcodes: Sequence[str], num_written: int) -> list[str]:
+    """What csrc/attention/mla_prefill_backward_sm90.cuh rests on and the machine code does not keep.
+
+    What warps write to shared memory, in so many places, is ordered before the reads of wgmma and the copy
+    engine, and told of or met over. Results, which come last, are for threads alone.
+    """
+    seen = [next((step for step in _WRITE_STEPS if opcode.startswith(step)), "") for opcode in opcodes]
+    steps = [step for step, _ in groupby(step for step in seen if step)]
+    places = [i for i, step in enumerate(steps) if step == _WRITTEN][:-1]
+    wrong = [
+        f"in the order {' '.join(steps[i : i + 3])}"
+        for i in places
+        if steps[i + 1] != _WRITE_STEPS[1] or steps[i + 2] not in ("BAR.SYNC", "SYNCS.ARRIVE")
+    ]
+    if len(places) < num_written:
+        wrong.append(f"written in {len(places)} places, at least {num_written}")
+    return wrong

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TESTS, CSRC, BUILD = ROOT / "tests" / "csrc", ROOT / "csrc", ROOT / "build" / "played"
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++") or shutil.which("c++")
-INCLUDED = ("core/*.*h", "gemm/*.*h", "attention/*.*h", "host/*.*")  # below csrc
+INCLUDED = ("core/*.*h", "gemm/*.*h", "attention/*.*h", "attention/*_rows.cu", "host/*.*")  # below csrc
 
 
 def compiled(*command: str | Path) -> Path:
