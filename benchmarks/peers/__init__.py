@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from benchmarks.peers import (
     deep_gemm,
@@ -89,7 +90,23 @@ TABLE = (
     Row("mla_decode", "forward", "flash_mla", "flash_mla", flash_mla.mla_decode),
     Row("mla_decode", "forward", "flashinfer", "flashinfer.mla", flashinfer.mla_decode),
     Row("mla_decode", "forward", "fa3", "flash_attn_interface", flash_attention.mla_decode),
-    Row("mla_prefill", "backward", "torch", "torch", eager_attention.mla_prefill),
+    Row("mla_prefill", "backward", "torch", "torch", eager_attention.mla_prefill()),
+    Row(
+        "mla_prefill",
+        "backward",
+        "torch cudnn",
+        "torch",
+        eager_attention.mla_prefill(SDPBackend.CUDNN_ATTENTION),
+    ),
+    Row(
+        *("mla_prefill", "backward", "torch flash", "torch"),
+        eager_attention.mla_prefill(SDPBackend.FLASH_ATTENTION, is_padded=True),
+    ),
+    Row(
+        *("mla_prefill", "backward", "torch efficient", "torch"),
+        eager_attention.mla_prefill(SDPBackend.EFFICIENT_ATTENTION),
+    ),
+    Row("mla_prefill", "forward", "triton", f"{_TRITON}_attention", triton_calls.mla_prefill),
     Row("mla_prefill", "backward", "fa3", "flash_attn_interface", flash_attention.mla_prefill_3),
     Row("mla_prefill", "backward", "fa2", "flash_attn", flash_attention.mla_prefill_2),
     Row("mla_prefill", "forward", "flashinfer", "flashinfer.prefill", flashinfer.mla_prefill),

@@ -1,11 +1,15 @@
 """Attention and rotation in the fewest torch calls; what eager.py is for the expert layer."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers.common import require
 from dscoder.ops import AppendTarget
@@ -89,36 +93,60 @@ def latent_append(
     return target.cache_PLd, target.query_out_THd
 
 
-def mla_prefill(
-    _: Any,
-    q_THd: Tensor,
-    k_THd: Tensor,
-    v_THv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-) -> Run:
+def mla_prefill(backend: SDPBackend | None = None, *, is_padded: bool = False) -> Callable[..., Run]:
     """torch's fused attention: one batch where all sequences are equally long, else one masked window.
 
     Reading the lengths and making the mask is not timed. It computes no log-sum-exp.
+
+    Args:
+        backend: one of torch's kernels, where that takes the case; None: the one that torch chooses.
+        is_padded: for a kernel that takes values as wide as keys alone. Padding them and cutting the output
+            is timed, as models have to do it.
     """
+    choose = nullcontext if backend is None else partial(sdpa_kernel, backend)
+
+    def prepare(
+        _: Any,
+        q_THd: Tensor,
+        k_THd: Tensor,
+        v_THv: Tensor,
+        *ends: Tensor,
+        scale: float,
+        causal: bool = True,
+    ) -> Run:
+        num_sequences, mask = _batch(q_THd, *ends, causal=causal)
+        options = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale}
+        value_width = v_THv.shape[2]
+        num_missing = q_THd.shape[2] - value_width if is_padded else 0
+
+        def call() -> Tensor:
+            values = F.pad(v_THv, (0, num_missing)) if num_missing else v_THv
+            q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_THd, k_THd, values))
+            with choose():
+                out = F.scaled_dot_product_attention(q, k, v, **options)
+            return out[..., :value_width].transpose(1, 2).flatten(0, 1)
+
+        try:
+            call()
+        except RuntimeError as error:
+            is_refused = str(error).startswith(("No available kernel", "No viable backend"))
+            require(not is_refused, f"{backend} does not take the case")
+            raise
+        return Run(call=call)
+
+    return prepare
+
+
+def _batch(
+    q_THd: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, causal: bool
+) -> tuple[int, Tensor | None]:
+    """Rows of one length and no mask, or one row and its mask."""
     ends = cu_seqlens_q.tolist()
     require(ends == cu_seqlens_k.tolist(), "sequences must be as long in q as in k")
     lengths = {end - start for start, end in itertools.pairwise(ends)}
-    num_sequences = len(ends) - 1 if len(lengths) == 1 else 1
-    mask = None
-    if num_sequences == 1 and len(ends) > 2:
-        row = torch.arange(len(q_THd), device=q_THd.device)
-        document = torch.searchsorted(cu_seqlens_q, row, right=True)
-        mask = document.unsqueeze(1) == document
-        mask = mask.tril() if causal else mask
-
-    def call() -> Tensor:
-        q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_THd, k_THd, v_THv))
-        is_causal = causal and mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    return Run(call=call)
+    if len(lengths) == 1:
+        return len(ends) - 1, None
+    row = torch.arange(len(q_THd), device=q_THd.device)
+    document = torch.searchsorted(cu_seqlens_q, row, right=True)
+    mask = document.unsqueeze(1) == document
+    return 1, mask.tril() if causal else mask

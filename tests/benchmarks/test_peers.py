@@ -19,6 +19,7 @@ from dscoder.testing.peer import UnsupportedError
 from tests.benchmarks.fake_libraries import MODULES
 
 OWN = ("torch", "torch.compile", "triton")
+GPU_ALONE = ("torch cudnn", "torch flash", "torch efficient")  # kernels that torch has for GPUs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +139,7 @@ def id_of(row: Row) -> str:
     return f"{row.op}-{row.steps}-{row.name}"
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE if row.name not in OWN[1:]], ids=id_of)
+@pytest.mark.parametrize("row", [row for row in TABLE if row.name not in (*OWN[1:], *GPU_ALONE)], ids=id_of)
 @pytest.mark.usefixtures("installed")
 def test_a_peer_gives_our_result(row: Row) -> None:
     problem = sample(row.op, row.steps, row.name)
@@ -206,6 +207,20 @@ def test_a_peer_refuses_what_it_computes_by_another_rule() -> None:
     assert refusal("moe_balance_loss", "backward", "te", probs, idx, device=0.1) == (
         "fused_moe_aux_loss has the expert-level term alone"
     )
+
+
+@pytest.mark.parametrize("name", GPU_ALONE)
+@pytest.mark.parametrize("lengths", [[5, 9, 1], [5, 5, 5]], ids=["masked", "batch"])
+def test_a_kernel_of_torch_takes_the_case_or_says_that_it_does_not(name: str, lengths: list[int]) -> None:
+    problem = attention_sample("mla_prefill", cases.generator(name))
+    ends = cases.cu_seqlens(lengths)
+    args, options = (*problem.args[:3], ends, ends), problem.options
+    peer = peers("mla_prefill", "forward", "cuda")[name]
+    if name == "torch flash":  # the CPU has one of that name, which takes masks too
+        assert_close(peer(*args, **options), problem.ours(*args, **options))
+    else:
+        with pytest.raises(UnsupportedError, match="ATTENTION does not take the case"):
+            peer.prepare(*args, **options)
 
 
 @pytest.mark.usefixtures("installed")

@@ -166,6 +166,7 @@ results.measured_device = lambda: torch.device("cuda")
 from benchmarks import bench_decode_step as decode, bench_grouped_gemm as gemm
 from benchmarks import bench_latent_append as append, bench_latent_rope as latent_rope, bench_rope as rope
 from benchmarks import bench_mla_decode as latent, bench_moe_experts as experts, shapes
+from benchmarks import bench_mla_prefill as prefill, bench_model
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
@@ -176,6 +177,10 @@ for model, i in gemm.GRADIENTS:
     sizes = gemm.MODELS[model][2 + i]
     found["grouped_gemm input gradient"].append((model, text(model, gemm.LARGE, *sizes[::-1]), "uniform"))
     found["grouped_gemm weight gradient"].append((model, text(model, gemm.LARGE, *sizes), "uniform"))
+for step in ("forward", "backward"):
+    cases = [(model, prefill.shape_of(model), "") for model in prefill.SHAPES]
+    found[f"mla_prefill {step}"] = cases
+found["training_step training step"] = [(name, bench_model.shape_of(name), "") for name in bench_model.STEPS]
 for model, num_tokens, routing, step in experts.CASES:
     width, expert_width, num_experts, num_topk = experts.SHAPES[model]
     shape = f"T={num_tokens} D={width} F={expert_width} E={num_experts} K={num_topk}"
@@ -246,7 +251,7 @@ def test_every_case_of_a_target_is_measured() -> None:
 
 def test_every_target_is_one_of_an_op_and_can_be_met() -> None:
     targets = read_targets()
-    others = {"moe_permute", "moe_unpermute", "decode_step"}
+    others = {"moe_permute", "moe_unpermute", "decode_step", "training_step"}
     assert {target.op for target in targets} <= native.kernel_ops() | others
     for target in targets:
         assert target.verdict(target.aim) == "aim met"

@@ -22,9 +22,16 @@ SIZES = {
     "scale": "fp32",
     "num_choices": "i32",
     "num_chunks": "i32",
+    "longest": "i32",
 }
 # Module, kernel, pointers (several where the kernel takes a tuple of them), constants; V2's sizes.
 KERNELS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "attention",
+        "attention_kernel",
+        {"tensors": (HALF, HALF, HALF, INT, INT, HALF, FLOAT)},
+        {"SHAPE": (128, 128, 192, 128, 128), "CAUSAL": True, "ROWS": 64, "KEYS": 64},
+    ),
     (
         "gemm",
         "product_kernel",

@@ -74,3 +74,21 @@ def test_the_grouped_product(counts: list[int]) -> None:
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
     got = peers("grouped_gemm", "forward", "cuda")["triton"](x, w, offsets)
     assert_close(got, ops.grouped_gemm(x, w, offsets))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("width", "value_width"), [(48, 32), (32, 32)])
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"), [([5, 150, 0, 1], [5, 150, 3, 1]), ([3, 4], [140, 2])], ids=["own", "behind"]
+)
+def test_attention(
+    lengths_q: list[int], lengths_k: list[int], width: int, value_width: int, causal: bool
+) -> None:
+    """Keys ahead of the queries too, and queries that see none."""
+    rng = cases.generator(f"{lengths_q} {width} {causal}")
+    num_q, num_k = sum(lengths_q), sum(lengths_k)
+    q = cases.randn(rng, num_q, 4, width)
+    k, v = cases.randn(rng, num_k, 2, width), cases.randn(rng, num_k, 2, value_width)
+    args = (q, k, v, cases.cu_seqlens(lengths_q), cases.cu_seqlens(lengths_k))
+    got = peers("mla_prefill", "forward", "cuda")["triton"](*args, scale=0.2, causal=causal)
+    assert_close(got, ops.mla_prefill(*args, scale=0.2, causal=causal)[0])
