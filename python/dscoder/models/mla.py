@@ -1,8 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2 section 2.1, eqs 9-19 and appendix C), in both its forms.
 
-Training form: keys and values are expanded from the latent and attended as ordinary heads. Absorbed form:
-W_UK moves into the query and W_UV into the output, so that all heads attend the cached latents themselves,
-C + r numbers a token. Prefilling an empty cache uses the first, decoding the second; they agree.
+Expanded form: keys and values are made from the latent and attended as ordinary heads. Absorbed form: W_UK
+moves into the query and W_UV into the output, so that all heads attend the cached latents themselves, C + r
+numbers a token. Training and prompts use the first, decoding the second, and a later chunk of a prompt the
+one with fewer products (expansion.py); they agree.
 """
 
 from functools import reduce
