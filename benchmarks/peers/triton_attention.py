@@ -56,11 +56,9 @@ def attention_kernel(
     best = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, VALUE), tl.float32)
-    seen_by_all, seen = num_k, num_k
-    if CAUSAL:
-        seen_by_all = tl.minimum(num_k, tl.maximum(num_k - num_q + first_row + 1, 0))
-        seen = tl.minimum(num_k, tl.maximum(num_k - num_q + first_row + ROWS, 0))
-    whole = seen_by_all // KEYS * KEYS
+    last_key = num_k - num_q + first_row if CAUSAL else num_k  # that the first query sees
+    whole = tl.minimum(num_k, tl.maximum(last_key + 1, 0)) // KEYS * KEYS
+    seen = tl.minimum(num_k, tl.maximum(last_key + ROWS, 0))
     for IS_CUT in tl.static_range(2):
         for first_key in range(whole if IS_CUT else 0, seen if IS_CUT else whole, KEYS):
             key = first_key + tl.arange(0, KEYS)
@@ -73,8 +71,7 @@ def attention_kernel(
                 scores = tl.dot(query_rest, tl.trans(block), scores)
             scores = scores * scale
             if IS_CUT:
-                num_seen = num_k - num_q + row + 1 if CAUSAL else row * 0 + num_k
-                is_seen = (key[None, :] < num_seen[:, None]) & (key < num_k)[None, :]
+                is_seen = (key[None, :] <= (last_key + row - first_row)[:, None]) & (key < num_k)[None, :]
                 scores = tl.where(is_seen, scores, -float("inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             # A query that has seen nothing has best -inf, and -inf - -inf would be NaN.
@@ -82,8 +79,7 @@ def attention_kernel(
             weight, kept = tl.exp2(scores - base[:, None]), tl.exp2(best - base)
             values = tl.load(v + key_place * VALUE + value_column[None, :], mask=is_key, other=0.0)
             sums = tl.dot(weight.to(values.dtype), values, sums * kept[:, None])
-            total = total * kept + tl.sum(weight, axis=1)
-            best = new_best
+            total, best = total * kept + tl.sum(weight, axis=1), new_best
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + place[:, None] * VALUE + value_column[None, :], result, mask=is_row)
     tl.store(lse + place, (best + tl.log2(total)) / LOG2_E, mask=row < num_q)
