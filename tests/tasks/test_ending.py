@@ -40,7 +40,8 @@ def test_the_mark_is_in_no_file_but_its_own():
     assert not any(digest in str(content) for content in files.values())
 
 
-@pytest.mark.parametrize("text", [MARK, f"namespace {mark_name(MARK)} {{"])
+# With names of their own: a mark is another in every process, and pytest-xdist compares names.
+@pytest.mark.parametrize("text", [MARK, f"namespace {mark_name(MARK)} {{"], ids=["mark", "name"])
 def test_programs_are_compared_without_their_marks(text):
     other = text.replace(MARK, end_mark("y")).replace(mark_name(MARK), mark_name(end_mark("y")))
     assert text != other
@@ -59,6 +60,16 @@ def test_programs_are_compared_without_their_marks(text):
         (end_mark("other", TESTS), False),
         (end_mark(CODE, "other"), False),
         ("", False),
+    ],
+    ids=[
+        "last",
+        "behind_output",
+        "ahead",
+        "in_text",
+        "within_a_line",
+        "of_other_code",
+        "of_other_tests",
+        "none",
     ],
 )
 def test_the_mark_is_a_line_of_the_output(stdout, is_passed):
