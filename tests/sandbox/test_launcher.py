@@ -170,12 +170,6 @@ def test_news_that_are_none_are_the_sandboxs_failure(monkeypatch: pytest.MonkeyP
 # ---- isolation "rlimits", without control groups to help ----
 
 
-@pytest.fixture
-def without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where no control group can be made."""
-    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
-
-
 def weak_program(word: str) -> Program:
     return Program(language="bash", source='bash -c "sleep 60; : $1" "$1" &\nsleep 60', args=(word,))
 

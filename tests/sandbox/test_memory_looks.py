@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from dscoder.sandbox import box
-from dscoder.sandbox import run as run_module
 from dscoder.sandbox.run import run
 from dscoder.sandbox.verdict import MIB, Program, Verdict
 from tests.sandbox.conftest import SMALL
@@ -26,9 +25,10 @@ def in_children(count, action):
 
 
 @pytest.fixture(autouse=True, params=["root", "one_id"])
-def without_groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def looks_alone(
+    request: pytest.FixtureRequest, without_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where no control group can be made, with and without a user of the program's own."""
-    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
     if request.param == "one_id":
         monkeypatch.setattr(box, "is_root", lambda: False)
 

@@ -129,9 +129,8 @@ def test_a_shortage_of_the_machine_is_no_answer(report: bytes) -> None:
 
 
 def test_a_kill_on_the_machine_meanwhile_is_no_answer_where_no_group_counts(
-    full_isolation: None, monkeypatch: pytest.MonkeyPatch
+    full_isolation: None, without_groups: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
     counts = iter([3, 4])
     monkeypatch.setattr(run_module, "num_killed_for_memory", lambda: next(counts))
     verdict = run(Program(source="import os\nos.kill(os.getpid(), 9)"), SMALL)

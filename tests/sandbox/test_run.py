@@ -119,9 +119,9 @@ if __name__ == "__main__":
     assert verdict.outcome == "passed", verdict.stderr
 
 
+@pytest.mark.usefixtures("without_groups")
 @pytest.mark.parametrize("is_root", [True, False])
 def test_without_control_groups_the_limits_hold(monkeypatch: pytest.MonkeyPatch, is_root: bool) -> None:
-    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
     if not is_root:
         monkeypatch.setattr(box, "is_root", lambda: False)
     source = """

@@ -90,9 +90,8 @@ for _ in range(3):
     assert run_weakly(source, marker).outcome == "passed"
 
 
-@pytest.mark.usefixtures("reachable")
-def test_memory_of_many_processes_adds_up(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_hierarchies", lambda _: ())
+@pytest.mark.usefixtures("reachable", "without_groups")
+def test_memory_of_many_processes_adds_up(marker: str) -> None:
     source = """
 import os, time
 for _ in range(6):
