@@ -68,8 +68,8 @@ struct MlaPrefillBackwardParams {
 };
 
 // kAuto: what is proven on the device. kSm80Keys32 and kSm80Keys64 are kSm80 with blocks of so many keys in
-// the forward pass, whatever the device has room for, and in the backward pass kSm80. Those behind kSm90 are
-// the steps of its bring-up in the forward pass (docs/mla_prefill_sm90.md).
+// the forward pass, whatever the device has room for. Those behind kSm90 are the steps of its bring-up in the
+// forward pass (docs/mla_prefill_sm90.md).
 enum class PrefillArch {
     kAuto,
     kSm80,

@@ -72,7 +72,7 @@ def mla_prefill(
     check_tensor(op, "k", k_TGd, num_dims=3, dtypes=(q_THd.dtype,))
     check_tensor(op, "v", v_TGv, num_dims=3, dtypes=(q_THd.dtype,))
     num_heads, num_key_heads = q_THd.shape[1], k_TGd.shape[1]
-    if num_heads % num_key_heads if num_key_heads else num_heads:
+    if bool(num_heads) != bool(num_key_heads) or (num_heads and num_heads % num_key_heads):
         raise ValueError(f"{op}: k must have heads that divide {num_heads}, those of q, got {num_key_heads}")
     check_shape(op, "k", k_TGd, (*k_TGd.shape[:2], q_THd.shape[2]))
     check_shape(op, "v", v_TGv, (*k_TGd.shape[:2], v_TGv.shape[2]))
