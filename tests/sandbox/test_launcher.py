@@ -25,8 +25,8 @@ NUM_KILLS = 40  # at random moments, and each of POINTS beside
 POINTS = ("start", "wait_for", "map_users", "add", "ending")
 
 # Kills launchers, one after another, before and after each step of a start and at moments spread over it and
-# the run that follows. Bubblewrap and the supervisor go by names that hold a word, so that they can be told
-# from everybody else's.
+# the run that follows, and prints their process ids. Bubblewrap and the supervisor go by names that hold a
+# word, so that they can be told from everybody else's.
 KILLED_AT_RANDOM = """
 import os, random, signal, sys, time
 from dscoder.sandbox import box, process
@@ -61,11 +61,13 @@ for name, is_before in [(name, is_before) for name in points for is_before in (T
         die_at(name, is_before)
         run(program)
         os._exit(1)
+    print(child)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
 for _ in range(num_kills):
     child = os.fork()
     if child == 0:
         run(program)
+    print(child)
     time.sleep(chance.uniform(0.0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -98,14 +100,16 @@ def test_a_launcher_killed_at_any_moment_leaves_neither_process_nor_group(tmp_pa
     assert bubblewrap is not None
     (tmp_path / word).symlink_to(bubblewrap)
     arguments = [str(tmp_path / word), word, str(NUM_KILLS), ",".join(POINTS)]
-    subprocess.run([sys.executable, "-c", KILLED_AT_RANDOM, *arguments], check=True)
+    command = [sys.executable, "-uc", KILLED_AT_RANDOM, *arguments]
+    launchers = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert len(launchers) == NUM_KILLS + 2 * len(POINTS)
     assert wait_until_dead(word) == []
     run_module._hierarchies.cache_clear()  # as in a process that has yet to start its first sandbox
     assert run(Program(source="pass"), SMALL).is_passed
     mounts, membership = (Path("/proc/self", name).read_text() for name in ("mounts", "cgroup"))
     for hierarchy in find_hierarchies(mounts, membership):
         for folder in hierarchy.root.glob("dscoder-sandboxes-*"):
-            assert Path("/proc", folder.name.split("-")[2]).exists(), folder
+            assert folder.name.split("-")[2] not in launchers, folder
 
 
 def fork_while_starting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
