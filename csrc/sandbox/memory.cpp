@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,8 +24,8 @@ constexpr size_t kStatusSize = 8192;           // bytes of /proc/<pid>/status th
 
 // A process that has memory, by one of its living threads.
 struct Holder {
-    pid_t thread;
-    uint64_t own, shared, tables;  // bytes: anonymous with swapped out, shared, page tables
+    pid_t pid = 0, thread = 0;
+    uint64_t own = 0, shared = 0, tables = 0;  // bytes: anonymous with swapped out, shared, page tables
 };
 
 // Bytes of the line "<name>: <number> kB"; 0 if there is none.
@@ -38,32 +39,32 @@ std::string proc_path(pid_t pid, const char* rest) {
     return "/proc/" + std::to_string(pid) + rest;
 }
 
-// False if this thread has no memory: it is dead, or the process is.
-bool read_holder(pid_t thread, const std::string& path, Holder& found) {
+// Nothing if this thread has no memory: it is dead, or the process is.
+std::optional<Holder> read_thread(pid_t pid, pid_t thread, const std::string& path) {
     const std::string status = read_small(path, kStatusSize);
-    if (status.find("\nVmRSS:") == std::string::npos) return false;
-    found = {.thread = thread,
-             .own = kilobytes(status, "RssAnon") + kilobytes(status, "VmSwap"),
-             .shared = kilobytes(status, "RssShmem"),
-             .tables = kilobytes(status, "VmPTE")};
-    return true;
+    if (status.find("\nVmRSS:") == std::string::npos) return std::nullopt;
+    return Holder{.pid = pid,
+                  .thread = thread,
+                  .own = kilobytes(status, "RssAnon") + kilobytes(status, "VmSwap"),
+                  .shared = kilobytes(status, "RssShmem"),
+                  .tables = kilobytes(status, "VmPTE")};
+}
+
+// Nothing if the process has no memory.
+std::optional<Holder> read_holder(pid_t pid) {
+    if (const auto found = read_thread(pid, pid, proc_path(pid, "/status"))) return found;
+    // A first thread that has ended says nothing of the memory that the others go on using.
+    const std::string folder = proc_path(pid, "/task");
+    for (const pid_t thread : numbered_entries(folder))
+        if (const auto found = read_thread(pid, thread, folder + "/" + std::to_string(thread) + "/status"))
+            return found;
+    return std::nullopt;
 }
 
 std::vector<Holder> holders(const Job& job) {
     std::vector<Holder> found;
-    Holder holder;
-    for (const pid_t pid : others(job)) {
-        if (read_holder(pid, proc_path(pid, "/status"), holder)) {
-            found.push_back(holder);
-            continue;
-        }
-        // A first thread that has ended says nothing of the memory that the others go on using.
-        for (const pid_t thread : numbered_entries(proc_path(pid, "/task")))
-            if (read_holder(thread, proc_path(pid, "/task/") + std::to_string(thread) + "/status", holder)) {
-                found.push_back(holder);
-                break;
-            }
-    }
+    for (const pid_t pid : others(job))
+        if (const auto holder = read_holder(pid)) found.push_back(*holder);
     return found;
 }
 
@@ -84,6 +85,10 @@ void count_pages_once(std::vector<Holder>& found) {
             continue;
         }
         const std::string rollup = read_small(proc_path(found[i].thread, "/smaps_rollup"), kStatusSize);
+        if (rollup.empty()) {  // it has died since, or the kernel does not tell
+            found[i] = read_holder(found[i].pid).value_or(Holder{});
+            continue;
+        }
         if (rollup.find("\nPss_Anon:") == std::string::npos) continue;
         found[i].own = kilobytes(rollup, "Pss_Anon") + kilobytes(rollup, "SwapPss");
         found[i].shared = kilobytes(rollup, "Pss_Shmem");

@@ -117,7 +117,10 @@ void follow(Watch& watch, const Job& job, uint64_t begin) {
         if (now >= deadline) {
             watch.stop("time");
         } else if (now >= next_look) {
-            const uint64_t held = held_memory(job, watch.usage.peak_bytes);
+            // What a process says of the pages it shares is out of date once another has died.
+            const uint64_t enough = std::min(watch.usage.peak_bytes, watch.step.memory);
+            uint64_t held = held_memory(job, enough);
+            if (held > watch.step.memory) held = std::min(held, held_memory(job, enough));
             watch.usage.peak_bytes = std::max(watch.usage.peak_bytes, held);
             if (held > watch.step.memory) watch.stop("memory");
             const uint64_t end = now_us();

@@ -96,6 +96,27 @@ print(len(kept))
     assert 70 * MIB < verdict.peak_memory < 120 * MIB
 
 
+@pytest.mark.parametrize(
+    "action",
+    [
+        'subprocess.run(["true"])',
+        "pid = os.fork()\n    if pid == 0: os._exit(0)\n    os.waitpid(pid, 0)",
+    ],
+    ids=["subprocess", "fork"],
+)
+def test_a_process_that_dies_during_a_look_holds_nothing(attack: Attack, action: str) -> None:
+    source = f"""
+import os, subprocess, time
+kept = b"x" * (92 << 20)
+end = time.monotonic() + 3.0
+while time.monotonic() < end:
+    {action}
+"""
+    verdict = attack(source, limits=replace(SMALL, time=30.0))
+    assert verdict.outcome == "passed", verdict.detail
+    assert verdict.peak_memory < SMALL.memory
+
+
 def test_a_map_shared_by_all_counts_once(attack: Attack) -> None:
     source = """
 shared = mmap.mmap(-1, 70 << 20)
