@@ -115,7 +115,8 @@ void follow(Watch& watch, const Job& job, uint64_t begin) {
     while (not watch.death and not watch.is_stopped()) {
         const uint64_t now = now_us();
         if (now >= deadline) {
-            watch.stop("time");
+            watch.look(0);  // it may have ended in time, during a long look at the memory
+            if (not watch.death) watch.stop("time");
         } else if (now >= next_look) {
             // What a process says of the pages it shares is out of date once another has died.
             const uint64_t enough = std::min(watch.usage.peak_bytes, watch.step.memory);
