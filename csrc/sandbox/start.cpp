@@ -116,12 +116,17 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
     return found;
 }
 
-// `result` of a call that fails for want of what an earlier step may have broken or not made. Too many
-// processes are never the program's: all of its own are dead.
+// Whether the machine is to blame, never an earlier step: too many processes (all of the program's own are
+// dead) or open files, no memory. Not EIO: a made executable that names a loader past its own end gives that.
+bool is_of_machine(int error) {
+    return error == EAGAIN or error == ENFILE or error == ENOMEM;
+}
+
+// `result` of a call that fails for want of what an earlier step may have broken or not made.
 void checked_own(int result, bool is_own, const std::string& what) {
     if (result == 0) return;
     const std::string reason = what + ": " + std::strerror(errno);
-    if (is_own and errno != EAGAIN) throw OwnFault(reason);
+    if (is_own and not is_of_machine(errno)) throw OwnFault(reason);
     throw std::runtime_error(reason);
 }
 

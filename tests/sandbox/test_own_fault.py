@@ -44,6 +44,11 @@ def compiled_by_itself(full_isolation: None, monkeypatch: pytest.MonkeyPatch) ->
         ("ln -s program program", "Too many levels"),
         ("cd /; rm -r /tmp/program", "chdir /tmp/program: No such file"),
         ("head -c 20 /bin/true > program; chmod +x program", "Exec format error"),
+        # Cut off where the table of its parts ends, before the name of its loader.
+        (
+            "head -c $((64 + 56 * $(od -An -j56 -N2 -tu2 /bin/true))) /bin/true > program; chmod +x program",
+            "Input/output error",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_executed_is_the_programs_mistake(source: str, reason: str) -> None:
