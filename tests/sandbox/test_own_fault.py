@@ -87,7 +87,7 @@ assert refused(os.setpriority, os.PRIO_PROCESS, 1, 19)
 assert refused(os.setpriority, os.PRIO_USER, 0, 19)
 assert refused(os.sched_setscheduler, 1, os.SCHED_BATCH, os.sched_param(0))
 os.sched_setaffinity(0, os.sched_getaffinity(0))
-os.setpriority(os.PRIO_PROCESS, 0, 1)
+os.setpriority(os.PRIO_PROCESS, 0, 19)
 resource.prlimit(0, resource.RLIMIT_CORE, (0, 0))
 for name in ("CapPrm", "CapEff", "CapAmb"):
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
