@@ -15,12 +15,12 @@ Attack = Callable[..., Verdict]
 
 FORKS = """
 import ctypes, mmap, os, platform, socket, threading, time
-def in_children(count, action):
+def in_children(count, action, seconds):
     for _ in range(count):
         if os.fork() == 0:
             kept = action()
             time.sleep(60)
-    time.sleep(1.5)
+    time.sleep(seconds)
 """
 
 
@@ -39,7 +39,7 @@ def action():
     time.sleep(0.3)  # so that nothing else grows meanwhile
     for _ in range(50): shared.write(b"x" * (1 << 20))
     return shared
-in_children(4, action)
+in_children(4, action, 60)
 """
 # The first thread ends by itself, which leaves the process a zombie to look at while the other lives on.
 ZOMBIE_LEADERS = """
@@ -51,7 +51,7 @@ def hold():
 def action():
     threading.Thread(target=hold).start()
     libc.syscall(60 if platform.machine() == "x86_64" else 93, 0)
-in_children(4, action)
+in_children(4, action, 60)
 """
 SOCKETS = """
 def action():
@@ -65,13 +65,13 @@ def action():
             except BlockingIOError:
                 kept.append(end)
     return kept
-in_children(6, action)
+in_children(6, action, 60)
 """
 HIDDEN_PROCESSES = """
 def action():
     ctypes.CDLL(None).prctl(4, 0)
     return b"x" * (50 << 20)
-in_children(4, action)
+in_children(4, action, 60)
 """
 
 
@@ -81,14 +81,14 @@ in_children(4, action)
     ids=["shared_maps", "zombie_leaders", "sockets", "hidden"],
 )
 def test_memory_is_seen_wherever_it_lies(attack: Attack, source: str) -> None:
-    verdict = attack(FORKS + source)
+    verdict = attack(FORKS + source, limits=replace(SMALL, time=30.0))
     assert verdict.outcome == "memory_limit", (verdict.detail, verdict.stderr, verdict.peak_memory)
 
 
 def test_pages_shared_after_a_fork_count_once(attack: Attack) -> None:
     source = """
 kept = b"x" * (70 << 20)
-in_children(4, lambda: None)
+in_children(4, lambda: None, 1.5)
 print(len(kept))
 """
     verdict = attack(FORKS + source)
@@ -121,7 +121,7 @@ def test_a_map_shared_by_all_counts_once(attack: Attack) -> None:
     source = """
 shared = mmap.mmap(-1, 70 << 20)
 for _ in range(70): shared.write(b"x" * (1 << 20))
-in_children(4, lambda: shared.find(b"y"))
+in_children(4, lambda: shared.find(b"y"), 1.5)
 """
     verdict = attack(FORKS + source)
     assert verdict.outcome == "passed", verdict.detail
@@ -164,7 +164,7 @@ def test_looks_at_many_processes_leave_time_for_them(attack: Attack) -> None:
     # Each look reads the page tables of every process.
     source = """
 kept = bytearray(60 << 20)
-in_children(20, lambda: None)
+in_children(20, lambda: None, 1.5)
 end = time.process_time() + 0.3
 while time.process_time() < end: pass
 """
