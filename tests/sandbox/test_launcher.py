@@ -1,5 +1,6 @@
 """What becomes of a sandbox whose launcher dies, forks, or calls it off."""
 
+import errno
 import os
 import shutil
 import signal
@@ -159,6 +160,28 @@ def test_a_start_can_be_called_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     os.close(cancel)
     assert (verdict.outcome, verdict.detail) == ("sandbox_error", "cancelled")
     assert time.monotonic() - begin < 4.0
+
+
+def test_a_start_that_cannot_be_watched_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str
+) -> None:
+    fake = tmp_path / word
+    fake.write_text("#!/bin/sh\nsleep 600\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(box, "find_bubblewrap", lambda: str(fake))
+    started: list[int] = []
+    start = process.start
+    monkeypatch.setattr(process, "start", lambda *parts: started.append(start(*parts)) or started[-1])
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(process.os, "pidfd_open", refuse)
+    verdict = run(Program(source="pass"), SMALL)
+    assert verdict.outcome == "sandbox_error"
+    assert "Too many open files" in verdict.detail
+    with pytest.raises(ChildProcessError):  # it is dead, and buried
+        os.waitpid(started[0], os.WNOHANG)
 
 
 def test_news_that_are_none_are_the_sandboxs_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

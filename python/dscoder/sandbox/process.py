@@ -106,7 +106,13 @@ class Supervised:
         for file in (content, report_end):
             os.close(file)
             self._files.remove(file)
-        self._end = self._keep(os.pidfd_open(self._pid))
+        try:
+            self._end = self._keep(above_streams(os.pidfd_open(self._pid)))
+        except OSError:  # too many open files, say
+            with suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+            self._bury()
+            raise
 
     def _keep(self, file: int) -> int:
         self._files.append(file)
@@ -129,7 +135,7 @@ class Supervised:
 
     def watch_init(self, pid: int) -> None:
         """Name the process whose death is that of all in the sandbox: its pid 1."""
-        self._init = self._keep(os.pidfd_open(pid))
+        self._init = self._keep(above_streams(os.pidfd_open(pid)))
 
     def wait_for(self, file: int) -> bool:
         """Until `file` can be read (True) or the command has ended (False).
@@ -172,6 +178,10 @@ class Supervised:
         poll.register(process, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
+    def _bury(self) -> None:
+        with suppress(ChildProcessError):  # a launcher that ignores SIGCHLD has none to bury
+            os.waitpid(self._pid, 0)
+
     def _kill(self) -> None:
         """Leave nothing alive. Pid 1 goes first, and bubblewrap after it, which buries it."""
         if self._init is not None:
@@ -181,7 +191,6 @@ class Supervised:
             os.killpg(self._pid, self._last_word)
         if not self._ends_within(self._end, _PATIENCE):
             os.killpg(self._pid, signal.SIGKILL)
-        with suppress(ChildProcessError):  # a launcher that ignores SIGCHLD has none to bury
-            os.waitpid(self._pid, 0)
+        self._bury()
         if self._init is not None:
             self._ends_within(self._init, _PATIENCE)
