@@ -180,3 +180,20 @@ def test_a_process_forked_from_a_launcher_leaves_its_folder_alone(tmp_path: Path
     assert mine.root.exists()
     cgroup._remove(mine.root, os.getpid())
     assert not mine.root.exists()
+
+
+WITHOUT_STREAMS = """
+import os, sys
+from pathlib import Path
+from dscoder.sandbox.cgroup import Group, Hierarchy, open_folders
+os.closerange(0, 3)
+(mine,) = open_folders((Hierarchy(root=Path(sys.argv[1]), controllers=frozenset({"memory"}), version=1),))
+(mine.root / "tasks").touch()
+with Group(folders=((mine, mine.root),)).open_doors() as doors:
+    opened = {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+    os._exit(0 if len(doors) == 1 and not opened & {0, 1, 2} else 1)
+"""
+
+
+def test_a_launcher_without_streams_takes_no_group_for_one(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_STREAMS, str(tmp_path)], check=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dscoder.sandbox.machine import control_groups
+from dscoder.sandbox.process import above_streams
 
 _NAME = "dscoder-sandboxes"
 _LEAF = "dscoder-launcher"
@@ -84,7 +85,7 @@ class Group:
         files: list[int] = []
         try:
             for path in self.doors():
-                files.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+                files.append(above_streams(os.open(path, os.O_WRONLY | os.O_CLOEXEC)))
             yield files
         finally:
             for file in files:
@@ -181,7 +182,7 @@ def find_hierarchies(table: str, membership: str) -> tuple[Hierarchy, ...]:
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the lock on a folder; None if somebody else does, or the folder is gone."""
     try:
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        file = above_streams(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except FileNotFoundError:
         return None
     try:
