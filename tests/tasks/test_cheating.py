@@ -60,6 +60,22 @@ def forge(value):
     message = pickle.dumps(('value', value, ()))
     return len(message).to_bytes(8, 'little') + message
 """
+# Writes replies ahead of any request, by way of the descriptor that a caller of the answer holds.
+FORGE = """
+import sys, time
+def forge(value, before=b''):
+    frame = sys._getframe()
+    while 'replies' not in frame.f_locals: frame = frame.f_back
+    message = b'\\x80\\x05' + before + b'\\x8c\\x05value' + value + b')\\x87.'
+    for _ in range(5):
+        os.write(frame.f_locals['replies'], len(message).to_bytes(8, 'little') + message)
+    time.sleep(60)
+"""
+# Pickle's opcodes: the first two set attributes of what the last two put on the stack, and drop it.
+NO_EXEC = "b'}\\x8c\\x04exec\\x8c\\x08builtins\\x8c\\x05slice\\x93sb0'"
+ALWAYS_EQUAL = "b'N}\\x8c\\x06__eq__\\x8c\\x08builtins\\x8c\\x04bool\\x93s\\x86b0'"
+MODULE = "b'\\x8c\\x06module\\x8c\\x08builtins\\x86Q'"
+FRACTION = "b'\\x8c\\x09fractions\\x8c\\x08Fraction\\x93'"
 CHEATS = {
     "an object that equals everything": (ALWAYS.format(base=""), "return Always()"),
     "a list that equals everything": (ALWAYS.format(base="(list)"), "return Always()"),
@@ -122,6 +138,14 @@ CHEATS = {
         "        try: os.write(number, forge(Evil()))\n"
         "        except OSError: pass\n"
         "    os._exit(0)",
+    ),
+    "a reply that changes the builtins": (
+        f"import os{FORGE}forge(b'}}}}\\x86', {MODULE} + {NO_EXEC})\n",
+        "return 0",
+    ),
+    "a reply that changes how fractions compare": (
+        f"import os{FORGE}",
+        f"forge({FRACTION} + b'K\\x01K\\x02\\x86R', {FRACTION} + {ALWAYS_EQUAL})",
     ),
     "a result that is code": (EVIL, "return Evil()"),
     "a class that reads as a known one": (

@@ -104,6 +104,22 @@ assert f(root) == 7
 assert root.left == root.left and root.left.value == 2 and root != root.left
 assert f([root][0]) == 7
 """
+OWN_CLASSES = """
+from __future__ import annotations
+import dataclasses, pickle, typing
+@dataclasses.dataclass
+class Place:
+    x: int
+    kind: "typing.ClassVar[int]" = 0
+class Pair(typing.NamedTuple):
+    first: "int"
+class Text:
+    def __init__(self, text):
+        self.text = text
+def f():
+    assert typing.get_type_hints(Pair) == {"first": int} and typing.get_type_hints(Text) == {}
+    return [Place(1).x, pickle.loads(pickle.dumps(Pair(2))), pickle.loads(pickle.dumps(Text(3))).text]
+"""
 COUNTS = "count = 0\ndef f():\n    global count\n    count += 1\n    return count"
 
 
@@ -120,7 +136,11 @@ COUNTS = "count = 0\ndef f():\n    global count\n    count += 1\n    return coun
         ("def sum(a, b):\n    return a * b", "assert sum(3, 4) == 12"),
         ("LIMIT = [1, 2]\ndef f():\n    return LIMIT", "assert f() == LIMIT"),
         ("def f(g):\n    return g(2)\ndef g(x):\n    return x + 1", "assert f(g) == 3"),
+        (OWN_CLASSES, "assert f() == [1, (2,), 3]"),
         (COUNTS, "assert [f(), f()] == [1, 2]"),
+        ("import fractions, math\ndef f():\n    return 1", "assert math.floor(f()) == fractions.Fraction(1)"),
+        ("import math\ndef f():\n    return [math]", "assert f()[0].floor(2.5) == 2"),
+        ("from fractions import Fraction\ndef f():\n    return 0.5", "assert Fraction(1, 2) == f()"),
         (NODE, USES_NODE),
     ],
 )

@@ -40,14 +40,12 @@ _CHUNK = 1 << 20
 
 _EXACT = frozenset({type(None), bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset})
 # Types, by module and name, whose values are built in the process of the tests; there are no others.
-_KNOWN = frozenset(
-    {
-        *(("builtins", kind.__name__) for kind in (*_EXACT, bytearray, range, slice)),
-        *(("collections", name) for name in ("Counter", "OrderedDict", "defaultdict", "deque")),
-        *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
-        *(("decimal", "Decimal"), ("fractions", "Fraction")),
-    }
-)
+_KNOWN = {
+    *(("builtins", kind.__name__) for kind in (*_EXACT, bytearray, range, slice)),
+    *(("collections", name) for name in ("Counter", "OrderedDict", "defaultdict", "deque")),
+    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(("decimal", "Decimal"), ("fractions", "Fraction")),
+}
 # A value of a type that is made from one of these travels as that: what counts is what it holds.
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
@@ -61,18 +59,17 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
     type({}.keys()): set,
 }
-_BASES = tuple(_PLAIN)
+# The opcodes that `_Sender` writes: the size of what follows, and whether that is but the length of the rest.
+# BUILD, which sets attributes, is none of them.
+_FIXED = {1: b"\x80Kh", 2: b"M", 4: b"Jj", 8: b"G\x95"}
+_PREFIXED = {1: b"C\x8a\x8c", 4: b"BX\x8b", 8: b"\x96"}
+_OPCODES = dict.fromkeys(b"N\x88\x89)\x85\x86\x87(t]ae}su\x8f\x90\x91\x93\x94QR01", (0, False))
+_OPCODES |= {code: (size, False) for size, codes in _FIXED.items() for code in codes}
+_OPCODES |= {code: (size, True) for size, codes in _PREFIXED.items() for code in codes}
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
-    "call": lambda function, *args, **named: function(*args, **named),
-    "get": getattr,
-    "set": setattr,
-    "item": operator.getitem,
-    "bool": bool,
-    "len": len,
-    "list": list,
-    "next": next,
-    "text": str,
+    function.__name__: function
+    for function in (operator.call, operator.getitem, bool, getattr, len, list, next, setattr, str)
 }
 
 
@@ -115,12 +112,10 @@ class _Sender(Pickler):
 
     def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
         kind = type(value)
-        if kind in _EXACT or _is_known(kind) or isinstance(value, _BASES):
+        if kind in _EXACT or _is_known(kind) or isinstance(value, tuple(_PLAIN)):
             return None
         if isinstance(value, type) and _is_known(value):
             return None
-        if isinstance(value, types.ModuleType):
-            return ("module", value.__name__)
         has_equal = any("__eq__" in vars(base) for base in kind.__mro__[:-1])
         return ("own", self._number(value), kind.__qualname__, has_equal)
 
@@ -132,28 +127,19 @@ class _Sender(Pickler):
         return type(plain), (list(plain) if type(plain) in (set, frozenset, tuple) else plain,)
 
 
-class _Opener(Unpickler):
-    """Reads what the tests sent."""
-
-    def __init__(self, file: io.BytesIO, kept: Sequence[Any]) -> None:
-        super().__init__(file)
-        self._kept = kept
-
-    def persistent_load(self, sent: Any) -> Any:
-        return self._kept[sent]
-
-
 class _Answer:
     """The answer's names, and its objects that the tests hold, by their numbers."""
 
     def __init__(self) -> None:
-        self._names: dict[str, Any] = {"__name__": "answer"}
+        self._module = sys.modules["answer"] = types.ModuleType("answer")
         self._kept: list[Any] = []
         self._numbers: dict[int, int] = {}  # by id, which stays an object's own while it is kept
 
     def reply(self, message: bytes) -> bytes:
         """What a request comes to: ("value", it, the arguments after it) or ("error", ...)."""
-        operation, args, named = _Opener(io.BytesIO(message), self._kept).load()
+        opener = Unpickler(io.BytesIO(message))
+        opener.persistent_load = self._kept.__getitem__  # type: ignore[method-assign]
+        operation, args, named = opener.load()
         try:
             return self._packed(("value", *self._run(operation, args, named)))
         except Exception as error:
@@ -162,9 +148,12 @@ class _Answer:
 
     def _run(self, operation: str, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, Any]:
         if operation == "load":
+            names = vars(self._module)
             with open("answer.py", "rb") as file:
-                exec(compile(file.read(), "answer.py", "exec"), self._names)
-            return {name: self._names[name] for name in args if name in self._names}, ()
+                exec(compile(file.read(), "answer.py", "exec"), names)
+            found = {name: names[name] for name in args if name in names}
+            modules = {n: v.__name__ for n, v in found.items() if isinstance(v, types.ModuleType)}
+            return (found, modules), ()
         value = _OPERATIONS[operation](*args, **named)
         return value, args[1:] if operation == "call" else ()
 
@@ -217,13 +206,13 @@ class Own:
         return self._link.ask("call", self, *args, **named)
 
     def __getattr__(self, name: str) -> Any:
-        return self._link.ask("get", self, name)
+        return self._link.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._link.ask("set", self, name, value)
+        self._link.ask("setattr", self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return self._link.ask("item", self, key)
+        return self._link.ask("getitem", self, key)
 
     def __bool__(self) -> bool:
         return bool(self._link.ask("bool", self))
@@ -238,7 +227,7 @@ class Own:
         return self._link.ask("next", self)
 
     def __str__(self) -> str:
-        return str(self._link.ask("text", self))
+        return str(self._link.ask("str", self))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Own) and other._handle == self._handle:
@@ -270,11 +259,22 @@ class _Receiver(Unpickler):
 
     def persistent_load(self, sent: Any) -> Any:
         match sent:
-            case ("module", str(name)) if name.partition(".")[0] in sys.stdlib_module_names:
-                return importlib.import_module(name)
             case ("own", int(handle), str(kind), bool(has_equal)):
                 return Own(self._link, handle, kind, has_equal)
         raise UnpicklingError("the answer sent what is no data")
+
+
+def _checked(message: bytes) -> bytes:
+    """The message, which has no opcode but those that data needs."""
+    place = 0
+    while (code := message[place]) != b"."[0]:
+        if code not in _OPCODES:
+            raise UnpicklingError(f"the answer sent the opcode {code:#x}")
+        size, is_length = _OPCODES[code]
+        start, place = place + 1, place + 1 + size
+        if is_length:
+            place += int.from_bytes(message[start:place], "little")
+    return message
 
 
 class Link:
@@ -294,7 +294,7 @@ class Link:
             reply = receive(self._replies)
         except (EOFError, BrokenPipeError):
             end_as(self.worker)
-        match _Receiver(io.BytesIO(reply), self).load():
+        match _Receiver(io.BytesIO(_checked(reply)), self).load():
             case ("value", value, tuple(after)):
                 _write_back(args[1:], after)
                 return value
@@ -342,12 +342,6 @@ def end_as(worker: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) or 1)
 
 
-def _hide() -> None:
-    """Keep processes of the same user out of this one's memory and descriptors."""
-    if ctypes is not None:
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
 def _take(name: str) -> bytes:
     """What a file holds, which is no more after this."""
     with open(name, "rb") as file:
@@ -366,9 +360,12 @@ def run_tests(link: Link, given: dict[str, Any], asked: Sequence[str]) -> None:
     """Run the tests to their end, or raise."""
     code = compile(_take("tests.py"), "tests.py", "exec")
     wanted = (names_of(code) - set(given) - set(vars(builtins))) | set(asked)
-    found = link.ask("load", *sorted(wanted))
-    if type(found) is not dict or not all(name in wanted for name in found):
+    found, modules = link.ask("load", *sorted(wanted))
+    if type(found) is not dict or type(modules) is not dict or not wanted >= {*found, *modules}:
         raise UnpicklingError("the answer sent no names")
+    for name, module in modules.items():
+        if type(module) is str and module.partition(".")[0] in sys.stdlib_module_names:
+            found[name] = importlib.import_module(module)
     exec(code, given | found)
 
 
@@ -387,7 +384,8 @@ def main() -> None:
         serve(requests, replies_end)
     os.close(requests)
     os.close(replies_end)
-    _hide()
+    if ctypes is not None:  # keep processes of the same user out of this one's memory and descriptors
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     mark = _take("mark")
     run_tests(Link(requests_end, replies, worker), given, sys.argv[1:])
     sys.stdout.flush()
