@@ -77,13 +77,14 @@ def test_a_shortage_is_the_groups_own_only_if_it_was_full(
     tmp_path: Path, version: int, num_full: int
 ) -> None:
     hierarchy = Hierarchy(root=tmp_path, controllers=BOTH, version=version)
-    with new_group((hierarchy,), memory=1000, processes=7) as group:
+    with new_group((hierarchy,), memory=64 << 20, processes=7) as group:
         ((_, folder),) = group.folders
         if version == 2:
             (folder / "memory.events").write_text(f"max 9\noom {num_full}\noom_kill 2\n")
         else:
             (folder / "memory.oom_control").write_text("under_oom 0\noom_kill 2\n")
-            (folder / "memory.failcnt").write_text(f"{num_full}\n")
+            most = (64 if num_full else 32) << 20
+            (folder / "memory.max_usage_in_bytes").write_text(f"{most}\n")
         assert group.counts_memory()
         assert group.shortage() == Shortage(num_killed=2, is_own=num_full > 0)
         (folder / "cgroup.procs").write_text("")

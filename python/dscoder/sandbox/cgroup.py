@@ -27,6 +27,7 @@ _NAME = "dscoder-sandboxes"
 _LEAF = "dscoder-launcher"
 _MAX_ROUNDS = 200
 _PAUSE = 0.005  # seconds
+_CHARGE = 4 << 20  # bytes that the kernel may ask a group for at once, and be refused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +114,11 @@ class Group:
             num_killed, num_full = (_count(folder / "memory.events", name) for name in ("oom_kill", "oom"))
         else:
             num_killed = _count(folder / "memory.oom_control", "oom_kill")
-            num_full = int((folder / "memory.failcnt").read_text())
+            # Newer kernels leave memory.failcnt at 0.
+            most, limit = (
+                int((folder / f"memory.{name}_in_bytes").read_text()) for name in ("max_usage", "limit")
+            )
+            num_full = int(most >= limit - _CHARGE)
         return Shortage(num_killed=num_killed, is_own=num_full > 0)
 
 
