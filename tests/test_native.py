@@ -132,7 +132,7 @@ def test_info_as_a_table_shows_version_ops_and_parts(capsys: pytest.CaptureFixtu
         (("80", "90a"), [], "moe_gate", "torch reference on cpu (no GPU found)"),
         (("80", "90a"), ["90a"], "moe_gate", "kernel sm_90a"),
         (("80", "90a"), ["90a", "80"], "moe_gate", "kernel sm_80, kernel sm_90a"),
-        (("80", "90a"), ["90a"], "mla_prefill", "torch reference on cuda"),
+        (("80", "90a"), ["90a"], "an_op_without_kernels", "torch reference on cuda"),
         (("80", "90a"), [None], "moe_gate", "an error (no kernel for this GPU)"),
         ((), [None], "moe_gate", "torch reference on cpu; an error on cuda (built without kernels)"),
     ],
