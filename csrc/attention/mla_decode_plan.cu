@@ -1,10 +1,10 @@
 // The plan of a decoding step, made on the device where the lengths are (mla_decode_plan.h): one block, a
 // thread for each sequence and for each part. The same bits as fill_mla_decode_plan.
 #include "attention/attention.h"
+#include "core/block_sum.cuh"
 #include "core/check.h"
 #include "core/launch.h"
 #include "core/overlap.h"
-#include "core/warp.h"
 
 namespace dsc {
 namespace {
@@ -19,30 +19,6 @@ struct Chunk {
     int num_blocks[kNumThreads];
     int64_t warp_sums[kNumWarps];
 };
-
-struct Sums {
-    int64_t before, all;  // of the threads before this one, and of the block
-};
-
-__device__ __forceinline__ Sums sum_over_block(int64_t value, int64_t* warp_sums) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    int64_t sum = value;
-    DSC_UNROLL
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const int64_t below = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += below;
-    }
-    if (lane == kWarpSize - 1) warp_sums[warp] = sum;
-    __syncthreads();
-    Sums found{sum - value, 0};
-    DSC_UNROLL
-    for (int i = 0; i < kNumWarps; ++i) {
-        if (i < warp) found.before += warp_sums[i];
-        found.all += warp_sums[i];
-    }
-    __syncthreads();  // warp_sums may be written again
-    return found;
-}
 
 // The last sequence of the chunk that starts at `unit` or before.
 __device__ __forceinline__ int find_sequence(const Chunk& chunk, int num_sequences, int64_t unit) {
@@ -86,7 +62,8 @@ __global__ void __launch_bounds__(kNumThreads) mla_decode_plan_kernel(const MlaD
     for (int first = 0; first < p.num_sequences; first += kNumThreads) {
         const int sequence = first + thread, num_here = min(kNumThreads, p.num_sequences - first);
         const int num_blocks = thread < num_here ? blocks_of(sequence) : 0;
-        const Sums units = sum_over_block(thread < num_here ? decode_cost(num_blocks) : 0, chunk.warp_sums);
+        const BlockSum units =
+            sum_over_block(thread < num_here ? decode_cost(num_blocks) : 0, chunk.warp_sums);
         if (first == 0) num_units += units.all;
         const int64_t start = base + units.before;
         chunk.start[thread] = start;

@@ -4,10 +4,10 @@
 // A stable counting sort: each warp takes a stretch of the tiles in their order and counts its classes; a
 // class's tiles of one warp lie behind those of the warps before it; then each warp puts its tiles there.
 #include "attention/mla_prefill.h"
+#include "core/block_sum.cuh"
 #include "core/launch.h"
 #include "core/math.h"
 #include "core/overlap.h"
-#include "core/warp.h"
 
 namespace dsc {
 namespace {
@@ -23,43 +23,19 @@ struct Sorting {
     int64_t warp_sums[kNumWarps];
 };
 
-struct Sums {
-    int64_t before, all;  // of the threads before this one, and of the block
-};
-
-__device__ __forceinline__ Sums sum_over_block(int64_t value, int64_t* warp_sums) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    int64_t sum = value;
-    DSC_UNROLL
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const int64_t below = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += below;
-    }
-    if (lane == kWarpSize - 1) warp_sums[warp] = sum;
-    __syncthreads();
-    Sums found{sum - value, 0};
-    DSC_UNROLL
-    for (int i = 0; i < kNumWarps; ++i) {
-        if (i < warp) found.before += warp_sums[i];
-        found.all += warp_sums[i];
-    }
-    __syncthreads();  // warp_sums may be written again
-    return found;
-}
-
 __device__ __forceinline__ PrefillSequence sequence_at(const MlaPrefillPlanParams& p, int sequence) {
     return prefill_sequence(p.cu_seqlens_q, p.cu_seqlens_k, sequence, p.num_queries, p.num_keys);
 }
 
 // Writes how many tiles lie ahead of each sequence, no more than `most`, and returns how many there are.
 __device__ __forceinline__ int count_tiles(const MlaPrefillPlanParams& p, int64_t most, int* starts,
-                                           int64_t* warp_sums) {
+                                           int64_t (&warp_sums)[kNumWarps]) {
     int64_t base = 0;
     for (int first = 0; first < p.num_sequences; first += kNumThreads) {
         const int sequence = first + static_cast<int>(threadIdx.x);
         const bool is_there = sequence < p.num_sequences;
         const int num_here = is_there ? num_prefill_tiles(sequence_at(p, sequence), p.tiling) : 0;
-        const Sums sums = sum_over_block(num_here, warp_sums);
+        const BlockSum sums = sum_over_block(num_here, warp_sums);
         if (is_there) starts[sequence] = static_cast<int>(min(base + sums.before, most));
         base += sums.all;
     }
