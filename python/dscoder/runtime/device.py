@@ -10,10 +10,10 @@ import torch
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _STATUS = Path("/proc/self/status")  # VmHWM: the most pages that were resident since the program began
 
-# Dense products of bfloat16 a second, by what a GPU's name holds; the first that matches counts. From NVIDIA's
-# data sheets, which give twice as much for matrices with structured zeros: H100 (SXM 1979, NVL 1671, PCIe
-# 1513 TFLOPS), H200 (SXM 1979, NVL 1671), GH200 (1979); A100 (312, dense, in every form). H800 and A800 are
-# H100 and A100 with slower links between GPUs. A part of a GPU (MIG) has an unknown part of it.
+# Dense products of bfloat16 a second, by what a GPU's name holds; the first that matches counts. From
+# NVIDIA's data sheets, which give twice as much for matrices with structured zeros: H100 (SXM 1979, NVL 1671,
+# PCIe 1513 TFLOPS), H200 (SXM 1979, NVL 1671), GH200 (1979); A100 (312, dense, in every form). H800 and A800
+# are H100 and A100 with slower links between GPUs. A part of a GPU (MIG) has an unknown part of it.
 _PEAK_FLOPS: tuple[tuple[str, float | None], ...] = (
     (r"\bMIG\b", None),
     (r"\b(H100|H800)\b.*\bPCIe\b", 756e12),
