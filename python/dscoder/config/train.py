@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dscoder.config.model import ModelConfig, YarnConfig
+from dscoder.config.parallel import ParallelConfig, check_experts_divide
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +144,7 @@ class PretrainConfig:
     num_threads: int | None = None  # None: every core; results are bit-identical only at one number
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -161,3 +163,5 @@ class PretrainConfig:
             raise ValueError(f"PretrainConfig: num_steps must be >= 1, got {self.num_steps}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"PretrainConfig: num_threads must be >= 1, got {self.num_threads}")
+        if self.model is not None:
+            check_experts_divide(self.model, self.parallel)
