@@ -124,6 +124,29 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps are profiled, as reports number them: from 1."""
+
+    start: int | None = None  # the first one; None: the third of this start of the run
+    steps: int = 3  # how many in a row; a trace holds every operator of each
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.start is not None and self.start < 1):
+            raise ValueError(
+                f"ProfileConfig: start and steps must be >= 1, got {self.start} and {self.steps}"
+            )
+
+    def check(self, num_steps: int) -> None:
+        """ValueError unless a run of `num_steps` has all these steps."""
+        last = (self.start or 1) + self.steps - 1
+        if last > num_steps:
+            raise ValueError(
+                f"ProfileConfig: the last step to profile must be <= num_steps = {num_steps}, got {last} "
+                f"(start {self.start}, steps {self.steps})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
     """One run of `dscoder pretrain`."""
 
@@ -145,6 +168,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig | None = None  # None: nothing is profiled
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -163,5 +187,7 @@ class PretrainConfig:
             raise ValueError(f"PretrainConfig: num_steps must be >= 1, got {self.num_steps}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"PretrainConfig: num_threads must be >= 1, got {self.num_threads}")
+        if self.profile is not None:
+            self.profile.check(self.num_steps)
         if self.model is not None:
             check_experts_divide(self.model, self.parallel)
