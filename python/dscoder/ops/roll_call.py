@@ -1,0 +1,108 @@
+"""Agreement of a process group's ranks over its store, on the host: what each brought, and who is gone.
+
+The store outlives a broken collective, so it can tell which rank no longer answers when gloo or NCCL only
+say that something failed.
+"""
+
+import json
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+OP = "expert_parallel"
+_PREFIX = f"dscoder/{OP}"
+_PATIENCE = 5.0  # seconds in which a rank that lives leaves its mark after a failure
+_POLL = 0.05  # seconds between two looks
+
+
+class ExchangeError(RuntimeError):
+    """An exchange that did not end: a rank is gone, or a wait lasted too long.
+
+    Ranks count within the expert-parallel group; what is not known is None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        peer: int | None = None,
+        slot: int | None = None,
+        expected: int | None = None,
+        seen: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.peer, self.slot, self.expected, self.seen = rank, peer, slot, expected, seen
+
+
+class RollCall:
+    """One meeting place of a group's ranks; every rank makes the same ones in the same order."""
+
+    def __init__(self, process_group: ProcessGroup, *, timeout: float) -> None:
+        self.rank = process_group.rank()
+        self.num_ranks = process_group.size()
+        self._timeout = timeout
+        self._global_ranks = dist.get_process_group_ranks(process_group)
+        self._store = process_group.get_group_store()
+        # A meeting ends when all ranks are there, so a rank's next one is never counted into this one.
+        arrivals = self._store.add(f"{_PREFIX}/arrivals", 1)
+        self._key = f"{_PREFIX}/{(arrivals - 1) // self.num_ranks}"
+
+    def share(self, subject: str, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, sent as JSON. ExchangeError names the ranks that bring none."""
+        keys = [f"{self._key}/{subject}/{rank}" for rank in range(self.num_ranks)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        try:
+            self._store.wait(keys, timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise ExchangeError(
+                f"{OP}: rank {self.rank} waited {self._timeout:g} s"
+                f" for the {subject} of {self.names(absent)}",
+                rank=self.rank,
+                peer=absent[0] if absent else None,
+            ) from error
+        return [json.loads(self._store.get(key)) for key in keys]
+
+    def lost_ranks(self) -> list[int]:
+        """The ranks that do not meet this one here within a few seconds; to be called after a failure.
+
+        A rank that lives but has not met the failure by then counts among them.
+        """
+        keys = [f"{self._key}/alive/{rank}" for rank in range(self.num_ranks)]
+        self._store.set(keys[self.rank], "")
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if not absent or time.monotonic() > deadline:
+                return absent
+            time.sleep(_POLL)
+
+    def failure(self, doing: str, error: BaseException) -> ExchangeError:
+        """What to raise for a collective that failed with `error`: it names the ranks that are gone."""
+        try:
+            lost = self.lost_ranks()
+        except RuntimeError as broken:  # the rank that served the store was the one to go
+            return ExchangeError(
+                f"{OP}: rank {self.rank} failed in {doing}, and the group's store is gone too"
+                f" (by default global rank 0 serves it): {error}; {broken}",
+                rank=self.rank,
+            )
+        found = f"{self.names(lost)} did not answer for {_PATIENCE:g} s" if lost else "every rank answers"
+        return ExchangeError(
+            f"{OP}: rank {self.rank} failed in {doing}; {found}: {error}",
+            rank=self.rank,
+            peer=lost[0] if lost else None,
+        )
+
+    def names(self, ranks: list[int]) -> str:
+        """The ranks in words, with their global numbers where those differ."""
+        listed = ", ".join(str(rank) for rank in ranks)
+        named = f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+        globally = [self._global_ranks[rank] for rank in ranks]
+        if globally != ranks:
+            named += f" (globally {', '.join(str(rank) for rank in globally)})"
+        return named
