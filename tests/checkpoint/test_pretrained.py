@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from dscoder.checkpoint import load_config, load_pretrained, pretrained, save_pretrained, store
+from dscoder.checkpoint import load_config, load_pretrained, pretrained, save_pretrained, source, store
 from dscoder.models import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -290,7 +290,7 @@ def test_a_repository_is_fetched_without_its_pickles(lite, tmp_path, monkeypatch
         asked.append((repo_id, allow_patterns))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    monkeypatch.setattr(source, "snapshot_download", fetch)
     assert_same_weights(load_pretrained("deepseek-ai/deepseek-coder-1.3b-base"), lite)
     patterns = ["config.json", "model.safetensors.index.json", "model*.safetensors"]
     assert asked == [("deepseek-ai/deepseek-coder-1.3b-base", patterns)]
@@ -300,14 +300,14 @@ def test_without_a_network_the_error_says_what_was_tried(monkeypatch):
     def fetch(repo_id, *, allow_patterns):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    monkeypatch.setattr(source, "snapshot_download", fetch)
     with pytest.raises(ValueError, match=r"got 'owner/name': .* LocalEntryNotFoundError: no connection"):
         load_pretrained("owner/name")
 
 
 @pytest.mark.parametrize("path", ["./absent", "/absent/model", "a/b/c", "~/absent model", "../up"])
 def test_what_cannot_be_a_repository_is_not_asked_for(monkeypatch, path):
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="path_or_repo_id must be a directory or a hub id, got"):
         load_pretrained(path)
 

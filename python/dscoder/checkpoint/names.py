@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dscoder.config import MlaConfig, ModelConfig
+from dscoder.models.region import Region
 
 SCORE = "score.weight"  # the one row of a scalar head, here and there
 _GQA = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out"))
@@ -43,6 +44,21 @@ class Piece:
             return part
         num_rows = part.shape[0] // 2
         return part.narrow(0, self.half_idx * num_rows, num_rows)
+
+    def region(self, shape: tuple[int, ...]) -> Region:
+        """Where in the whole parameter, which is of `shape`, this piece is."""
+        start, lengths = [0] * len(shape), list(shape)
+        if self.expert_idx is not None:
+            start[0], lengths[0] = self.expert_idx, 1
+        if self.half_idx is not None:
+            rows = 0 if self.expert_idx is None else 1
+            lengths[rows] //= 2
+            start[rows] = self.half_idx * lengths[rows]
+        return Region(whole_shape=shape, start=tuple(start), shape=tuple(lengths))
+
+    def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor in the files, for a parameter of `shape`."""
+        return self.region(shape).shape[0 if self.expert_idx is None else 1 :]
 
 
 def has_stacked_experts(names: Iterable[str]) -> bool:
