@@ -48,17 +48,25 @@ def deterministic(*, seed: int, num_threads: int) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
 
 
-def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators: the CPU's and, where there are any, the GPUs'."""
-    state = {"cpu": torch.get_rng_state()}
-    for device_idx in range(torch.cuda.device_count()):
-        state[f"cuda{device_idx}"] = torch.cuda.get_rng_state(device_idx)
-    return state
+def _gpus(device: torch.device | None) -> dict[str, int]:
+    """The GPUs whose generators count, by the names of their states."""
+    if device is None:
+        return {f"cuda{device_idx}": device_idx for device_idx in range(torch.cuda.device_count())}
+    return {"cuda0": device.index or 0} if device.type == "cuda" else {}
 
 
-def restore_random_state(state: dict[str, Tensor]) -> None:
+def random_state(device: torch.device | None = None) -> dict[str, Tensor]:
+    """The state of torch's generators: the CPU's and, where there are any, the GPUs'.
+
+    With a `device` only its generator, which counts as the first GPU's whichever it is.
+    """
+    gpus = {name: torch.cuda.get_rng_state(device_idx) for name, device_idx in _gpus(device).items()}
+    return {"cpu": torch.get_rng_state()} | gpus
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device | None = None) -> None:
     """Put the generators back to what `random_state` saw; generators it did not see are left alone."""
     torch.set_rng_state(state["cpu"])
-    for device_idx in range(torch.cuda.device_count()):
-        if f"cuda{device_idx}" in state:
-            torch.cuda.set_rng_state(state[f"cuda{device_idx}"], device_idx)
+    for name, device_idx in _gpus(device).items():
+        if name in state:
+            torch.cuda.set_rng_state(state[name], device_idx)

@@ -1,131 +1,99 @@
 """Checkpoints of a run: written beside the training, whole or not at all, newest first.
 
 The state is copied at once and written by a thread through torch's distributed checkpoint (DCP), whose files
-can be read under another layout. A checkpoint is written as `step-N.tmp`, synced to disk and renamed to
-`step-N`: the final name is the mark of a complete one, and no other is ever read.
+can be read under another layout: each rank writes what it holds of the tensors into files of its own. A
+checkpoint is written as `step-N.tmp`, synced to disk and renamed to `step-N` once all ranks are done: the
+final name is the mark of a complete one, and no other is ever read.
 
-`progress.json` says how far the run is, and size and sha256 of every other file: torch's reader does not look
-at the sums in its own files, so that a flipped bit would go on in the weights unseen.
+The thread has a group of its own to agree with those of the other ranks, since its exchanges may come at any
+time between those of the training.
 """
 
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
-from dscoder.runtime.artifact import fsync_directory, read_json, write_json
+from dscoder.runtime.artifact import fsync_directory, write_json
+from dscoder.runtime.heartbeat import is_communication_error
+from dscoder.runtime.log import get_logger
+from dscoder.train.checkpoint_files import (
+    PROGRESS,
+    Progress,
+    completed,
+    damaged,
+    describe_files,
+    is_complete,
+    read_progress,
+    sealed_record,
+    verify,
+)
+from dscoder.train.ranks import Agreement, RankError, Ranks, error_number_of
 
-_PROGRESS = "progress.json"
-_COMPLETE = re.compile(r"step-(\d{9})")
+__all__ = ["CheckpointWriter", "Progress", "completed", "load_state", "read_progress"]
+
 _FULL_DISK = "unexpected pos"  # torch's writer reports a full disk as a wrong position in its file
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a run is. The data position is one number, so it holds under any number of processes."""
-
-    step: int  # optimizer steps done
-    num_sequences: int  # windows consumed since the start of the run
-    num_tokens: int  # tokens in them
-    num_threads: int  # sums are split over so many; another number rounds differently
-    waiting: Mapping[str, float] = field(default_factory=dict)  # of the next report: see RunReport.waiting
-
-
-def completed(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every complete checkpoint, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = [(_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir()]
-    return sorted((int(match[1]), entry) for match, entry in found if match)
-
-
-def _damaged(path: Path, reason: str) -> RuntimeError:
-    return RuntimeError(
-        f"the checkpoint {path} cannot be read ({reason}); without it the run goes on from the one before"
-    )
-
-
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` with a sum over all of it."""
-    text = json.dumps(record, sort_keys=True)
-    return {**record, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """What progress.json of the checkpoint at `path` holds; RuntimeError if it is not what was written."""
-    try:
-        record = read_json(path / _PROGRESS)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if record != _sealed({key: value for key, value in record.items() if key != "sha256"}):
-        raise _damaged(path, f"{_PROGRESS} does not add up to its sha256")
-    return record
-
-
-def read_progress(path: Path) -> Progress:
-    """The progress that the checkpoint at `path` was saved at; RuntimeError if it is damaged."""
-    return Progress(**_read_record(path)["progress"])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _describe_files(path: Path) -> dict[str, dict[str, int | str]]:
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(path.iterdir())
-    }
-
-
-def _verify(path: Path) -> None:
-    """RuntimeError unless every file of the checkpoint at `path` is as it was written."""
-    for name, wanted in _read_record(path)["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise _damaged(path, f"{name} is not there")
-        num_bytes = file.stat().st_size
-        if num_bytes != wanted["bytes"]:
-            raise _damaged(path, f"{name} must have {wanted['bytes']} bytes, got {num_bytes}")
-        if _sha256(file) != wanted["sha256"]:
-            raise _damaged(path, f"{name} does not add up to its sha256")
+_PATIENCE = 10.0  # seconds for a save under way when a rank is lost
+_LOG = get_logger(__name__)
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """DCP without a process group: what failed comes out as itself, and the remark about groups stays out."""
+def _plain_errors(ranks: Agreement) -> Iterator[None]:
+    """What failed inside DCP comes out as itself on its rank and as RankError on all others."""
+    # Said of one process, where it is meant so.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         yield
-    except CheckpointException as wrapped:  # a BaseException, with one failure a process
-        error, _ = wrapped.failures[0]
-        raise error from None
+    except CheckpointException as wrapped:  # a BaseException, with one failure a rank
+        rank, (error, _) = min(wrapped.failures.items())
+        if ranks.rank in wrapped.failures:
+            raise wrapped.failures[ranks.rank][0] from None
+        what = f"{type(error).__name__}: {error}"
+        raise RankError(rank, what, _error_number(error)) from None
 
 
-def load_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place from the checkpoint at `path`; RuntimeError if it is damaged."""
-    _verify(path)
+def load_state(
+    path: Path, state: dict[str, Tensor], ranks: Agreement | None = None, *, optional: str | None = None
+) -> None:
+    """Fill the tensors of `state` in place from the checkpoint at `path`.
+
+    Each rank fills what it holds, whatever the ranks were that wrote it. Tensors whose names begin with
+    `optional` stay as they are where the checkpoint has none.
+
+    RuntimeError, on all ranks, if the checkpoint is damaged or lacks a tensor.
+    """
+    ranks = ranks or Agreement(None)
+    verify(path, ranks)
     try:
-        with _single_process():
-            load(state, storage_reader=FileSystemReader(path), no_dist=True)
+        reader = FileSystemReader(path)
+        there = reader.read_metadata().state_dict_metadata
+        is_wanted = {name: name in there or not (optional and name.startswith(optional)) for name in state}
+        with _plain_errors(ranks):
+            load(
+                {name: tensor for name, tensor in state.items() if is_wanted[name]},
+                storage_reader=reader,
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
     except Exception as error:  # DCP raises AssertionError, KeyError, RuntimeError ... for one cause
-        raise _damaged(path, repr(error)) from error
+        if is_communication_error(error):
+            raise
+        raise damaged(path, repr(error)) from error
 
 
 def _delete(path: Path) -> None:
@@ -137,98 +105,177 @@ def _delete(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     # Renamed first: a checkpoint half-deleted must not look complete.
-    doomed = path.with_name(path.name + ".tmp") if _COMPLETE.fullmatch(path.name) else path
+    doomed = path.with_name(path.name + ".tmp") if is_complete(path) else path
     if doomed != path:
         _delete(doomed)
         path.rename(doomed)
     _delete(doomed)
 
 
-def _write(directory: Path, progress: Progress, state: dict[str, Tensor], keep: int) -> None:
+def _renew(path: Path) -> None:
+    _delete(path)
+    path.mkdir()
+
+
+def _write(
+    directory: Path, progress: Progress, state: dict[str, Tensor], keep: int, ranks: Agreement
+) -> None:
+    """Write one checkpoint, all ranks together; an error of one is raised on all."""
     final = directory / f"step-{progress.step:09d}"
     temporary = final.with_name(final.name + ".tmp")
-    _delete(temporary)
-    temporary.mkdir()
+    ranks.first(lambda: _renew(temporary))
     try:
-        with _single_process():
-            save(state, storage_writer=FileSystemWriter(temporary, sync_files=True), no_dist=True)
-        record = {"progress": asdict(progress), "files": _describe_files(temporary)}
-        write_json(temporary / _PROGRESS, _sealed(record))
-        fsync_directory(temporary)
-        temporary.rename(final)
+        with _plain_errors(ranks):
+            save(
+                state,
+                storage_writer=FileSystemWriter(temporary, sync_files=True),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
+        shares = ranks.each(lambda: describe_files(temporary, ranks.rank))
+        files = {name: described for share in shares for name, described in share.items()}
+        ranks.first(lambda: _seal(temporary, final, sealed_record(progress, files), keep))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_directory(directory)
-    for _, path in completed(directory)[:-keep]:
+
+
+def _seal(temporary: Path, final: Path, record: dict[str, Any], keep: int) -> None:
+    """Make what all ranks have written a checkpoint, and delete those beyond the newest `keep`."""
+    write_json(temporary / PROGRESS, record)
+    fsync_directory(temporary)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+    for _, path in completed(final.parent)[:-keep]:
         _remove(path)
 
 
 def _error_number(error: BaseException) -> int:
     """The errno behind a failed write."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno:
-            return cause.errno
-        if _FULL_DISK in str(cause):
+    seen: BaseException | None = error
+    while seen is not None:
+        if _FULL_DISK in str(seen):
             return errno.ENOSPC
-        cause = cause.__cause__ or cause.__context__
-    return errno.EIO
+        seen = seen.__cause__ or seen.__context__
+    return error_number_of(error) or errno.EIO
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's memory of a tensor that may be part of a whole."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 class CheckpointWriter:
     """Saves one checkpoint at a time in the background."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int, ranks: Ranks | None = None) -> None:
         """Write below `directory`, keeping the newest `keep`; what a killed process left half-done goes."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.tmp"):
-            _delete(leftover)
         self.directory = directory
         self._keep = keep
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._ranks = ranks or Ranks()
         self._pending: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
+        self._ranks.first(self._clean)
+        self._ranks.each(self._check_shared)
+
+    def _clean(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.tmp"):
+            _delete(leftover)
+
+    def _check_shared(self) -> None:
+        if not self.directory.is_dir():
+            raise OSError(errno.ENOENT, "must be on a file system that all ranks share", str(self.directory))
 
     def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Copy `state` to the host and return; waits only while an earlier save still runs."""
         self.wait()
         for name, tensor in state.items():
             # The copies are made once and reused: a fresh gigabyte of pages costs more than the copy.
-            if name not in self._staged:
-                self._staged[name] = torch.empty_like(tensor, device="cpu")
-            self._staged[name].copy_(tensor)
-        self._pending = self._pool.submit(_write, self.directory, progress, self._staged, self._keep)
+            if name in self._staged:
+                _local(self._staged[name]).copy_(_local(tensor))
+            else:
+                self._staged[name] = tensor.to("cpu", copy=True)
+        self._pending = Future()
+        # A daemon: at the end of a run that lost a rank nobody can wait for it.
+        threading.Thread(
+            target=_fulfil,
+            args=(self._pending, partial(self._write, progress)),
+            name="checkpoint",
+            daemon=True,
+        ).start()
+
+    def _write(self, progress: Progress) -> None:
+        _write(self.directory, progress, self._staged, self._keep, self._ranks.background)
+
+    def has_failed(self) -> bool:
+        """Whether the save under way failed, as far as this rank knows; waits for nothing."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
 
     def raise_if_failed(self) -> None:
         """OSError if the save under way failed; waits for nothing."""
-        if self._pending is not None and self._pending.done():
+        if self.has_failed():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way; OSError if it could not be written."""
+        """Wait for the save under way; OSError, on all ranks, if one of them could not write."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
             pending.result()
         except Exception as error:
+            if is_communication_error(error):
+                raise
             raise self._explain(error) from error
 
     def close(self) -> None:
-        """`wait`, and end the thread."""
+        """`wait`; for a run that ends well, or alone."""
+        self.wait()
+
+    def abandon(self, error: BaseException) -> None:
+        """Let the save under way come to its end, or not if `error` says that a rank is lost for it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        is_lost = is_communication_error(error) or not isinstance(error, Exception)
         try:
-            self.wait()
-        finally:
-            self._pool.shutdown()
+            pending.result(_PATIENCE if is_lost else None)
+        except Exception as failure:
+            _LOG.warning("the checkpoint under way was not written: %s", failure or "it takes too long")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self._ranks.mesh is None:
+            self.close()
+        else:
+            self.abandon(error)
 
     def _explain(self, error: Exception) -> OSError:
         number = _error_number(error)
         kept = completed(self.directory)
         latest = f"the latest whole one is {kept[-1][1].name}" if kept else "there is none yet"
+        is_own = self._ranks.mesh is not None and not isinstance(error, RankError)
+        who = f"rank {self._ranks.rank} failed: " if is_own else ""
         return OSError(
             number,
-            f"the checkpoint could not be written ({os.strerror(number)}: {error}); {latest}; "
+            f"the checkpoint could not be written ({os.strerror(number)}: {who}{error}); {latest}; "
             "the same command goes on from there",
             str(self.directory),
         )
+
+
+def _fulfil(pending: "Future[None]", do: Callable[[], None]) -> None:
+    try:
+        do()
+    except BaseException as error:
+        pending.set_exception(error)
+    else:
+        pending.set_result(None)
