@@ -17,6 +17,7 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _POLL = 0.1  # seconds
+_PRELOADED = ["dscoder.testing.ranks", "dscoder.models"]  # 3 s of imports that each rank would repeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ def end_ranks(
     The function must be importable by name and everything that goes in or out must pickle. Processes that
     are alive after `limit` seconds are killed.
     """
-    _CONTEXT.set_forkserver_preload(["dscoder.testing.ranks"])
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
     results = _CONTEXT.Queue()
     port = free_port()
     processes = []
