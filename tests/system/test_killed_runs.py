@@ -22,6 +22,7 @@ from dscoder.config.train import (
     ScheduleConfig,
 )
 from dscoder.testing.tiny_run import TINY_MOE, tiny_windows
+from dscoder.train.metrics import MEASURED
 
 NUM_STEPS = 60
 TIMEOUT_S = 300.0
@@ -70,7 +71,7 @@ def whole_run(windows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(out: Path) -> list[dict[str, float]]:
     """What a run reported, without how fast it was."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same_run(out: Path, whole_run: Path) -> None:

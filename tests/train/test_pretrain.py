@@ -23,6 +23,7 @@ from dscoder.testing.tiny_run import TINY_MOE, TINY_WINDOW, config_for, tiny_win
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train import memory, pretrain
 from dscoder.train.checkpointing import completed, read_progress
+from dscoder.train.metrics import MEASURED
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def killed_at(step: int) -> pretrain.Evaluate:
 def reports(out: Path) -> list[dict[str, float]]:
     """What a run reported, without how fast it was."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize(("log_every", "every"), [(10, 4), (4, 3), (3, 5)])

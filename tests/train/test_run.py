@@ -13,6 +13,7 @@ from torch import nn
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
 from dscoder.runtime.artifact import read_manifest
 from dscoder.train.loop import LossError, apply_gradients
+from dscoder.train.metrics import MEASURED
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.report import RunReport
 from dscoder.train.run import Job, StepDone, StoppedError, run_stage
@@ -86,7 +87,7 @@ def run(toy: Toy, out: Path) -> Path:
 
 def reports(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def test_reports_hold_the_means_of_a_steps_own_figures(tmp_path: Path) -> None:

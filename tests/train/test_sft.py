@@ -23,6 +23,7 @@ from dscoder.testing.tiny_sft import sft_config_for, tiny_base, tiny_dialogues
 from dscoder.text.chat import chat_prompt
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train import sft
+from dscoder.train.metrics import MEASURED
 from dscoder.train.windows import answer_loss
 
 
@@ -43,7 +44,7 @@ def finished(base: Path, dialogues: Path, tmp_path_factory: pytest.TempPathFacto
 
 def reports(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def test_both_losses_fall(finished: Path) -> None:

@@ -18,6 +18,8 @@ except ImportError:  # the extra "pretrain" is not installed
     SummaryWriter = None  # type: ignore[assignment,misc]
 
 METRICS = "metrics.jsonl"
+# Of a report's figures, those of the machine: the same run has others another time, or none.
+MEASURED = ("tokens_per_second", "mfu", "peak_memory_gib", "dispatch_share", "combine_share")
 EVENTS = "tensorboard"
 _LOG = get_logger(__name__)
 

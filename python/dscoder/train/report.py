@@ -1,6 +1,5 @@
 """What a run shows and keeps while it goes: a progress bar, metrics, TensorBoard events, a picture."""
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +11,23 @@ from dscoder.config.train import ReportConfig
 from dscoder.runtime.log import console, get_logger
 from dscoder.train.metrics import METRICS, MetricsWriter, has_tensorboard, read_metrics
 from dscoder.train.plot import has_matplotlib, plot_loss
+from dscoder.train.stopwatch import Stopwatch
 
 LOSS_PICTURE = "loss.png"
 _STEPS = "steps of "  # before a figure's name: how many of the steps that wait for a report have it
-_SHOWN = ("loss", "accuracy", "reward")  # of a step's figures, in the line that a reader follows
+# Of a report's figures, those in the line that a reader follows.
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "accuracy": "accuracy {:.3f}",
+    "reward": "reward {:.3f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "peak_memory_gib": "{:.1f} GiB",
+    "load": "load x{:.2f}",
+    "exchange": "exchange {:.1%}",
+    "dropped_share": "dropped {:.1%}",
+}
 _INSTALL = "pip install 'dscoder[pretrain]'"
 _LOG = get_logger(__name__)
 
@@ -32,8 +44,29 @@ def wants(choice: str, *, is_there: bool, what: str) -> bool:
     return False
 
 
+def short_line(report: Mapping[str, float]) -> str:
+    """The figures of a report that a reader follows, on one line.
+
+    "load" is the busiest rank's load over the mean, the busiest expert's where one rank has all experts, of
+    the worst layer; "exchange" the share of the time in dispatch and combine.
+    """
+    figures = dict(report)
+    load = report.get("rank_load_max", report.get("expert_load_max"))
+    if load is not None:
+        figures["load"] = load
+    if "dispatch_share" in report:
+        figures["exchange"] = report["dispatch_share"] + report["combine_share"]
+    if not report.get("dropped_share"):
+        figures.pop("dropped_share", None)  # most models drop nothing
+    return "  ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
+
+
 class RunReport:
-    """Everything a run reports; use as a context manager round the steps."""
+    """Everything a run reports; use as a context manager round the steps.
+
+    Every rank of a run has one and tells it of every step, since all of them are measured; only the first
+    writes and shows.
+    """
 
     def __init__(
         self,
@@ -44,18 +77,29 @@ class RunReport:
         resume_step: int,
         waiting: Mapping[str, float],
         on_metrics: OnMetrics | None = None,
+        is_first: bool = True,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
-        """Report below `directory`, going on after `resume_step` with what was `waiting` there."""
+        """Report below `directory`, going on after `resume_step` with what was `waiting` there.
+
+        Args:
+            on_metrics: called with every report, after it is written.
+            is_first: whether this is the rank that writes and shows.
+            stopwatch: what the steps are timed by; None: one of a process alone on a CPU.
+        """
         use_tensorboard = wants(config.tensorboard, is_there=has_tensorboard(), what="tensorboard")
         self._use_plot = wants(config.plot, is_there=has_matplotlib(), what="plot")
         self._directory = directory
         self._config = config
         self._num_steps = num_steps
         self._on_metrics = on_metrics
-        self._writer = MetricsWriter(directory, resume_step=resume_step, use_tensorboard=use_tensorboard)
+        self._writer = (
+            MetricsWriter(directory, resume_step=resume_step, use_tensorboard=use_tensorboard)
+            if is_first
+            else None
+        )
         self._waiting = dict(waiting)
-        self._timed_tokens = 0  # since the last report, in this process: its time is all that is known
-        self._since = time.perf_counter()
+        self._stopwatch = Stopwatch() if stopwatch is None else stopwatch
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -63,39 +107,47 @@ class RunReport:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console(),
-            disable=not console().is_terminal,
+            disable=not (is_first and console().is_terminal),
         )
         self._task = self._bar.add_task("train", total=num_steps, completed=resume_step, figures="")
 
     def step_done(
-        self, seen_now: Mapping[str, float], *, step: int, lr: float, num_tokens: int, total_tokens: int
+        self,
+        seen_now: Mapping[str, float],
+        *,
+        step: int,
+        lr: float,
+        num_tokens: int,
+        total_tokens: int,
+        flops: int = 0,
     ) -> None:
         """Count one step; every `log_every` steps, and after the last, their means become a report.
 
-        A figure that some steps do not have is the mean over those that have it.
+        Every rank calls this. A figure that some steps do not have is the mean over those that have it.
+
+        Args:
+            num_tokens: of the step, on all ranks.
+            flops: of the step, on all ranks (`training_flops`); 0 where nobody counts them.
         """
         for name, value in seen_now.items():
             for key, more in ((name, value), (_STEPS + name, 1)):
                 self._waiting[key] = self._waiting.get(key, 0.0) + more
-        self._timed_tokens += num_tokens
+        self._stopwatch.step_done(num_tokens=num_tokens, flops=flops)
         self._bar.update(self._task, completed=step)
         if step % self._config.log_every and step != self._num_steps:
             return
-        seconds = time.perf_counter() - self._since
         means = {
             name: total / self._waiting[_STEPS + name]
             for name, total in self._waiting.items()
             if not name.startswith(_STEPS)
         }
-        speed = self._timed_tokens / seconds
-        self.write({"step": step, "tokens": total_tokens, **means, "lr": lr, "tokens_per_second": speed})
-        shown = "".join(f"{name} {means[name]:.3f}  " for name in _SHOWN if name in means)
-        figures = f"{shown}lr {lr:.2e}  {speed:,.0f} tokens/s"
+        self._waiting = {}
+        report = {"step": step, "tokens": total_tokens, **means, "lr": lr, **self._stopwatch.figures()}
+        self.write(report)
+        figures = short_line(report)
         self._bar.update(self._task, figures=figures)
         if self._bar.disable:
-            _LOG.info("step %d/%d  %s", step, self._num_steps, figures)
-        self._waiting, self._timed_tokens = {}, 0
-        self._since = time.perf_counter()
+            self._say(step, figures)
 
     def waiting(self) -> dict[str, float]:
         """Sums over the steps that no report covers yet, and of how many steps each: for whoever goes on."""
@@ -104,37 +156,44 @@ class RunReport:
     def evaluated(self, found: Mapping[str, float], *, step: int, total_tokens: int) -> None:
         """Report what the evaluation hook found, and draw the picture anew."""
         self.write({"step": step, "tokens": total_tokens, **found})
-        figures = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
-        _LOG.info("step %d/%d  %s", step, self._num_steps, figures)
+        self._say(step, "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
         self.draw()
+
+    def _say(self, step: int, figures: str) -> None:
+        if self._writer is not None:
+            _LOG.info("step %d/%d  %s", step, self._num_steps, figures)
 
     def pause(self) -> float:
         """When a break begins that is no training time; give it back to `resume`."""
-        return time.perf_counter()
+        return self._stopwatch.pause()
 
     def resume(self, paused: float) -> None:
         """Take the break since `paused` out of the measured speed."""
-        self._since += time.perf_counter() - paused
+        self._stopwatch.resume(paused)
 
     def write(self, report: Mapping[str, float]) -> None:
         """Append one report to metrics.jsonl and the events, and hand it to whoever listens."""
+        if self._writer is None:
+            return
         self._writer.write(report)
         if self._on_metrics is not None:
             self._on_metrics(report)
 
     def draw(self) -> None:
         """Draw loss.png from all reports so far."""
-        if self._use_plot:
+        if self._use_plot and self._writer is not None:
             plot_loss(read_metrics(self._directory / METRICS), self._directory / LOSS_PICTURE)
 
     def __enter__(self) -> Self:
-        self._writer.__enter__()
+        if self._writer is not None:
+            self._writer.__enter__()
         self._bar.start()
-        self._since = time.perf_counter()
+        self._stopwatch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._writer.__exit__(kind, error, trace)
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
