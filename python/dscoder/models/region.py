@@ -64,3 +64,13 @@ class Region:
 def whole_region(shape: tuple[int, ...]) -> Region:
     """All of a tensor."""
     return Region(whole_shape=shape, start=(0,) * len(shape), shape=shape)
+
+
+def region_at(whole_shape: tuple[int, ...], *, offset: int, shape: tuple[int, ...]) -> Region:
+    """The box of `shape` whose first element has place `offset` in the whole."""
+    start = []
+    for d in range(len(whole_shape)):
+        stride = max(1, math.prod(whole_shape[d + 1 :]))
+        start.append(offset // stride)
+        offset %= stride
+    return Region(whole_shape=whole_shape, start=tuple(start), shape=shape)
