@@ -161,7 +161,7 @@ class PretrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights and activations, with float32 masters
+    precision: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"  # bf16: with float32 masters, or without
     device: str = "auto"  # auto: the GPU if there is one
     seed: int = 0
     num_threads: int | None = None  # None: every core; results are bit-identical only at one number
