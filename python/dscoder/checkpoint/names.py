@@ -56,6 +56,13 @@ class Piece:
             start[rows] = self.half_idx * lengths[rows]
         return Region(whole_shape=shape, start=tuple(start), shape=tuple(lengths))
 
+    def place(self, box: Region) -> Region:
+        """`box`, which lies in this piece's region of the parameter, as a part of the tensor in the files."""
+        frame = self.region(box.whole_shape)
+        kept = slice(None) if self.expert_idx is None else slice(1, None)
+        start = tuple(place - origin for place, origin in zip(box.start, frame.start, strict=True))
+        return Region(whole_shape=frame.shape[kept], start=start[kept], shape=box.shape[kept])
+
     def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor in the files, for a parameter of `shape`."""
         return self.region(shape).shape[0 if self.expert_idx is None else 1 :]

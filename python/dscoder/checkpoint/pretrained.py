@@ -22,6 +22,7 @@ from dscoder.checkpoint.source import (
     open_source,
     pieces_of,
     require_vocabulary,
+    unequal_head,
 )
 from dscoder.checkpoint.store import StoredTensor, read_json, read_tensors, write_tensors
 from dscoder.checkpoint.target import MAX_SHARD_BYTES, open_target
@@ -115,14 +116,11 @@ def _fill(model: Transformer | ScalarModel, stored: dict[str, StoredTensor], par
 
 
 def _check_tied_head(model: Transformer, stored: dict[str, StoredTensor]) -> None:
-    """A tied checkpoint may hold the head too; if it is another matrix, one of the two would be lost."""
+    """A tied checkpoint may hold the head too, if it is the same matrix."""
     head = {name: tensor for name, tensor in stored.items() if name == TIED_HEAD}
     for name, tensor in read_tensors(head):
         if not torch.equal(tensor.to(model.embed.weight), model.embed.weight):
-            raise ValueError(
-                f"load_pretrained: {head[name].file}: tensor {name!r} must equal the embedding "
-                "(tie_word_embeddings is true), got other values"
-            )
+            raise ValueError(unequal_head(head[name]))
 
 
 def save_pretrained(

@@ -70,6 +70,14 @@ def require_vocabulary(source: Source) -> None:
         )
 
 
+def unequal_head(tensor: StoredTensor) -> str:
+    """What is wrong where a tied model's checkpoint holds a head of its own: one of the two would be lost."""
+    return (
+        f"load_pretrained: {tensor.file}: tensor {TIED_HEAD!r} must equal the embedding "
+        "(tie_word_embeddings is true), got other values"
+    )
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Say in an error which file it is about."""

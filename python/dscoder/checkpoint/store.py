@@ -10,7 +10,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,21 +172,29 @@ def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     return tensors
 
 
-def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one file open at a time and in its order; a tensor is read when it is asked for."""
+def read_tensors(
+    tensors: dict[str, StoredTensor], boxes: Mapping[str, tuple[slice, ...]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one file open at a time and in its order; a tensor is read when it is asked for.
+
+    Of the tensors in `boxes` that box alone is read.
+    """
     by_file: dict[Path, list[str]] = {}
     for name in sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].start)):
         by_file.setdefault(tensors[name].file, []).append(name)
     for path, names in by_file.items():
-        yield from _read_file(path, names)
+        yield from _read_file(path, names, boxes or {})
 
 
-def _read_file(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_file(
+    path: Path, names: Sequence[str], boxes: Mapping[str, tuple[slice, ...]]
+) -> Iterator[tuple[str, Tensor]]:
     try:
         # Not mapped: pages of a mapped file would count as this process's memory until it is closed.
         with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
             for name in names:
-                yield name, file.get_tensor(name)
+                box = boxes.get(name)
+                yield name, file.get_tensor(name) if box is None else file.get_slice(name)[box]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint: {path} must be a whole safetensors file: {error}") from error
 
@@ -203,23 +211,36 @@ def plan_shards(sizes: Sequence[int], *, max_bytes: int) -> list[range]:
     return [*shards, range(start, len(sizes))]
 
 
+def plan_files(sizes: Sequence[int], *, max_bytes: int) -> dict[str, range]:
+    """Which of the tensors of `sizes` bytes go to which file: one for all, or shards."""
+    shards = plan_shards(sizes, max_bytes=max_bytes)
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
 def write_tensors(directory: Path, tensors: Sequence[tuple[str, Tensor]], *, max_shard_bytes: int) -> None:
     """Write named tensors, as one file if they fit in `max_shard_bytes`, else as shards with an index.
 
     Nothing is copied but what is on another device or not contiguous, and of that one shard at a time.
     """
     sizes = [tensor.nbytes for _, tensor in tensors]
-    shards = plan_shards(sizes, max_bytes=max_shard_bytes)
-    if len(shards) == 1:
-        write_file(directory / WEIGHTS, tensors)
-        return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in plan_files(sizes, max_bytes=max_shard_bytes).items():
         part = tensors[shard.start : shard.stop]
         write_file(directory / file, part)
         weight_map |= {name: file for name, _ in part}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+    write_index(directory, weight_map, num_bytes=sum(sizes))
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], *, num_bytes: int) -> None:
+    """Say which file each tensor is in, where there are shards."""
+    if set(weight_map.values()) == {WEIGHTS}:
+        return
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
