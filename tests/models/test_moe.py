@@ -228,13 +228,13 @@ def test_tokens_are_dropped_in_training_only():
 
 def test_autocast_does_not_round_what_the_gate_decides_on(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, seen = build(CONFIG), []
-    route = Moe._route
+    route = Moe._choose
 
     def look(moe, logits_TE, placement):
         seen.append(logits_TE)
         return route(moe, logits_TE, placement)
 
-    monkeypatch.setattr(Moe, "_route", look)
+    monkeypatch.setattr(Moe, "_choose", look)
     x_TD = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
     moe(x_TD, place_tokens(1, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,6 +6,9 @@ from typing import Literal
 
 from dscoder.config.model import ModelConfig
 
+# What is computed twice to keep less; selective: all but the routed experts.
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
@@ -17,7 +20,7 @@ class ParallelConfig:
 
     expert: int = 1  # ranks that hold different experts and exchange tokens
     replicate: int = 1  # whole copies of the sharded model
-    recompute: Literal["none", "selective", "full"] = "none"  # selective: all but the routed experts
+    recompute: Recompute = "none"
     compile: Literal["none", "dense"] = "none"  # dense: attention, norms and MLPs; never the routed experts
     reshard_after_forward: bool = True  # free a layer's gathered weights until its backward pass
     transport: Literal["auto", "peer", "collective"] = "auto"  # of tokens between expert ranks

@@ -1,6 +1,9 @@
 """DeepSeekMoE (DeepSeek-V2 section 2.2): routed experts by top-K gating, shared experts, token dropping."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +60,40 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_TD.to(wide), weight_ED.to(wide))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Where the tokens of one layer go."""
+
+    idx_TK: Tensor  # int32, of all experts; DROPPED for a dropped choice
+    weight_TK: Tensor  # float32, differentiable
+    terms_3: Tensor | None  # balance terms, unweighted
+
+
+def count_choices(idx_TK: Tensor, num_experts: int) -> Tensor:
+    """int32 [E]: how many choices each expert has; dropped ones are counted nowhere."""
+    loads = idx_TK.new_zeros(num_experts + 1)  # the first is of the dropped
+    loads.scatter_add_(0, idx_TK.flatten().long() - DROPPED, torch.ones_like(idx_TK.flatten()))
+    return loads[1:]
+
+
 class Experts(nn.Module):
-    """The routed experts' weights, one matrix stack each for gate and up, and for down."""
+    """The routed experts' weights, one matrix stack each for gate and up, and for down.
+
+    `num_local` of them, where other ranks hold the rest.
+    """
 
     def __init__(
         self,
         width: int,
         config: MoeConfig,
         *,
+        num_local: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_experts, expert_width = config.num_experts, config.expert_width
+        self.while_recomputed: Callable[[], AbstractContextManager[None]] = nullcontext
+        num_experts, expert_width = num_local or config.num_experts, config.expert_width
         self.gate_up = nn.Parameter(
             torch.empty(num_experts, 2 * expert_width, width, device=device, dtype=dtype)
         )
@@ -81,20 +105,26 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-    """sum over K chosen experts of weight * FFN(x), plus the shared experts as one MLP."""
+    """sum over K chosen experts of weight * FFN(x), plus the shared experts as one MLP.
+
+    With `expert_parallel` this rank holds its share of the experts, and tokens travel to the others.
+    """
 
     def __init__(
         self,
         width: int,
         config: MoeConfig,
         *,
+        expert_parallel: ops.ExpertParallel | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.expert_parallel = expert_parallel
         self.gate = nn.Linear(width, config.num_experts, bias=False, device=device, dtype=dtype)
-        self.experts = Experts(width, config, device=device, dtype=dtype)
+        num_local = None if expert_parallel is None else expert_parallel.num_local_experts
+        self.experts = Experts(width, config, num_local=num_local, device=device, dtype=dtype)
         self.shared = (
             Mlp(width, config.num_shared_experts * config.expert_width, device=device, dtype=dtype)
             if config.num_shared_experts
@@ -108,9 +138,18 @@ class Moe(nn.Module):
 
         Those are [3], unweighted, and there with gradients alone: in training mode, or as `placement` says.
         """
+        routing = self.route(x_TD, placement)
+        if onto_TD is None or self.shared is None:
+            out_TD = self.mix(x_TD, routing, self.shared)
+            return out_TD if onto_TD is None else onto_TD.add_(out_TD), routing.terms_3
+        onto_TD.add_(self.mix(x_TD, routing, None))
+        return self.shared(x_TD, onto_TD), routing.terms_3
+
+    def route(self, x_TD: Tensor, placement: Placement) -> Routing:
+        """Choose each token's experts and drop what is over capacity."""
         config = self.config
         logits_TE = gate_logits(x_TD, self.gate.weight)
-        idx_TK, weight_TK, terms_3 = self._route(logits_TE, placement)
+        idx_TK, weight_TK, terms_3 = self._choose(logits_TE, placement)
         if placement.never_dropped_T is not None and config.capacity_factor is not None:
             idx_TK = drop_over_capacity(
                 idx_TK,
@@ -119,15 +158,22 @@ class Moe(nn.Module):
                 capacity_factor=config.capacity_factor,
                 never_dropped_T=placement.never_dropped_T,
             )
-        handle = ops.moe_permute_maps(idx_TK, num_experts=config.num_experts)
-        out_TD = ops.moe_unpermute(self.experts(x_TD, handle), weight_TK, handle)
-        if onto_TD is not None:
-            out_TD = onto_TD.add_(out_TD)
-        if self.shared is None:
-            return out_TD, terms_3
-        if onto_TD is not None:
-            return self.shared(x_TD, out_TD), terms_3
-        return out_TD + self.shared(x_TD), terms_3
+        return Routing(idx_TK=idx_TK, weight_TK=weight_TK, terms_3=terms_3)
+
+    def mix(self, x_TD: Tensor, routing: Routing, shared: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """The routed experts' sum for each token, plus `shared` of it, computed while the tokens travel."""
+        group = self.expert_parallel
+        if group is None:
+            handle = ops.moe_permute_maps(routing.idx_TK, num_experts=self.config.num_experts)
+            out_TD = ops.moe_unpermute(self.experts(x_TD, handle), routing.weight_TK, handle)
+            return out_TD if shared is None else out_TD + shared(x_TD)
+        outward = group.start_dispatch(x_TD, routing.idx_TK, routing.weight_TK)
+        shared_TD = None if shared is None else shared(x_TD)
+        x_SD, dispatched = outward.wait()
+        y_MD = self.experts(x_SD, dispatched.maps)
+        y_SD = ops.moe_unpermute(y_MD, dispatched.weight_SK, dispatched.maps)
+        out_TD = group.start_combine(y_SD, dispatched).wait()
+        return out_TD if shared_TD is None else out_TD + shared_TD
 
     def _affinity(self, logits_TE: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The chosen experts' probabilities, or a multiple that orders all choices in the same way."""
@@ -137,7 +183,7 @@ class Moe(nn.Module):
             return weight_TK
         return logits_TE.softmax(dim=-1).gather(1, idx_TK.long())
 
-    def _route(self, logits_TE: Tensor, placement: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _choose(self, logits_TE: Tensor, placement: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
         config = self.config
         balance = config.balance
         is_weighted = max(balance.expert, balance.device, balance.communication) > 0

@@ -1,19 +1,23 @@
 """The decoder of both families: pre-norm blocks of attention and an MLP or experts, then norm and head."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dscoder import ops
 from dscoder.config import GqaConfig, ModelConfig
+from dscoder.config.parallel import Recompute
 from dscoder.models.attention import GqaAttention
 from dscoder.models.cache import Cache
 from dscoder.models.init import init_weights
 from dscoder.models.mla import LatentAttention
 from dscoder.models.mlp import Mlp
-from dscoder.models.moe import Moe
+from dscoder.models.moe import Moe, Routing, count_choices
 from dscoder.models.norm import RMSNorm
 from dscoder.models.placement import Placement, place
+from dscoder.models.recompute import recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +27,8 @@ class Features:
     hidden_BSD: Tensor  # after the final norm
     balance: Tensor  # float32 scalar, weighted and summed over layers; 0 unless trained, with experts
     balance_terms_3: Tensor | None  # unweighted expert, device, communication; mean over layers; detached
+    # int32, in training mode: choices by layer with experts and expert; what is missing from T * K is dropped
+    loads_LE: Tensor | None = None
 
 
 class Layer(nn.Module):
@@ -33,10 +39,12 @@ class Layer(nn.Module):
         config: ModelConfig,
         *,
         layer_idx: int,
+        expert_parallel: ops.ExpertParallel | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.recompute: Recompute = "none"  # may be changed at any time
         width, attention = config.width, config.attention
         self.attention_norm = RMSNorm(width, eps=config.norm_eps, device=device, dtype=dtype)
         self.attention: GqaAttention | LatentAttention
@@ -50,21 +58,53 @@ class Layer(nn.Module):
         self.is_moe = config.is_moe_layer(layer_idx)
         if self.is_moe:
             assert config.moe is not None
-            self.moe = Moe(width, config.moe, device=device, dtype=dtype)
+            self.moe = Moe(width, config.moe, expert_parallel=expert_parallel, device=device, dtype=dtype)
         else:
             self.mlp = Mlp(width, config.mlp_width, device=device, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
-        """x_TD -> [T, D], and the balance terms [3] of its experts, if any; in place with a cache."""
+    def forward(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x_TD -> [T, D], in place with a cache; and the balance terms [3] and loads [E] of its experts."""
         if placement.cache is not None:
             self._add_to(x_TD, placement)
-            return x_TD, None
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), placement)
-        normed_TD = self.mlp_norm(x_TD)
+            return x_TD, None, None
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._run(x_TD, placement)
+        if self.recompute == "selective" and self.is_moe:
+            return self._run_keeping_experts(x_TD, placement)
+        during = self.moe.experts.while_recomputed if self.is_moe else nullcontext
+        return recomputed(lambda x_TD: self._run(x_TD, placement), x_TD, during=during)
+
+    def _run(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x_TD, normed_TD = self._attend(x_TD, placement)
         if not self.is_moe:
-            return x_TD + self.mlp(normed_TD), None
-        out_TD, terms_3 = self.moe(normed_TD, placement)
-        return x_TD + out_TD, terms_3
+            return x_TD + self.mlp(normed_TD), None, None
+        routing = self.moe.route(normed_TD, placement)
+        out_TD = x_TD + self.moe.mix(normed_TD, routing, self.moe.shared)
+        return out_TD, routing.terms_3, self._loads(routing)
+
+    def _run_keeping_experts(
+        self, x_TD: Tensor, placement: Placement
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `_run`; what the routed experts computed is kept, the rest is computed again for gradients."""
+        moe = self.moe
+
+        def until_routed(x_TD: Tensor) -> tuple[Tensor, Tensor, Routing]:
+            x_TD, normed_TD = self._attend(x_TD, placement)
+            return x_TD, normed_TD, moe.route(normed_TD, placement)
+
+        x_TD, normed_TD, routing = recomputed(until_routed, x_TD)
+        shared = moe.shared
+        again = None if shared is None else lambda x_TD: recomputed(shared, x_TD)
+        out_TD = x_TD + moe.mix(normed_TD, routing, again)
+        return out_TD, routing.terms_3, self._loads(routing)
+
+    def _attend(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and what the MLP or the experts read of it."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), placement)
+        return x_TD, self.mlp_norm(x_TD)
+
+    def _loads(self, routing: Routing) -> Tensor | None:
+        return count_choices(routing.idx_TK, self.moe.config.num_experts) if self.training else None
 
     def _add_to(self, x_TD: Tensor, placement: Placement) -> None:
         self.attention(self.attention_norm(x_TD), placement, x_TD)
@@ -78,13 +118,15 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """DeepSeek-Coder (v1) or DeepSeek-Coder-V2, as `config` says.
 
-    Off the meta device the weights start as `init_weights(self, seed=0)`.
+    Off the meta device the weights start as `init_weights(self, seed=0)`. With `expert_parallel` every layer
+    holds this rank's experts alone, and every rank of that group must run every forward, if with no tokens.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
+        expert_parallel: ops.ExpertParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,7 +138,7 @@ class Transformer(nn.Module):
             torch.empty(config.vocab_size, config.width, device=place_on, dtype=dtype), freeze=False
         )
         self.layers = nn.ModuleList(
-            Layer(config, layer_idx=layer_idx, device=place_on, dtype=dtype)
+            Layer(config, layer_idx=layer_idx, expert_parallel=expert_parallel, device=place_on, dtype=dtype)
             for layer_idx in range(config.num_layers)
         )
         self.norm = RMSNorm(config.width, eps=config.norm_eps, device=place_on, dtype=dtype)
@@ -153,12 +195,14 @@ class Transformer(nn.Module):
             has_balance=has_balance,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            hidden_BSD, layer_terms = self._run_layers(tokens_BS, placement)
+            hidden_TD, layer_terms, layer_loads = self.run_layers(tokens_BS, placement)
+        hidden_BSD = hidden_TD.view(*tokens_BS.shape, self.config.width)
         if cache is not None and placement.append is not None:
             cache.commit(placement.append)
+        loads_LE = torch.stack(layer_loads) if layer_loads else None
         if moe is None or not layer_terms:
             zero = torch.zeros((), device=hidden_BSD.device)
-            return Features(hidden_BSD=hidden_BSD, balance=zero, balance_terms_3=None)
+            return Features(hidden_BSD=hidden_BSD, balance=zero, balance_terms_3=None, loads_LE=loads_LE)
         by_layer = torch.stack(layer_terms)
         total_3 = by_layer.sum(dim=0)
         weights = moe.balance
@@ -168,14 +212,20 @@ class Transformer(nn.Module):
             + total_3[1] * weights.device
             + total_3[2] * weights.communication,
             balance_terms_3=by_layer.detach().mean(dim=0),
+            loads_LE=loads_LE,
         )
 
-    def _run_layers(self, tokens_BS: Tensor, placement: Placement) -> tuple[Tensor, list[Tensor]]:
-        """hidden_BSD after the last norm, and the balance terms of each layer that has some."""
+    def run_layers(
+        self, tokens_BS: Tensor, placement: Placement
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """hidden_TD after the last norm, and the balance terms and loads of each layer that has some."""
         x_TD = self.embed(tokens_BS).flatten(0, 1)
         layer_terms: list[Tensor] = []
+        layer_loads: list[Tensor] = []
         for layer in self.layers:
-            x_TD, terms_3 = layer(x_TD, placement)
+            x_TD, terms_3, loads_E = layer(x_TD, placement)
             if terms_3 is not None:
                 layer_terms.append(terms_3)
-        return self.norm(x_TD).view(*tokens_BS.shape, self.config.width), layer_terms
+            if loads_E is not None:
+                layer_loads.append(loads_E)
+        return self.norm(x_TD), layer_terms, layer_loads

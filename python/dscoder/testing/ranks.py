@@ -5,6 +5,7 @@ The processes are forked from one server that has imported torch once, so that s
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -48,9 +49,10 @@ def _rank_main(
     torch.set_num_threads(1)
     rank = int(variables["RANK"])
     try:
-        results.put((rank, function(*arguments), ""))
+        # Bytes: a tensor would go as a file of this process, which may end before it is opened.
+        results.put((rank, pickle.dumps(function(*arguments)), ""))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        results.put((rank, pickle.dumps(None), traceback.format_exc()))
         raise
     finally:
         results.close()
@@ -109,8 +111,8 @@ def _read(results: Any, values: dict[int, Any], errors: dict[int, str], *, wait:
     """Take what has come in; wait so long for the first."""
     try:
         while True:
-            rank, values_of_rank, error = results.get(timeout=wait)
-            values[rank], errors[rank] = values_of_rank, error
+            rank, value, error = results.get(timeout=wait)
+            values[rank], errors[rank] = pickle.loads(value), error
     except queue.Empty:
         return
 
