@@ -55,7 +55,7 @@ class Choices:
 class Spread:
     """Rows that arrived, one a slot. With choices: theirs, else None."""
 
-    x_SD: Tensor  # rows of slots without a token are of no meaning, but finite
+    x_SD: Tensor  # anything in slots that no token has
     idx_SK: Tensor | None  # int32, local expert; -1: dropped, another rank's, or no token in this slot
     weight_SK: Tensor | None  # float32
 

@@ -119,7 +119,7 @@ class ExpertParallel:
         """`hidden`: width of a token; `max_tokens`: the most that a rank brings to one dispatch."""
         options = ExchangeOptions() if options is None else options
         self.rank, self.num_ranks = process_group.rank(), process_group.size()
-        self.device = options.device or _default_device(process_group)
+        self.device = _device_of(process_group, options)
         self.exact = self.device.type != "cuda" if options.exact is None else options.exact
         self._sizes = ExchangeSizes(
             rank=self.rank,
@@ -186,8 +186,8 @@ class ExpertParallel:
             A travel whose wait gives (x_SD, handle): a token's row once in the slot it has here, whatever
             number of this rank's experts it chose. `moe_experts(x_SD, ..., handle.maps)` and
             `moe_unpermute(y_MD, handle.weight_SK, handle.maps)` take it from there, `start_combine` sends
-            the result back. Differentiable in x and weight, once. Rows of slots that no token has are of no
-            meaning; the maps leave them out.
+            the result back. Differentiable in x and weight, once. Slots that no token has hold anything, NaN
+            too, and no map names them.
         """
         arrive = self._start(x_TD, idx_TK, weight_TK)
 
@@ -202,7 +202,7 @@ class ExpertParallel:
         """Starts sending rows of slots back to their tokens; the wait gives out_TD, their sum over ranks.
 
         No weights: `moe_unpermute` has applied them. Summed in float32 in the order of the ranks, rounded
-        once. Differentiable in y, once; slots that no token has get a gradient of zero.
+        once. Differentiable in y, once; as x_SD the gradient means nothing in slots that no token has.
         """
         _check_handle(handle)
         op = f"{OP} combine"
@@ -250,15 +250,19 @@ class ExpertParallel:
         check_tensor(op, "weight", weight_TK, num_dims=2, dtypes=(torch.float32,))
         check_shape(op, "weight", weight_TK, (num_tokens, sizes.num_topk))
         check_devices(op, x=x_TD, idx=idx_TK, weight=weight_TK)
-        if x_TD.device.type != self.device.type:
+        if x_TD.device != self.device:
             raise ValueError(f"{op}: x must be on {self.device}, got {x_TD.device}")
 
 
-def _default_device(process_group: ProcessGroup) -> torch.device:
-    """The GPU that NCCL would use, or the CPU where the group has no NCCL."""
-    if "nccl" in str(dist.get_backend_config(process_group)):
+def _device_of(process_group: ProcessGroup, options: ExchangeOptions) -> torch.device:
+    """As asked for, else the GPU that NCCL would use, or the CPU where the group has no NCCL."""
+    device = options.device
+    if device is None:
+        has_nccl = "nccl" in str(dist.get_backend_config(process_group))
+        device = torch.device("cuda" if has_nccl else "cpu")
+    if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return device
 
 
 def _check_sizes(sizes: ExchangeSizes) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 OP = "expert_parallel"
 _PREFIX = f"dscoder/{OP}"
-_PATIENCE = 5.0  # seconds in which a rank that lives leaves its mark after a failure
+PATIENCE = 5.0  # seconds in which a rank that lives leaves its mark after a failure
 _POLL = 0.05  # seconds between two looks
 
 
@@ -74,7 +74,7 @@ class RollCall:
         """
         keys = [f"{self._key}/alive/{rank}" for rank in range(self.num_ranks)]
         self._store.set(keys[self.rank], "")
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while True:
             absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             if not absent or time.monotonic() > deadline:
@@ -91,7 +91,7 @@ class RollCall:
                 f" (by default global rank 0 serves it): {error}; {broken}",
                 rank=self.rank,
             )
-        found = f"{self.names(lost)} did not answer for {_PATIENCE:g} s" if lost else "every rank answers"
+        found = f"{self.names(lost)} did not answer for {PATIENCE:g} s" if lost else "every rank answers"
         return ExchangeError(
             f"{OP}: rank {self.rank} failed in {doing}; {found}: {error}",
             rank=self.rank,

@@ -1,0 +1,186 @@
+"""What an exchange refuses, its routes, and a group of one rank, all in this process."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dscoder import ops
+from dscoder.ops.exchange_transport import find_slots
+from dscoder.testing.compare import assert_close, assert_same
+
+NUM_EXPERTS, HIDDEN, MAX_TOKENS, NUM_TOPK = 4, 6, 5, 2
+SIZES = {
+    **{"num_experts": NUM_EXPERTS, "hidden": HIDDEN, "max_tokens": MAX_TOKENS, "num_topk": NUM_TOPK},
+    "dtype": torch.float32,
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ProcessGroup]:
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def group(alone: ProcessGroup) -> ops.ExpertParallel:
+    return ops.ExpertParallel(alone, **SIZES)
+
+
+def inputs(num_tokens: int = 3) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(num_tokens, HIDDEN, generator=rng),
+        "idx": torch.randint(0, NUM_EXPERTS, (num_tokens, NUM_TOPK), generator=rng, dtype=torch.int32),
+        "weight": torch.rand(num_tokens, NUM_TOPK, generator=rng),
+    }
+
+
+def test_one_rank_keeps_its_tokens_and_has_all_experts(group: ops.ExpertParallel) -> None:
+    assert (group.rank, group.num_ranks, group.first_expert, group.num_local_experts) == (
+        0,
+        1,
+        0,
+        NUM_EXPERTS,
+    )
+    assert (group.transport, group.exact, group.device) == ("collective", True, torch.device("cpu"))
+    given_ = inputs()
+    x_SD, handle = group.start_dispatch(*given_.values()).wait()
+    for found, wanted in ((x_SD, "x"), (handle.idx_SK, "idx"), (handle.weight_SK, "weight")):
+        assert_same(found, given_[wanted])
+    assert_same(group.start_combine(x_SD, handle).wait(), given_["x"])
+    x_MD, offsets_E, handle = group.dispatch(*given_.values())
+    wanted_MD, maps = ops.moe_permute(given_["x"], given_["idx"], num_experts=NUM_EXPERTS)
+    assert_same(x_MD, wanted_MD)
+    assert_same(offsets_E, maps.offsets_E)
+    wanted_TD = ops.moe_unpermute(x_MD, given_["weight"], maps)
+    assert_close(group.combine(x_MD, handle), wanted_TD)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(3, HIDDEN).half()}, TypeError, "x must be float32, got float16"),
+        ({"x": torch.zeros(3)}, ValueError, r"x must have 2 dimensions, got shape \(3,\)"),
+        ({"x": torch.zeros(3, 5)}, ValueError, r"x must have shape \(3, 6\), got \(3, 5\)"),
+        ({"idx": torch.zeros(3, NUM_TOPK).long()}, TypeError, "idx must be int32, got int64"),
+        ({"idx": torch.zeros(2, NUM_TOPK).int()}, ValueError, r"idx must have shape \(3, 2\), got \(2, 2\)"),
+        ({"idx": torch.zeros(3, 3).int()}, ValueError, r"idx must have shape \(3, 2\), got \(3, 3\)"),
+        ({"weight": torch.zeros(3, NUM_TOPK).double()}, TypeError, "weight must be float32, got float64"),
+        ({"weight": torch.zeros(3, 1)}, ValueError, r"weight must have shape \(3, 2\), got \(3, 1\)"),
+        (
+            {"idx": torch.zeros(3, NUM_TOPK, dtype=torch.int32, device="meta")},
+            ValueError,
+            "idx must be on cpu like x, got meta",
+        ),
+        (inputs(MAX_TOKENS + 1), ValueError, "number of tokens must be <= 5, got 6"),
+        (
+            {name: part.to("meta") for name, part in inputs().items()},
+            ValueError,
+            "x must be on cpu, got meta",
+        ),
+    ],
+)
+def test_wrong_tokens_are_named(
+    group: ops.ExpertParallel, changed: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^expert_parallel dispatch: {message}$"):
+        group.dispatch(*(inputs() | changed).values())
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.zeros(3, HIDDEN).half(), TypeError, "y must be float32, got float16"),
+        (torch.zeros(2, HIDDEN), ValueError, r"y must have shape \(3, 6\), got \(2, 6\)"),
+        (torch.zeros(3, 5), ValueError, r"y must have shape \(3, 6\), got \(3, 5\)"),
+        (torch.zeros(3, HIDDEN, device="meta"), ValueError, "y must be on cpu like idx, got meta"),
+    ],
+)
+def test_wrong_rows_are_named(
+    group: ops.ExpertParallel, y: Tensor, error: type[Exception], message: str
+) -> None:
+    _, handle = group.start_dispatch(*inputs().values()).wait()
+    with pytest.raises(error, match=f"^expert_parallel combine: {message}$"):
+        group.start_combine(y, handle)
+
+
+def test_a_foreign_handle_is_named(group: ops.ExpertParallel) -> None:
+    maps = ops.moe_permute_maps(inputs()["idx"], num_experts=NUM_EXPERTS)
+    handle: Any = maps
+    with pytest.raises(
+        TypeError, match=r"^expert_parallel combine: handle must be a DispatchHandle, got Perm"
+    ):
+        group.combine(torch.zeros(6, HIDDEN), handle)
+
+
+def test_a_travel_is_waited_for_once(group: ops.ExpertParallel) -> None:
+    travel = group.start_dispatch(*inputs().values())
+    travel.wait()
+    with pytest.raises(RuntimeError, match=r"^expert_parallel: wait must be called once, got a second call$"):
+        travel.wait()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"num_experts": 0}, ValueError, "num_experts must be >= 1, got 0"),
+        ({"hidden": 0}, ValueError, "hidden must be >= 1, got 0"),
+        ({"max_tokens": 0}, ValueError, "max_tokens must be >= 1, got 0"),
+        ({"num_topk": 0}, ValueError, "num_topk must be >= 1, got 0"),
+        ({"num_topk": 2.0}, TypeError, "num_topk must be int, got float"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be float32 or bfloat16 or .*, got torch.int32"),
+    ],
+)
+def test_wrong_sizes_are_named(
+    alone: ProcessGroup, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^expert_parallel: {message}$"):
+        ops.ExpertParallel(alone, **{**SIZES, **changed})
+
+
+def test_experts_that_ranks_cannot_share_evenly_are_refused() -> None:
+    three: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 3)
+    options = ops.ExchangeOptions(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"num_experts must be a multiple of the group's 3 ranks, got 4$"):
+        ops.ExpertParallel(three, **SIZES, options=options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"transport": "ring"}, "transport must be one of auto, peer, collective, got 'ring'"),
+        ({"timeout": 0.0}, "timeout must be > 0, got 0.0"),
+    ],
+)
+def test_wrong_options_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ops.ExchangeOptions(**fields)
+
+
+@given(st.data())
+def test_slots_number_the_tokens_of_each_rank(data: st.DataObject) -> None:
+    num_ranks, num_local = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    num_experts, num_topk = num_ranks * num_local, data.draw(st.integers(1, 4))
+    expert = st.integers(-2, num_experts + 1) | st.sampled_from([-(2**31), 2**31 - 1])
+    choices = data.draw(st.lists(st.lists(expert, min_size=num_topk, max_size=num_topk), max_size=6))
+    idx_TK = torch.tensor(choices, dtype=torch.int32).view(len(choices), num_topk)
+    slot_TR, counts_R = find_slots(idx_TK, num_experts=num_experts, num_ranks=num_ranks)
+    for rank in range(num_ranks):
+        own = range(rank * num_local, (rank + 1) * num_local)
+        goes = [any(expert in own for expert in token) for token in choices]
+        wanted = [sum(goes[:token]) if goes[token] else -1 for token in range(len(choices))]
+        assert slot_TR[:, rank].tolist() == wanted
+        assert int(counts_R[rank]) == sum(goes)
+    assert slot_TR.dtype == counts_R.dtype == torch.int32
