@@ -27,7 +27,7 @@ def reference(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.
 def test_loss_and_gradients_are_those_of_whole_logits(
     num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 4)
     hidden_TD, weight_VD, labels_T = case(num_tokens)
     ours = cross_entropy_sum(hidden_TD, weight_VD, labels_T)
     theirs = reference(hidden_TD, weight_VD, labels_T)
@@ -71,7 +71,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_token_losses_add_up_to_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 4)
     hidden_TD, weight_VD, labels_T = case(13)
     losses_T = token_losses(hidden_TD, weight_VD, labels_T)
     assert not losses_T[labels_T == IGNORED].any()

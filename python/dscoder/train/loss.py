@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dscoder.data.loader import IGNORED
 
-_CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 2048  # whose logits exist at once
 
 
 def _logits_gradient(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_gradient_VD = (
             torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
-        for start in range(0, len(hidden_TD), _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
+        for start in range(0, len(hidden_TD), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
             chunk_TD = hidden_TD[rows]
             loss, gradient_TV = _logits_gradient((chunk_TD @ weight_VD.T).float(), labels_T[rows])
             total += loss
@@ -81,8 +81,8 @@ def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) ->
 def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """-log p(label) of each position in float32, 0 where the label is IGNORED: [T]."""
     parts = []
-    for start in range(0, len(hidden_TD), _CHUNK_TOKENS):
-        rows = slice(start, start + _CHUNK_TOKENS)
+    for start in range(0, len(hidden_TD), CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
         logits_TV = (hidden_TD[rows] @ weight_VD.T).float()
         parts.append(F.cross_entropy(logits_TV, labels_T[rows], ignore_index=IGNORED, reduction="none"))
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)

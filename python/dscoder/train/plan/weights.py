@@ -1,0 +1,104 @@
+"""How many parameters of each layer a rank holds, gathers and sums gradients of.
+
+The shapes are those of the model itself, built on the meta device, so that they cannot differ from it.
+A rank of n holds ceil(rows / n) rows of a parameter; the first rank, which is told of here, always holds the
+most. Stacks of experts are divided by experts, or along their rows where only those divide evenly.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dscoder.config import ModelConfig
+from dscoder.models import Transformer
+from dscoder.train.plan.layout import Layout
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERTS = ".moe.experts."
+_ROOT = -1
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """What is gathered and freed together: a layer, or (the root) all that is in none."""
+
+    dense: tuple[Shape, ...]
+    experts: tuple[Shape, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKind:
+    """Layers that are alike."""
+
+    first_idx: int  # of these layers
+    count: int
+    unit: Unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The parameters of a model by unit."""
+
+    root: Unit
+    kinds: tuple[LayerKind, ...]
+
+    def sum_over(self, numel: Callable[[Unit], int]) -> int:
+        """`numel` of the root and of every layer, added up."""
+        return numel(self.root) + sum(kind.count * numel(kind.unit) for kind in self.kinds)
+
+
+def weights_of(model: ModelConfig) -> Weights:
+    """The shapes of all parameters; a table that is the head too stands once."""
+    shapes: dict[int, tuple[list[Shape], list[Shape]]] = {}
+    for name, parameter in Transformer(model, device="meta").named_parameters():
+        found = _LAYER.match(name)
+        dense, experts = shapes.setdefault(int(found[1]) if found else _ROOT, ([], []))
+        (experts if _EXPERTS in name else dense).append(tuple(parameter.shape))
+    units = {
+        idx: Unit(dense=tuple(dense), experts=tuple(experts)) for idx, (dense, experts) in shapes.items()
+    }
+    root = units.pop(_ROOT)
+    alike: dict[Unit, list[int]] = {}
+    for idx, unit in sorted(units.items()):
+        alike.setdefault(unit, []).append(idx)
+    kinds = (LayerKind(first_idx=idxs[0], count=len(idxs), unit=unit) for unit, idxs in alike.items())
+    return Weights(root=root, kinds=tuple(kinds))
+
+
+def _held(shape: Shape, num_shards: int, dim: int = 0) -> int:
+    return -(-shape[dim] // num_shards) * math.prod(shape) // shape[dim]
+
+
+def _expert_shard_dim(shape: Shape, num_shards: int) -> int:
+    return 1 if shape[0] % num_shards and shape[1] % num_shards == 0 else 0
+
+
+def _local(unit: Unit, layout: Layout) -> list[Shape]:
+    """The experts of one rank of an expert group, before they are sharded."""
+    return [(rows // layout.expert, *rest) for rows, *rest in unit.experts]
+
+
+def dense_numel(unit: Unit) -> int:
+    """Elements of a unit's dense and shared parameters, whole."""
+    return sum(math.prod(shape) for shape in unit.dense)
+
+
+def local_experts_numel(unit: Unit, layout: Layout) -> int:
+    """Elements of the routed experts of a unit that one rank computes with."""
+    return sum(math.prod(shape) for shape in _local(unit, layout))
+
+
+def gathered_numel(unit: Unit, layout: Layout) -> int:
+    """Elements that a rank has in memory while it computes the unit."""
+    return dense_numel(unit) + local_experts_numel(unit, layout)
+
+
+def held_numel(unit: Unit, layout: Layout) -> int:
+    """Elements of the unit that the first rank holds for good."""
+    held = sum(_held(shape, layout.shard) for shape in unit.dense)
+    for shape in _local(unit, layout):
+        held += _held(shape, layout.expert_shard, _expert_shard_dim(shape, layout.expert_shard))
+    return held
