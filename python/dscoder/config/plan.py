@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dscoder.config.parallel import Recompute
+
 _BYTES = {
     "B": 1,
     "KB": 10**3,
@@ -83,7 +85,7 @@ class PlanConfig:
     batch_tokens: str | None = None  # the same in tokens, such as 4M
     tokens: str | None = None  # of the whole run, such as 10.2T; its cost is told
     precision: Literal["fp32", "bf16", "bf16_stochastic"] = "bf16"
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: Recompute | None = None
     micro: int | None = None  # windows that a GPU computes at once
     expert: int | None = None  # ranks that hold different experts
     replicate: int | None = None  # whole copies of the sharded model

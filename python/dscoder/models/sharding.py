@@ -4,7 +4,7 @@ Every layer is a unit that is gathered when it runs; its routed experts are one 
 that hold the same experts; embedding, norm and head are the last. Gradients are sums over ranks, in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +42,8 @@ def _fsdp_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return mesh[name] if mesh.size(0) == 1 else mesh["replicate", name]
 
 
-def _expert_shard_dim(shape: torch.Size, num_shards: int) -> int:
-    """Experts one by one where they divide evenly, else their rows where those do: then no rank is idle."""
+def expert_shard_dim(shape: Sequence[int], num_shards: int) -> int:
+    """Where to cut a stack: by experts if they divide evenly, else by rows if those do, so that none is idle."""
     return 1 if shape[0] % num_shards and shape[1] % num_shards == 0 else 0
 
 
@@ -70,7 +70,7 @@ def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: P
                 mesh=_fsdp_mesh(mesh.expert_devices, "expert_shard"),
                 mp_policy=policy,
                 reshard_after_forward=reshards,
-                shard_placement_fn=lambda weight: Shard(_expert_shard_dim(weight.shape, mesh.expert_shard)),
+                shard_placement_fn=lambda weight: Shard(expert_shard_dim(weight.shape, mesh.expert_shard)),
             )
             if reshards:
                 layer.moe.experts.while_recomputed = partial(_staying_gathered, experts)

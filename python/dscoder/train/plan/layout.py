@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import get_args
 
 from dscoder.config import ModelConfig
-from dscoder.config.parallel import ParallelConfig, check_experts_divide
+from dscoder.config.parallel import ParallelConfig, Recompute, check_experts_divide
 
-Recompute = Literal["none", "selective", "full"]
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 _LARGEST_MICRO = 16  # windows; kernels are as good with fewer
 

@@ -44,7 +44,7 @@ class Group:
         return max(1, min(self.size, self.per_node // self.stride))
 
     def gather(self, num_bytes: float) -> Traffic:
-        """Of putting together `num_bytes` that lie in parts over the group, or of summing as many into parts."""
+        """Of putting `num_bytes` together from parts on every rank, or of summing as many into parts."""
         network = num_bytes * (1 - self.on_node / self.size) / self.on_node
         return Traffic(link=num_bytes * (1 - 1 / self.size) - network, network=network)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dscoder.config import ModelConfig
 from dscoder.models import Transformer
+from dscoder.models.sharding import expert_shard_dim
 from dscoder.train.plan.layout import Layout
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -72,10 +73,6 @@ def _held(shape: Shape, num_shards: int, dim: int = 0) -> int:
     return -(-shape[dim] // num_shards) * math.prod(shape) // shape[dim]
 
 
-def _expert_shard_dim(shape: Shape, num_shards: int) -> int:
-    return 1 if shape[0] % num_shards and shape[1] % num_shards == 0 else 0
-
-
 def _local(unit: Unit, layout: Layout) -> list[Shape]:
     """The experts of one rank of an expert group, before they are sharded."""
     return [(rows // layout.expert, *rest) for rows, *rest in unit.experts]
@@ -100,5 +97,5 @@ def held_numel(unit: Unit, layout: Layout) -> int:
     """Elements of the unit that the first rank holds for good."""
     held = sum(_held(shape, layout.shard) for shape in unit.dense)
     for shape in _local(unit, layout):
-        held += _held(shape, layout.expert_shard, _expert_shard_dim(shape, layout.expert_shard))
+        held += _held(shape, layout.expert_shard, expert_shard_dim(shape, layout.expert_shard))
     return held
