@@ -113,6 +113,18 @@ def launched_ranks() -> int:
     return 1 if launch is None else int(launch["WORLD_SIZE"])
 
 
+def launched_rank() -> int:
+    """Which of them this process is; 0 without torchrun."""
+    launch = _launch()
+    return 0 if launch is None else int(launch["RANK"])
+
+
+def set_launch(*, rank: int, world_size: int, host: str, port: int) -> None:
+    """Tell this process what torchrun would, where something else started it; all ranks on one machine."""
+    values = (rank, world_size, rank, world_size, host, port)
+    os.environ.update(zip((*_RANK_VARIABLES, *_STORE_VARIABLES), map(str, values), strict=True))
+
+
 def check_world(*, world_size: int, expert: int, replicate: int) -> None:
     """ValueError unless `world_size` ranks can be laid out with these sizes."""
     if expert < 1 or replicate < 1:

@@ -4,7 +4,6 @@ The processes are forked from one server that has imported torch once, so that s
 """
 
 import multiprocessing
-import os
 import pickle
 import queue
 import socket
@@ -16,9 +15,11 @@ from typing import Any
 
 import torch
 
+from dscoder.runtime.mesh import set_launch
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _POLL = 0.1  # seconds
-_PRELOADED = ["dscoder.testing.ranks", "dscoder.models"]  # 3 s of imports that each rank would repeat
+_PRELOADED = ["dscoder.testing.ranks", "dscoder.models.sharding"]  # 3 s of imports that each rank would repeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,14 @@ def free_port() -> int:
 
 
 def _rank_main(
-    results: Any, variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+    results: Any,
+    place: tuple[int, int, int],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(variables)
+    rank, num_ranks, port = place
+    set_launch(rank=rank, world_size=num_ranks, host="127.0.0.1", port=port)
     torch.set_num_threads(1)
-    rank = int(variables["RANK"])
     try:
         # Bytes: a tensor would go as a file of this process, which may end before it is opened.
         results.put((rank, pickle.dumps(function(*arguments)), ""))
@@ -72,16 +76,10 @@ def end_ranks(
     port = free_port()
     processes = []
     for rank in range(num_ranks):
-        variables = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
         process = _CONTEXT.Process(
-            target=_rank_main, args=(results, variables, function, arguments), name=f"rank {rank}"
+            target=_rank_main,
+            args=(results, (rank, num_ranks, port), function, arguments),
+            name=f"rank {rank}",
         )
         process.start()
         processes.append(process)
