@@ -1,6 +1,5 @@
 """A sharded model computes what the whole one computes, whatever the layout."""
 
-from dataclasses import replace
 
 import pytest
 import torch

@@ -12,13 +12,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dscoder.runtime.heartbeat import CommunicationError
+
 OP = "expert_parallel"
 _PREFIX = f"dscoder/{OP}"
 PATIENCE = 5.0  # seconds in which a rank that lives leaves its mark after a failure
 _POLL = 0.05  # seconds between two looks
 
 
-class ExchangeError(RuntimeError):
+class ExchangeError(CommunicationError):
     """An exchange that did not end: a rank is gone, or a wait lasted too long.
 
     Ranks count within the expert-parallel group; what is not known is None.
