@@ -10,30 +10,61 @@ from dscoder.config.train import OptimizerConfig
 from dscoder.models import Transformer, count_parameters, init_weights, materialise
 from dscoder.testing.tiny_run import TINY_MOE
 from dscoder.train import memory
-from dscoder.train.memory import require_memory, state_bytes
+from dscoder.train.memory import RankShare, require_memory, state_bytes
 from dscoder.train.optimizer import MasterAdamW
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_reckoning_is_what_a_run_holds(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "has_masters"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "bf16", "bf16_stochastic"],
+)
+def test_the_reckoning_is_what_a_run_holds(dtype: torch.dtype, has_masters: bool) -> None:
     model = Transformer(TINY_MOE, device="meta")
     materialise(model, dtype=dtype, device=CPU)
     init_weights(model, seed=0)
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    optimizer = MasterAdamW(model, OptimizerConfig(), rounding_seed=None if has_masters else 0)
     model(torch.zeros(1, 8, dtype=torch.long)).float().sum().backward()
-    need = state_bytes(count_parameters(TINY_MOE).total, dtype)
+    need = state_bytes(count_parameters(TINY_MOE).total, dtype, has_masters=has_masters)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     counters = sum(moment.nbytes for name, moment in optimizer.moments.items() if name.endswith(".step"))
     state = sum(tensor.nbytes for tensor in optimizer.state().values()) - counters
-    gradients = [master.grad for master in optimizer.masters.values() if master.grad is not None]
-    assert len(gradients) == len(optimizer.masters)
+    gradients = optimizer.gradients()
+    assert gradients.keys() == dict(model.named_parameters()).keys()
     assert need.weights == weights
-    assert need.gradients == sum(gradient.nbytes for gradient in gradients)
+    assert need.gradients == sum(gradient.nbytes for gradient in gradients.values())
     assert need.checkpoint == state
-    # In float32 the masters are the weights themselves.
-    assert need.optimizer == state - (weights if dtype == torch.float32 else 0)
+    # The weights themselves are saved where they are the masters, or where there are none.
+    assert need.optimizer == state - (0 if has_masters and dtype != torch.float32 else weights)
+
+
+def test_doing_without_masters_saves_four_bytes_a_parameter() -> None:
+    held, saved = (
+        state_bytes(1000, torch.bfloat16, has_masters=has_masters) for has_masters in (True, False)
+    )
+    assert held.on_device - saved.on_device == 4000
+    assert held.checkpoint - saved.checkpoint == 2000
+
+
+def test_a_rank_needs_what_it_holds_and_a_host_what_its_ranks_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda:1")
+    share = RankShare(num_held=500_000_000, num_local_ranks=8)
+    need = state_bytes(500_000_000, torch.float32)
+    rooms = {"host": 8 * need.checkpoint, "device": need.on_device}
+    monkeypatch.setattr(memory, "host_memory", lambda: rooms["host"])
+    monkeypatch.setattr(memory, "device_memory", lambda device: rooms["device"])
+    require_memory(preset("v2_lite"), dtype=torch.float32, device=gpu, share=share)
+    rooms["host"] -= 1
+    with pytest.raises(ValueError, match="the host must have"):
+        require_memory(preset("v2_lite"), dtype=torch.float32, device=gpu, share=share)
+    rooms |= {"host": 8 * need.checkpoint, "device": need.on_device - 1}
+    with pytest.raises(ValueError, match="cuda:1 must have"):
+        require_memory(preset("v2_lite"), dtype=torch.float32, device=gpu, share=share)
+    monkeypatch.setattr(memory, "host_memory", lambda: 8 * (need.checkpoint + need.on_device) - 1)
+    with pytest.raises(ValueError, match="the host must have"):
+        require_memory(preset("v2_lite"), dtype=torch.float32, device=CPU, share=share)
 
 
 def test_a_model_that_cannot_fit_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """AdamW on masters: torch's own AdamW in float32, exact small steps in bfloat16."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -44,6 +45,54 @@ def test_float32_steps_are_torchs_own() -> None:
         reference.zero_grad()
     for mine, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, wanted)
+
+
+class Plain:
+    """What one process does, written out: gradients add up in float32, torch clips and moves the masters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        groups = [
+            {"params": [m for m in self.masters if decays(m)], "weight_decay": 0.1},
+            {"params": [m for m in self.masters if not decays(m)], "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def take_gradients(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is master:
+                continue
+            assert parameter.grad is not None
+            master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> torch.Tensor:
+        norm = nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+        return norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_one_process_every_bit_is_that_of_torch(dtype: torch.dtype) -> None:
+    ours, theirs = Toy(dtype), Toy(dtype)
+    optimizer, reference = MasterAdamW(ours, CONFIG), Plain(theirs)
+    for step in range(5):
+        for micro in range(3):
+            for model in (ours, theirs):
+                model.loss(0.01 * (step + micro + 1)).backward()
+            reference.take_gradients()
+        assert torch.equal(optimizer.clip(), reference.step(0.01))
+        optimizer.step(0.01)
+        for mine, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(mine, wanted)
 
 
 def test_decay_is_for_matrices_only() -> None:

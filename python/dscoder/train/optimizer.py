@@ -1,14 +1,23 @@
-"""AdamW on float32 masters.
+"""AdamW on float32 masters, or on bfloat16 weights that are rounded at random; on one process or sharded.
 
 In fp32 the masters are the parameters. In bf16 they are float32 copies: gradients of the bf16 parameters are
 added into float32 as they appear, AdamW moves the masters, and the parameters are their rounding
-(DeepSeek LLM section 2.4). Only the masters and AdamW's moments need to be saved.
+(DeepSeek LLM section 2.4). Only the masters and AdamW's moments need to be saved. With a seed for rounding
+there are no masters: see train/stochastic.py.
+
+Under a mesh all of it is done on a rank's own part of each parameter; only the norm of the gradients is a sum
+over ranks.
 """
 
 import torch
 from torch import Tensor, nn
 
 from dscoder.config.train import OptimizerConfig
+from dscoder.models.sharding import Part, is_counted, parts
+from dscoder.runtime.mesh import Mesh
+from dscoder.train.stochastic import StochasticAdamW
+
+_NORM_FLOOR = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
 def decays(parameter: Tensor) -> bool:
@@ -16,42 +25,68 @@ def decays(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
+def _add_into(master: Tensor, parameter: nn.Parameter) -> None:
+    """Have every backward pass move the gradient of `parameter` to `master`, where they add up."""
+
+    def move(shadowed: Tensor) -> None:
+        assert shadowed.grad is not None
+        if master.grad is None:
+            master.grad = shadowed.grad.float()
+        else:
+            master.grad += shadowed.grad
+        shadowed.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+
+
 class MasterAdamW:
     """AdamW with global-norm clipping over a model's parameters, by name."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        mesh: Mesh | None = None,
+        rounding_seed: int | None = None,
+    ) -> None:
         """Make masters and zero moments; from here on backward passes of `model` add into the masters.
 
         Parameters that require no gradient are left out: they stay as they are.
+
+        Args:
+            mesh: over which `model` is sharded. Then `clip` is a collective.
+            rounding_seed: parameters of lower precision than float32 get no masters, and this decides how
+                they are rounded.
         """
         self._config = config
-        self._parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        self._mesh = mesh
+        self._parts: dict[str, Part] = {
+            name: part for name, part in parts(model, mesh).items() if part.parameter.requires_grad
         }
         self.masters: dict[str, Tensor] = {}
+        rounded: dict[str, Part] = {}
+        for name, part in self._parts.items():
+            if part.parameter.dtype == torch.float32:
+                self.masters[name] = part.parameter if mesh is None else part.local
+            elif rounding_seed is None:
+                self.masters[name] = part.local.detach().float().requires_grad_()
+            else:
+                rounded[name] = part
         self.moments: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            if parameter.dtype == torch.float32:
-                self.masters[name] = parameter
-            else:
-                self.masters[name] = self._shadow(parameter)
         self._adam = self._build()
+        self._rounded = StochasticAdamW(rounded, config, seed=rounding_seed or 0)
+        self.moments |= self._rounded.moments
+        if mesh is None:
+            for name, master in self.masters.items():
+                if master is not self._parts[name].parameter:
+                    _add_into(master, self._parts[name].parameter)
+            self._rounded.watch()
 
-    def _shadow(self, parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().float().requires_grad_()
-
-        def add_to_master(shadowed: Tensor) -> None:
-            assert shadowed.grad is not None
-            if master.grad is None:
-                master.grad = shadowed.grad.float()
-            else:
-                master.grad += shadowed.grad
-            shadowed.grad = None
-
-        parameter.register_post_accumulate_grad_hook(add_to_master)  # type: ignore[no-untyped-call]
-        return master
-
-    def _build(self) -> torch.optim.AdamW:
+    def _build(self) -> torch.optim.AdamW | None:
+        """AdamW over the masters; None if there are none."""
+        if not self.masters:
+            return None
         config = self._config
         groups = [
             {"params": [m for m in self.masters.values() if decays(m)], "weight_decay": config.weight_decay},
@@ -69,27 +104,76 @@ class MasterAdamW:
             self.moments.update({f"{name}.{key}": value for key, value in state.items()})
         return adam
 
+    def _take_gradients(self) -> None:
+        """Move the sums over ranks, which FSDP leaves at the parameters, to the masters."""
+        for name, part in self._parts.items():
+            gradient = part.gradient()
+            if gradient is None:
+                continue
+            part.parameter.grad = None
+            if name in self.masters:
+                self.masters[name].grad = gradient
+            else:
+                self._rounded.gradients[name] = gradient
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every float32 gradient of the step under way, by the parameter's name: the live ones."""
+        if self._mesh is not None:
+            self._take_gradients()
+        found = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
+        return found | self._rounded.gradients
+
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold, by name; the tensors are the live ones."""
-        masters = {f"master.{name}": master.detach() for name, master in self.masters.items()}
-        return masters | {f"adam.{name}": moment for name, moment in self.moments.items()}
+        """Everything a checkpoint must hold, by name; the tensors are the live ones, or parts of a whole."""
+        masters = {f"master.{name}": self._parts[name].whole(m.detach()) for name, m in self.masters.items()}
+        weights = {
+            f"weight.{name}": self._parts[name].whole(weight)
+            for name, weight in self._rounded.weights().items()
+        }
+        moments = {}
+        for name, moment in self.moments.items():
+            parameter, _, key = name.rpartition(".")
+            moments[f"adam.{name}"] = moment if key == "step" else self._parts[parameter].whole(moment)
+        return masters | weights | moments
 
     @torch.no_grad()
     def refresh_parameters(self) -> None:
         """Round the masters into the parameters; after the masters were loaded."""
-        for name, parameter in self._parameters.items():
-            if parameter is not self.masters[name]:
-                parameter.copy_(self.masters[name])
+        for name, master in self.masters.items():
+            local = self._parts[name].local
+            if local.data_ptr() != master.data_ptr():
+                local.copy_(master)
 
+    @torch.no_grad()
     def clip(self) -> Tensor:
-        """Scale the gradients down to the largest allowed norm; returns the norm they had."""
-        masters = list(self.masters.values())
-        return torch.nn.utils.clip_grad_norm_(masters, self._config.clip_norm, foreach=True)
+        """Scale the gradients down to the largest allowed norm; returns the norm they had, on every rank."""
+        gradients = self.gradients()
+        tensors = list(gradients.values())
+        if self._mesh is None:
+            norm = nn.utils.get_total_norm(tensors, foreach=True)
+        else:
+            norm = self._norm_over(self._mesh, gradients)
+        scale = (self._config.clip_norm / (norm + _NORM_FLOOR)).clamp(max=1.0)
+        if tensors:
+            torch._foreach_mul_(tensors, scale)
+        return norm
 
+    def _norm_over(self, mesh: Mesh, gradients: dict[str, Tensor]) -> Tensor:
+        """The norm of the whole model's gradient: every element counts once, whoever holds copies of it."""
+        counted = [tensor for name, tensor in gradients.items() if is_counted(self._parts[name])]
+        square = torch.zeros(1, dtype=torch.float64, device=mesh.device)
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        return mesh.all_sum(square).sqrt().float().squeeze(0)
+
+    @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move the masters by one step of AdamW, refresh the parameters and drop the gradients."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self.gradients()
+        if self._adam is not None:
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+        self._rounded.step(lr)
         self.refresh_parameters()
