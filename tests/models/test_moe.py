@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
 from dscoder.models import Transformer, allocate_cache
-from dscoder.models.moe import Moe, drop_over_capacity, gate_logits
+from dscoder.models.moe import Moe, count_choices, drop_over_capacity, gate_logits
 from dscoder.models.placement import chosen_sequences, place
 
 CONFIG = MoeConfig(
@@ -260,3 +260,9 @@ def test_the_gate_decides_in_float32_or_wider(device: str, with_gradient: bool, 
     assert logits_TE.shape == (6, 4)
     if device == "cpu":
         assert (logits_TE == 40.3125).all()  # which bfloat16 does not hold
+
+
+def test_choices_are_counted_by_expert_and_dropped_ones_nowhere() -> None:
+    idx_TK = torch.tensor([[0, 2], [DROPPED, 0], [3, DROPPED]], dtype=torch.int32)
+    assert count_choices(idx_TK, 4).tolist() == [2, 0, 1, 1]
+    assert count_choices(idx_TK[:0], 4).tolist() == [0, 0, 0, 0]

@@ -1,6 +1,5 @@
 """A sharded model computes what the whole one computes, whatever the layout."""
 
-
 import pytest
 import torch
 from torch import Tensor

@@ -43,7 +43,7 @@ def _fsdp_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 
 def expert_shard_dim(shape: Sequence[int], num_shards: int) -> int:
-    """Where to cut a stack: by experts if they divide evenly, else by rows if those do, so that none is idle."""
+    """Where a stack is cut: by experts if they divide evenly, else by rows if those do, to keep none idle."""
     return 1 if shape[0] % num_shards and shape[1] % num_shards == 0 else 0
 
 
