@@ -237,3 +237,27 @@ def test_wrong_arguments_are_named(changed: dict[str, Tensor], error: type[Excep
     arguments = {"q": Q, "k": K, "v": V, "cu_q": CU, "cu_k": CU, **changed}
     with pytest.raises(error, match=f"^mla_prefill: {message}$"):
         ops.mla_prefill(*arguments.values(), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cu_q": [0, 5]}, r"cu_seqlens_q must ascend within 0 and 4, the rows, got \[0, 5\]"),
+        ({"cu_q": [-1, 4]}, r"cu_seqlens_q must ascend within 0 and 4, the rows, got \[-1, 4\]"),
+        ({"cu_k": [0, 6]}, r"cu_seqlens_k must ascend within 0 and 5, the rows, got \[0, 6\]"),
+        (
+            {"cu_q": [0, 3, 4], "cu_k": [0, 5, 2]},
+            r"cu_seqlens_k must ascend within 0 and 5, the rows, got \[0, 5, 2\]",
+        ),
+    ],
+)
+def test_the_reference_refuses_ends_that_are_none(changed: dict[str, list[int]], message: str) -> None:
+    ends = {"cu_q": [0, 4], "cu_k": [0, 5], **changed}
+    with pytest.raises(ValueError, match=f"^mla_prefill: {message}$"):
+        ops.mla_prefill(Q, K, V, *(torch.tensor(x, dtype=torch.int32) for x in ends.values()), scale=1.0)
+
+
+@pytest.mark.parametrize(("causal", "name"), [("no", "str"), (None, "NoneType"), (1, "int")])
+def test_causal_is_yes_or_no(causal: bool, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^mla_prefill: causal must be bool, got {name}$"):
+        ops.mla_prefill(Q, K, V, CU, CU, scale=1.0, causal=causal)

@@ -5,6 +5,7 @@ that share keys in groups, and values as wide as keys, are attention as DeepSeek
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ def mla_prefill(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v inside each sequence; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
-    `cu_seqlens_q` and `cu_seqlens_k` are int32 [B + 1], ascending from 0 to the number of rows. A sequence
-    may have other lengths in q and k, zero too; `causal` aligns their ends: the last query sees every key.
+    `cu_seqlens_q` and `cu_seqlens_k` are int32 [B + 1], ascending within 0 and the number of rows: the
+    reference refuses others, kernels cannot. A sequence may have other lengths in q and k, zero too;
+    `causal` aligns their ends: the last query sees every key.
     Query head h reads head h // (H / G) of k and v; G divides H. Where torch was asked
     for deterministic algorithms, every gradient has the same bits each time.
 
@@ -83,6 +85,8 @@ def mla_prefill(
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     check_devices(op, q=q_THd, k=k_TGd, v=v_TGv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_number(op, "scale", scale)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be bool, got {type(causal).__name__}")
     check_arch(op, arch, q_THd, lambda: kernel_refusal(q_THd, v_TGv, scale))
     deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor
@@ -110,13 +114,23 @@ def kernel_refusal(q_THd: Tensor, v_TGv: Tensor, scale: float) -> str | None:
 # ---- references ----
 
 
-def _blocks(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+def _check_ends(argument: str, ends: list[int], num_rows: int) -> None:
+    """Ends that come to the host anyway are looked at; kernels, which must not wait, stay within the rows."""
+    if ends[0] < 0 or ends[-1] > num_rows or any(end < start for start, end in pairwise(ends)):
+        raise ValueError(f"mla_prefill: {argument} must ascend within 0 and {num_rows}, the rows, got {ends}")
+
+
+def _blocks(
+    q_THd: Tensor, k_TGd: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool
+) -> Iterator[tuple[slice, slice]]:
     """Rows of up to _BLOCK queries of one sequence that see a key, and the rows of all keys they see.
 
     Where causal, the last query sees the last key of its block, the one before it one key less, and so on:
     the keys behind a block, half of them all, are never multiplied.
     """
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    _check_ends("cu_seqlens_q", ends_q, q_THd.shape[0])
+    _check_ends("cu_seqlens_k", ends_k, k_TGd.shape[0])
     for b in range(len(ends_q) - 1):
         start_q, end_q, start_k, end_k = ends_q[b], ends_q[b + 1], ends_k[b], ends_k[b + 1]
         if end_k <= start_k:
@@ -163,7 +177,7 @@ def _forward(
     q_HTd = q_HTd * scale
     out_THv = q_THd.new_zeros(*q_THd.shape[:2], v_TGv.shape[2])
     lse_TH = q_THd.new_full(q_THd.shape[:2], -torch.inf, dtype=dtype)
-    for rows, keys in _blocks(cu_seqlens_q, cu_seqlens_k, causal):
+    for rows, keys in _blocks(q_THd, k_TGd, cu_seqlens_q, cu_seqlens_k, causal):
         scores = torch.bmm(q_HTd[:, rows], k_HTd[:, keys].transpose(1, 2))
         if causal:
             num_rows = scores.shape[1]
@@ -194,7 +208,7 @@ def _backward(
     minus_delta = (grad_THv.to(dtype) * out_THv.to(dtype)).sum(dim=-1).neg_().t().unsqueeze(-1)
     grad_q = q_THd.new_zeros(q_THd.shape)
     grad_k_HTd, grad_v_HTv = (x.new_zeros(x.shape) for x in (k_HTd, v_HTv))
-    for rows, keys in _blocks(cu_seqlens_q, cu_seqlens_k, causal):
+    for rows, keys in _blocks(q_THd, k_TGd, cu_seqlens_q, cu_seqlens_k, causal):
         q, k, grad = q_HTd[:, rows], k_HTd[:, keys], grad_HTv[:, rows]
         probs = torch.baddbmm(minus_lse[:, rows], q, k.transpose(1, 2)).exp_()
         if causal:
