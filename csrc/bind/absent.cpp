@@ -59,4 +59,15 @@ void register_mla_prefill_backward(py::module_& module) {
     define_absent(module, "mla_prefill backward", {"mla_prefill_backward", "mla_prefill_num_sums"});
 }
 
+void register_comm_buffer(py::module_& module) {
+    define_absent(module, "CommBuffer", {"CommBuffer"});
+}
+
+void register_comm(py::module_& module) {
+    define_absent(module, "expert_routes", {"expert_routes"});
+    define_absent(module, "dispatch",
+                  {"dispatch_send", "dispatch_counts", "dispatch_receive", "dispatch_together"});
+    define_absent(module, "combine", {"combine_send", "combine_receive", "combine_together"});
+}
+
 }  // namespace dsc

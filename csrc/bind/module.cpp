@@ -45,6 +45,9 @@ void register_mla_decode_plan(py::module_& module);
 void register_mla_prefill(py::module_& module);
 void register_mla_prefill_backward(py::module_& module);
 void register_mla_prefill_plan(py::module_& module);
+void register_comm(py::module_& module);
+void register_comm_buffer(py::module_& module);
+void register_comm_plan(py::module_& module);
 void register_text(py::module_& module);
 
 }  // namespace dsc
@@ -67,5 +70,8 @@ PYBIND11_MODULE(DSC_MODULE, module) {
     dsc::register_mla_prefill(module);
     dsc::register_mla_prefill_backward(module);
     dsc::register_mla_prefill_plan(module);
+    dsc::register_comm_buffer(module);
+    dsc::register_comm(module);
+    dsc::register_comm_plan(module);
     dsc::register_text(module);
 }

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "core/check.h"
+#include "host/bulk.h"
 #include "host/grid.h"
 
 namespace dsc::host {
@@ -87,8 +88,48 @@ void wait_copies(int num_pending) {
     running_grid("cp.async").running().copies.land_all_but(num_pending);
 }
 
+namespace {
+
+void check_bulk(const char* what, const void* shared, const void* global, uint32_t num_bytes,
+                const Place& where) {
+    Grid& grid = running_grid(what);
+    const auto past = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | num_bytes;
+    if (past % Copies::kNumBytes != 0) fail(concat(what, ": off 16 bytes").c_str(), where);
+    if (num_bytes == 0) fail(concat(what, ": no bytes").c_str(), where);
+    if (not grid.is_shared(shared, num_bytes)) {
+        fail(concat(what, ": not in the block's shared memory").c_str(), where);
+    }
+}
+
+}  // namespace
+
+BulkCopies& running_bulk_copies() {
+    return running_grid("cp.async.bulk").running().bulk_copies;
+}
+
+void start_bulk_load(void* shared, const void* global, uint32_t num_bytes, BulkBarrier* barrier,
+                     const Place& where) {
+    check_bulk("cp.async.bulk load", shared, global, num_bytes, where);
+    running_bulk_copies().start_load(shared, global, num_bytes, barrier);
+}
+
+void wait_bulk_load(BulkBarrier* barrier, uint32_t parity, const Place& where) {
+    if (running_bulk_copies().wait_load(barrier, parity)) return;
+    fail("mbarrier.try_wait: nothing is under way that would end the phase", where);
+}
+
+void start_bulk_store(void* global, const void* shared, uint32_t num_bytes, const Place& where) {
+    check_bulk("cp.async.bulk store", shared, global, num_bytes, where);
+    running_bulk_copies().start_store(global, shared, num_bytes);
+}
+
 void yield() {
     running_grid("yield").yield();
+}
+
+uint64_t tick_clock() {
+    constexpr uint64_t kTick = 1000;
+    return running_grid("globaltimer").running().clock += kTick;
 }
 
 void maybe_yield() {

@@ -78,6 +78,9 @@ void wait_copies(int num_pending);
 void yield();
 void maybe_yield();
 
+// Nanoseconds since the thread began, a thousand more at each look.
+uint64_t tick_clock();
+
 void* find_shared(const void* key, size_t num_bytes, size_t alignment, const char* name);
 void* shared_dynamic_bytes();
 

@@ -139,6 +139,8 @@ void Grid::start_block() {
         thread.block = &block;
         thread.is_waiting = thread.has_exited = thread.has_waited_for_previous = false;
         thread.copies.clear();
+        thread.bulk_copies.clear();
+        thread.clock = 0;
         thread.fiber.start(thread.stack, &Grid::thread_entry, this);
         block.warps[thread.rank / kWarpSize].live |= 1u << thread.rank % kWarpSize;
         ready_.push_back(&thread);
@@ -266,6 +268,10 @@ void Grid::thread_exit() {
     if (shape_.is_overlapped and not self.has_waited_for_previous) {
         fail(concat(to_text(self), " ends an overlapped launch without wait_for_previous_kernel()"));
     }
+    if (self.bulk_copies.has_unread()) {
+        fail(concat(to_text(self), " ends while the copy engine works on its shared memory"));
+    }
+    self.bulk_copies.write_all();
     for (const Barrier* const barrier : {&block.barrier, &grid_barrier_}) {
         if (barrier->num_arrived == 0) continue;
         fail(concat("divergent barrier: ", to_text(self), " exits while ", barrier->num_arrived,

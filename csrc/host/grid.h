@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "host/bulk.h"
 #include "host/copies.h"
 #include "host/executor.h"
 #include "host/fiber.h"
@@ -61,6 +62,8 @@ struct Thread {
     Wait wait;
     Vote vote{};
     Copies copies;
+    BulkCopies bulk_copies;
+    uint64_t clock = 0;  // nanoseconds, by its own looks
 };
 
 struct Warp {

@@ -6,9 +6,10 @@ if(DSCODER_HAS_CUDA)
     message(FATAL_ERROR "DSCODER_HOST_EXECUTOR=ON compiles the .cu files as C++: it needs DSCODER_CUDA=off")
 endif()
 
-# TMA and wgmma are beyond the executor: *_sm90.cu stay with nvcc.
+# Tensor maps and wgmma are beyond the executor, so *_sm90.cu stay with nvcc; plain bulk copies, which comm's are made
+# of, it plays.
 set(host_kernels ${DSCODER_KERNELS})
-list(FILTER host_kernels EXCLUDE REGEX "_sm90\\.cu$")
+list(FILTER host_kernels EXCLUDE REGEX "csrc/(gemm|attention)/.*_sm90\\.cu$")
 set(host_test_kernels tests/csrc/kernels.cu tests/csrc/ptx_kernels.cu tests/csrc/faults.cu)
 set_source_files_properties(${host_kernels} ${host_test_kernels} PROPERTIES LANGUAGE CXX)
 
@@ -27,7 +28,8 @@ dscoder_host_bindings(host_test_bindings tests/csrc/module.cpp csrc/bind/tensor.
 function(dscoder_host_variant name)
     set(executor host_executor_${name})
     add_library(${executor} SHARED EXCLUDE_FROM_ALL
-        csrc/host/copies.cpp csrc/host/executor.cpp csrc/host/fiber.cpp csrc/host/grid.cpp csrc/host/report.cpp)
+        csrc/host/bulk.cpp csrc/host/copies.cpp csrc/host/executor.cpp csrc/host/fiber.cpp csrc/host/grid.cpp
+        csrc/host/report.cpp)
     set_target_properties(${executor} PROPERTIES OUTPUT_NAME dsc_host CXX_VISIBILITY_PRESET default)
     target_include_directories(${executor} PUBLIC csrc)
     target_compile_definitions(${executor} PUBLIC DSC_HOST_EXECUTOR)

@@ -232,6 +232,95 @@ def mla_prefill_backward(
     arch: str,
 ) -> None: ...
 def mla_prefill_num_sums(num_queries: int, num_sequences: int) -> int: ...
+
+class CommBuffer:
+    """One rank's memory of an exchange: slots that its peers write, flags, and the status of its waits."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        num_ranks: int,
+        max_tokens: int,
+        row_bytes: int,
+        num_topk: int,
+        timeout: float,
+        device: int = 0,
+        copy: str = "auto",
+        num_blocks: int = 0,
+    ) -> None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def handle(self) -> bytes: ...
+    def open(self, peer: int, handle: bytes) -> None: ...
+    def connect(self, peer: CommBuffer) -> None: ...
+    def status(self) -> dict[str, int | str] | None: ...
+    def close(self) -> None: ...
+
+def expert_routes(
+    idx: Sequence[Tensor], slot: Sequence[Tensor], count: Sequence[Tensor], num_experts: int
+) -> None: ...
+def dispatch_send(
+    buffers: Sequence[CommBuffer],
+    x: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    count: Sequence[Tensor],
+    idx: Sequence[Tensor] | None = None,
+    weight: Sequence[Tensor] | None = None,
+) -> None: ...
+def dispatch_counts(buffers: Sequence[CommBuffer], count: Sequence[Tensor]) -> None: ...
+def dispatch_receive(
+    buffers: Sequence[CommBuffer],
+    x: Sequence[Tensor],
+    count: Sequence[Tensor],
+    idx: Sequence[Tensor] | None = None,
+    weight: Sequence[Tensor] | None = None,
+    row_begin: Sequence[Sequence[int]] | None = None,
+    num_local_experts: int = 0,
+) -> None: ...
+def dispatch_together(
+    buffers: Sequence[CommBuffer],
+    sent: tuple[
+        Sequence[Tensor],
+        Sequence[Tensor],
+        Sequence[Tensor],
+        Sequence[Tensor] | None,
+        Sequence[Tensor] | None,
+    ],
+    received: tuple[
+        Sequence[Tensor],
+        Sequence[Tensor],
+        Sequence[Tensor] | None,
+        Sequence[Tensor] | None,
+        Sequence[Sequence[int]] | None,
+        int,
+    ],
+) -> None: ...
+def combine_send(
+    buffers: Sequence[CommBuffer],
+    y: Sequence[Tensor],
+    count: Sequence[Tensor],
+    weight: Sequence[Tensor] | None = None,
+    row_begin: Sequence[Sequence[int]] | None = None,
+) -> None: ...
+def combine_receive(
+    buffers: Sequence[CommBuffer],
+    out: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    count: Sequence[Tensor],
+    weight: Sequence[Tensor] | None = None,
+) -> None: ...
+def combine_together(
+    buffers: Sequence[CommBuffer],
+    sent: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None, Sequence[Sequence[int]] | None],
+    received: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None],
+) -> None: ...
+def comm_buffer_layout(num_ranks: int, max_tokens: int, row_bytes: int, num_topk: int) -> dict[str, int]: ...
+def comm_num_blocks(num_sms: int, num_launched: int, num_roles: int) -> int: ...
 def fim_plan(
     texts: tuple[str, ...],
     keys: NDArray[np.uint64],
