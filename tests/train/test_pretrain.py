@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dscoder.checkpoint import load_pretrained, pretrained
+from dscoder.checkpoint import load_pretrained, source
 from dscoder.config.train import (
     CheckpointConfig,
     PretrainConfig,
@@ -234,7 +234,7 @@ def test_the_same_data_made_again_elsewhere_is_the_same(windows: Path, tmp_path:
 def test_another_model_of_the_hub_is_refused(
     finished: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: str(finished / "model"))
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: str(finished / "model"))
     report = ReportConfig(eval_every=1, tensorboard="off", plot="off")
     config = config_for(windows, tmp_path, model=None, init_from="owner/one", report=report)
     with pytest.raises(KilledError):

@@ -11,6 +11,7 @@ from dscoder.cli import (
     grpo,
     infill,
     info,
+    plan,
     prefer,
     prepare,
     pretrain,
@@ -20,6 +21,7 @@ from dscoder.cli import (
     tokenizer,
 )
 from dscoder.cli.arguments import check_files, spelled
+from dscoder.runtime.mesh import launched_rank, launched_ranks
 from dscoder.train.run import StoppedError
 
 Verb = Callable[[Sequence[str]], None]
@@ -37,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "rollouts": rollouts.main,
     "generate": generate.main,
     "infill": infill.main,
+    "plan": plan.main,
     "bench": bench.main,
     "info": info.main,
 }
@@ -57,10 +60,20 @@ def _usage() -> str:
     )
 
 
+def _speaker(verb: str) -> str:
+    """Who says an error: the verb and, under torchrun, the rank."""
+    try:
+        rank = f" [rank {launched_rank()}]" if launched_ranks() > 1 else ""
+    except ValueError:  # this is what may have gone wrong
+        rank = ""
+    return f"dscoder {verb}{rank}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status.
 
-    0 done, 1 failed, 2 wrong arguments, 128 + n stopped by signal n after a checkpoint.
+    0 done, 1 failed, 2 wrong arguments, 128 + n stopped by signal n after a checkpoint. Under torchrun every
+    rank says its own error; that all of them stopped is said by the first.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -78,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_files(rest)
         VERBS[name](rest)
     except StoppedError as stop:
-        print(f"dscoder {name}: {stop}", file=sys.stderr)
+        if launched_rank() == 0:
+            print(f"dscoder {name}: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"dscoder {name}: {error}", file=sys.stderr)
+        print(f"{_speaker(name)}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

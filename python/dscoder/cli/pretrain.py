@@ -1,6 +1,7 @@
 """The verb `dscoder pretrain`."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from dscoder.config.train import PretrainConfig
 from dscoder.data.prepare import HELD_OUT
 from dscoder.eval.perplexity import held_out_report
 from dscoder.runtime import log
+from dscoder.runtime.mesh import launched_rank
 from dscoder.train import pretrain
 from dscoder.train.recipes import recipe
 
@@ -38,11 +40,19 @@ def parse_config(argv: Sequence[str]) -> PretrainConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a model on packed windows, or go on where a run was stopped."""
-    log.configure()
+    """Train a model on packed windows, or go on where a run was stopped; on many GPUs under torchrun."""
+    # What happens once is said once.
+    log.configure(logging.INFO if launched_rank() == 0 else logging.ERROR)
     config = parse_config(argv)
     data = Path(config.data)
-    evaluate = None
-    if (data / HELD_OUT).is_dir():
-        evaluate = functools.partial(held_out_report, directory=data, max_windows=config.report.eval_windows)
-    pretrain.run(config, evaluate=evaluate)
+    with pretrain.open_ranks(config) as ranks:
+        evaluate = None
+        if (data / HELD_OUT).is_dir():
+            evaluate = functools.partial(
+                held_out_report,
+                directory=data,
+                max_windows=config.report.eval_windows,
+                micro=None if ranks.mesh is None else config.batch.micro,
+                ranks=ranks,
+            )
+        pretrain.run(config, evaluate=evaluate, ranks=ranks)

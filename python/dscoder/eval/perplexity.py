@@ -3,6 +3,8 @@
 The bits that the model needs for the tokens of the text, over the bytes those tokens stand for. Tokens that
 are not predicted count in neither: the first of a document without bos, and the first of each piece of a
 document that is longer than a window. Nor do special tokens, which stand for no bytes.
+
+Many ranks share the windows as they share those of a training step; the sums are over all of them.
 """
 
 import math
@@ -12,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.fsdp import FSDPModule
 
 from dscoder.data.loader import IGNORED, assemble, window_order
 from dscoder.data.prepare import HELD_OUT, TOKEN_BYTES
 from dscoder.data.shards import Windows, load_array
 from dscoder.models import Transformer
 from dscoder.train.loss import token_losses
+from dscoder.train.ranks import Ranks
 
 _MICRO_TOKENS = 8192  # in one forward pass, or one window
 
@@ -42,27 +46,41 @@ class BitsPerByte:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, directory: Path, *, max_windows: int | None = None) -> BitsPerByte:
+def bits_per_byte(
+    model: Transformer,
+    directory: Path,
+    *,
+    max_windows: int | None = None,
+    micro: int | None = None,
+    ranks: Ranks | None = None,
+) -> BitsPerByte:
     """Measure `model` on the held-out windows that `dscoder prepare` wrote to `directory`.
 
-    With `max_windows` a fixed choice of so many windows is measured, the same each time.
+    Args:
+        max_windows: a fixed choice of so many windows is measured, the same each time.
+        micro: windows in one forward pass; None: as many as memory surely has room for.
+        ranks: all ranks call this together, and each finds the same. None: this process is alone.
     """
+    ranks = ranks or Ranks()
     bytes_V = torch.from_numpy(np.array(load_array(directory / TOKEN_BYTES))).long()
     windows = Windows(directory / HELD_OUT, vocab_size=len(bytes_V))
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     # Packing sorts by length: the first windows alone would be the longest documents.
     order = window_order(0, count, size=len(windows), seed=0)
-    micro = max(1, _MICRO_TOKENS // windows.window)
+    micro = micro or max(1, _MICRO_TOKENS // windows.window)
     was_training = model.training
     model.eval()
     try:
-        sums_3 = sum(
-            _sums(model, windows, order[start : start + micro], bytes_V) for start in range(0, count, micro)
-        )
+        sums_3 = torch.zeros(3, dtype=torch.float64)
+        # Every rank takes part in every round, be it with no window: layers exchange weights and tokens.
+        for start in range(0, count, micro * ranks.size):
+            begin = start + ranks.rank * micro
+            sums_3 += _sums(model, windows, order[begin : begin + micro], bytes_V)
     finally:
         model.train(was_training)
-    assert isinstance(sums_3, torch.Tensor)
-    nats, num_bytes, num_tokens = sums_3.tolist()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # the root stays whole after a forward pass, for a backward pass that does not come
+    nats, num_bytes, num_tokens = torch.stack(ranks.gather(sums_3)).sum(dim=0).tolist()
     return BitsPerByte(bits=nats / math.log(2), num_bytes=int(num_bytes), num_tokens=int(num_tokens))
 
 
@@ -81,8 +99,13 @@ def _sums(
 
 
 def held_out_report(
-    model: Transformer, *, directory: Path, max_windows: int | None = None
+    model: Transformer,
+    *,
+    directory: Path,
+    max_windows: int | None = None,
+    micro: int | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """The held-out figures as a run logs them."""
-    found = bits_per_byte(model, directory, max_windows=max_windows)
+    """The held-out figures as a run logs them; the arguments are those of `bits_per_byte`."""
+    found = bits_per_byte(model, directory, max_windows=max_windows, micro=micro, ranks=ranks)
     return {"held_out_bits_per_byte": found.bits_per_byte, "held_out_loss": found.loss}

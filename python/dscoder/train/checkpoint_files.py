@@ -127,7 +127,7 @@ def verify(path: Path, ranks: Agreement) -> None:
     files = ranks.first(lambda: _read_record(path))["files"]
     writers = {_writer_of(name) for name in files}
     own = _shares(files, ranks.size)[ranks.rank]
-    found = ranks.each(lambda: {name: _complaint(path, name, files[name]) for name in own})
+    found = ranks.gather(ranks.each(lambda: {name: _complaint(path, name, files[name]) for name in own}))
     complaints = {name: complaint for share in found for name, complaint in share.items() if complaint}
     if not complaints:
         return

@@ -132,7 +132,7 @@ def _write(
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
             )
-        shares = ranks.each(lambda: describe_files(temporary, ranks.rank))
+        shares = ranks.gather(ranks.each(lambda: describe_files(temporary, ranks.rank)))
         files = {name: described for share in shares for name, described in share.items()}
         ranks.first(lambda: _seal(temporary, final, sealed_record(progress, files), keep))
     except BaseException:

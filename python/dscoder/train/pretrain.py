@@ -4,8 +4,9 @@ Which windows a step reads, its batch size and its learning rate follow from its
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,49 @@ from dscoder.config.train import PretrainConfig
 from dscoder.data.prepare import TOKENIZER, TRAIN
 from dscoder.data.shards import Windows
 from dscoder.models import Transformer, init_weights, materialise
+from dscoder.models.transformer import Layer
+from dscoder.ops import ExpertParallel
 from dscoder.runtime.artifact import hash_path, read_manifest
 from dscoder.runtime.device import resolve_device
+from dscoder.runtime.mesh import check_world, launched_ranks, open_mesh
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.long_context import stretched
 from dscoder.train.memory import require_memory
+from dscoder.train.ranks import Ranks
 from dscoder.train.report import OnMetrics
 from dscoder.train.run import MODEL, Job, hash_model, run_stage
-from dscoder.train.windows import WindowSteps
+from dscoder.train.spread import spread_model
+from dscoder.train.stopwatch import Stopwatch
+from dscoder.train.windows import WindowSteps, check_micro
 
 # Besides those of every run: the inputs are compared by what they hold, and with the data its window.
-_FREE = ("data", "init_from", "window")
+# How the run is spread over ranks may change with every start, and what is profiled.
+_FREE = ("data", "init_from", "window", "parallel", "profile")
 
 Evaluate = Callable[[Transformer], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Data:
+    """A directory of `dscoder prepare`."""
+
+    windows: Windows  # to train on
+    facts: Mapping[str, Any]
+
+
+def _open_data(config: PretrainConfig) -> _Data:
+    data = Path(config.data)
+    facts = read_manifest(data, command="prepare")["facts"]
+    windows = Windows(data / TRAIN, vocab_size=facts["vocab_size"])
+    _check_window(config, windows)
+    return _Data(windows=windows, facts=facts)
+
+
+def _hash_inputs(config: PretrainConfig) -> dict[str, str]:
+    inputs = {"data": hash_path(Path(config.data))}
+    if config.init_from is not None:
+        inputs["init_from"] = hash_model(config.init_from)
+    return inputs
 
 
 def _check_window(config: PretrainConfig, windows: Windows) -> None:
@@ -80,11 +111,11 @@ def _model_config(config: PretrainConfig, windows: Windows, facts: Mapping[str, 
     return replace(model, bos_id=bos_id, eos_id=facts["eos_id"])
 
 
-def _initial_model(config: PretrainConfig, target: ModelConfig) -> Transformer:
-    """The model `target` with initial weights or those of `init_from`."""
+def _whole_model(config: PretrainConfig, target: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """The model `target` of a process alone, with initial weights or those of `init_from`."""
     device = resolve_device(config.device)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    require_memory(target, dtype=dtype, device=device)
+    has_masters = config.precision != "bf16_stochastic"
+    require_memory(target, dtype=dtype, device=device, has_masters=has_masters)
     if config.init_from is not None:
         return load_pretrained(config.init_from, config=target, dtype=dtype, device=device).train()
     model = Transformer(target, device="meta")
@@ -94,17 +125,31 @@ def _initial_model(config: PretrainConfig, target: ModelConfig) -> Transformer:
 
 
 def _job(
-    config: PretrainConfig,
-    directory: Path,
-    *,
-    windows: Windows,
-    facts: Mapping[str, Any],
-    evaluate: Evaluate | None,
+    config: PretrainConfig, directory: Path, data: _Data, evaluate: Evaluate | None, ranks: Ranks
 ) -> Job:
     """The run's model and plan, once everything is known to go together."""
     tokenizer = Path(config.data) / TOKENIZER
-    _check_export(directory / MODEL, tokenizer, facts)
-    model = _initial_model(config, _model_config(config, windows, facts))
+    windows = data.windows
+
+    def check() -> ModelConfig:
+        _check_export(directory / MODEL, tokenizer, data.facts)
+        check_micro(config.batch, ranks.size)
+        return _model_config(config, windows, data.facts)
+
+    target = ranks.each(check)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    exchange: ExpertParallel | None = None
+    if ranks.mesh is None:
+        model = _whole_model(config, target, dtype)
+        export = functools.partial(save_pretrained, model, tokenizer=tokenizer, overwrite=True)
+    else:
+        max_tokens = config.batch.micro * windows.window
+        spread = spread_model(config, target, ranks, max_tokens=max_tokens)
+        model, exchange = spread.model, spread.exchange
+        export = functools.partial(spread.save, tokenizer=tokenizer)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.recompute = config.parallel.recompute
     steps = WindowSteps(
         model,
         windows,
@@ -112,40 +157,81 @@ def _job(
         batch=config.batch,
         schedule=config.schedule,
         seed=config.seed,
+        ranks=ranks,
     )
     return Job(
         model=model,
         num_steps=config.num_steps,
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
-        export=lambda out: save_pretrained(model, out / MODEL, tokenizer=tokenizer, overwrite=True),
+        export=lambda out: export(out / MODEL),
         evaluate=None if evaluate is None else functools.partial(evaluate, model),
+        rounding_seed=config.seed if config.precision == "bf16_stochastic" else None,
+        stopwatch=Stopwatch(
+            model.embed.weight.device,
+            dtype,
+            ranks=ranks,
+            read_exchange=None if exchange is None else exchange.statistics,
+        ),
     )
 
 
+@contextmanager
+def open_ranks(config: PretrainConfig) -> Iterator[Ranks]:
+    """The ranks that torchrun started, laid out as `config.parallel` says; without it one process alone.
+
+    LostRankError, inside the block, where another rank is gone.
+    """
+    parallel = config.parallel
+    if launched_ranks() == 1:
+        check_world(world_size=1, expert=parallel.expert, replicate=parallel.replicate)
+        yield Ranks()
+        return
+    with open_mesh(
+        expert=parallel.expert,
+        replicate=parallel.replicate,
+        device=config.device,
+        timeout=parallel.timeout,
+    ) as mesh:
+        yield Ranks(mesh)
+
+
+def _check_layout(config: PretrainConfig, ranks: Ranks) -> None:
+    there, wanted = ranks.layout(), config.parallel
+    if (there["expert"], there["replicate"]) != (wanted.expert, wanted.replicate):
+        raise ValueError(
+            f"pretrain: ranks must be laid out with parallel.expert = {wanted.expert} and parallel.replicate "
+            f"= {wanted.replicate}, got {there['expert']} and {there['replicate']}"
+        )
+
+
 def run(
-    config: PretrainConfig, *, evaluate: Evaluate | None = None, on_metrics: OnMetrics | None = None
+    config: PretrainConfig,
+    *,
+    evaluate: Evaluate | None = None,
+    on_metrics: OnMetrics | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Train, or go on training, and leave the model in `config.out`/model; returns `config.out`.
 
     Args:
-        evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report.
-        on_metrics: called with every report, after it is written.
+        evaluate: called with the model every `report.eval_every` steps and at the end, for figures to report;
+            on all ranks, which must exchange the same.
+        on_metrics: called with every report, after it is written, on rank 0.
+        ranks: from `open_ranks`; all of them call this with the same arguments. None: this process is alone.
 
     Raises what `run_stage` does.
     """
-    data = Path(config.data)
-    facts = read_manifest(data, command="prepare")["facts"]
-    windows = Windows(data / TRAIN, vocab_size=facts["vocab_size"])
-    _check_window(config, windows)
-    inputs = {"data": hash_path(data)}
-    if config.init_from is not None:
-        inputs["init_from"] = hash_model(config.init_from)
+    ranks = ranks or Ranks()
+    _check_layout(config, ranks)
+    data = ranks.each(lambda: _open_data(config))
     return run_stage(
         config,
-        lambda directory: _job(config, directory, windows=windows, facts=facts, evaluate=evaluate),
+        lambda directory: _job(config, directory, data, evaluate=evaluate, ranks=ranks),
         command="pretrain",
-        inputs=inputs,
+        inputs=ranks.first(lambda: _hash_inputs(config)),
         free=_FREE,
         on_metrics=on_metrics,
+        profile=config.profile,
+        ranks=ranks,
     )

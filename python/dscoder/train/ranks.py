@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from dscoder.runtime.mesh import Mesh
 
 T = TypeVar("T")
+Count = int | Tensor  # a tensor where reading it would be a wait for the device
 
 ALONE = {"replicate": 1, "expert_shard": 1, "expert": 1}  # the layout of one process
 
@@ -58,6 +59,9 @@ class _Outcome(Generic[T]):
 
     def sent(self) -> "_Outcome[T]":
         return replace(self, error=None)
+
+    def told(self) -> "_Outcome[None]":
+        return _Outcome(what=self.what, error_number=self.error_number)
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -107,23 +111,25 @@ class Agreement:
         dist.broadcast_object_list(values, src=0, group=self.group, device=torch.device("cpu"))
         return values[0]
 
-    def each(self, do: Callable[[], T]) -> list[T]:
-        """What `do`, which does not communicate, gives on every rank, by rank.
+    def each(self, do: Callable[[], T]) -> T:
+        """What `do`, which does not communicate, gives on this rank, once it has ended well on every rank.
 
-        Where it fails its error is raised, and RankError on all other ranks.
+        Where it failed its error is raised, and RankError on all other ranks.
         """
         if self.group is None:
-            return [do()]
+            return do()
         own = _attempt(do)
-        outcomes = self.gather(own.sent())
+        outcomes = self.gather(own.told())
         own.raise_error()
-        return [outcome.result(rank) for rank, outcome in enumerate(outcomes)]
+        for rank, outcome in enumerate(outcomes):
+            outcome.result(rank)
+        return own.result(self.rank)
 
     def first(self, do: Callable[[], T]) -> T:
         """What `do`, which does not communicate, gives on rank 0; its error there, RankError elsewhere."""
         if self.group is None:
             return do()
-        own = _attempt(do) if self.is_first else _Outcome[T]()
+        own: _Outcome[T] = _attempt(do) if self.is_first else _Outcome()
         outcome = self.share(own.sent())
         own.raise_error()
         return outcome.result(0)
@@ -162,7 +168,7 @@ class Ranks(Agreement):
         """How many of the ranks share this machine's cores, this one among them."""
         return self.gather(socket.gethostname()).count(socket.gethostname())
 
-    def totals(self, *counts: int) -> Sequence[int | Tensor]:
+    def totals(self, *counts: int) -> Sequence[Count]:
         """Each count summed over all ranks, at least 1; of many ranks on the device, without a wait."""
         if self.mesh is None:
             return [max(1, count) for count in counts]

@@ -3,12 +3,15 @@
 A stage gives a `Job`: the model, and what one step does. A step is a function of the weights, the optimizer's
 moments, torch's generators and the step number. So a run that goes on from a checkpoint does what the run
 that was never stopped does, bit for bit, on the same number of threads.
+
+Many ranks do the same run together: rank 0 holds the stage's directory and writes what is written once, all
+take each step, evaluate, save and export. They stop after the same step, whoever of them was told to.
 """
 
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -18,18 +21,22 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
+from dscoder.config.train import CheckpointConfig, OptimizerConfig, ProfileConfig, ReportConfig
 from dscoder.runtime.artifact import Stage, hash_path, open_stage, write_bytes
 from dscoder.runtime.log import get_logger
 from dscoder.runtime.seed import available_threads, deterministic, random_state, restore_random_state
 from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state, read_progress
 from dscoder.train.metrics import METRICS, read_metrics
 from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.profiling import StepProfiler
+from dscoder.train.ranks import STOPS, Note, Ranks
 from dscoder.train.report import OnMetrics, RunReport
+from dscoder.train.stopwatch import Stopwatch
 
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+_RANDOM = "random."  # begins the names of the generators' states in a checkpoint
 # What may differ from one start of a run to the next: places (inputs go by what they hold), and reports.
 _FREE = ("out", "num_threads", "checkpoint", "report", "overwrite")
 _LOG = get_logger(__name__)
@@ -74,6 +81,7 @@ class StepDone:
     figures: Mapping[str, float]
     num_sequences: int
     num_tokens: int
+    flops: int = 0  # see `training_flops`; 0 where nobody counts them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +97,8 @@ class Job:
     evaluate: Callable[[], Mapping[str, float]] | None = None  # every report.eval_every steps and at the end
     begin: Callable[[int], None] | None = None  # before the first step: the steps done, 0 or a checkpoint's
     extra_state: Mapping[str, Tensor] = field(default_factory=dict)  # more live tensors for the checkpoints
+    rounding_seed: int | None = None  # see MasterAdamW
+    stopwatch: Stopwatch | None = None  # see RunReport
 
 
 class StoppedError(RuntimeError):
@@ -104,30 +114,29 @@ class StoppedError(RuntimeError):
         self.signal_number = signal_number
 
 
-@dataclass(kw_only=True, slots=True)
-class _StopRequest:
-    signal_number: int | None = None
-
-
 @contextmanager
-def _stop_on_signals() -> Iterator[_StopRequest]:
+def _stop_on_signals(ranks: Ranks) -> Iterator[None]:
     """SIGINT and SIGTERM ask for a stop at the end of the step; a second one acts as it always does."""
-    request = _StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may handle signals
+        yield  # only the main thread may handle signals
         return
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        request.signal_number = number
+        ranks.tell(STOPS[signal.Signals(number)])
         signal.signal(number, previous[number])
         _LOG.warning("%s: stopping after this step and a checkpoint", signal.Signals(number).name)
 
-    previous: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.signal(number, ask) for number in STOPS}
     try:
-        yield request
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _stop_asked(ranks: Ranks) -> int | None:
+    """The signal that asked any rank for a stop, as all of them know it."""
+    return next((int(number) for number, note in STOPS.items() if ranks.heard(note)), None)
 
 
 def hash_model(path_or_repo_id: str) -> str:
@@ -139,32 +148,46 @@ def hash_model(path_or_repo_id: str) -> str:
 class _Run:
     """A run under way: the job, its optimizer, and how far it is."""
 
-    def __init__(self, job: Job, config: RunConfig, directory: Path) -> None:
+    def __init__(self, job: Job, config: RunConfig, directory: Path, ranks: Ranks) -> None:
         self.job = job
         self.config = config
         self.directory = directory
-        self.optimizer = MasterAdamW(job.model, config.optimizer)
+        self.ranks = ranks
+        self.optimizer = MasterAdamW(
+            job.model, config.optimizer, mesh=ranks.mesh, rounding_seed=job.rounding_seed
+        )
         # Of the steps done, and of the report that the last checkpoint fell into.
-        self.progress = Progress(step=0, num_sequences=0, num_tokens=0, num_threads=torch.get_num_threads())
+        self.progress = Progress(
+            step=0,
+            num_sequences=0,
+            num_tokens=0,
+            num_threads=torch.get_num_threads(),
+            layout=ranks.layout(),
+        )
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
-        random = {f"random.{name}": tensor for name, tensor in random_state().items()}
+        random = {f"{_RANDOM}{name}": tensor for name, tensor in random_state(self._device).items()}
         extra = {f"extra.{name}": tensor for name, tensor in self.job.extra_state.items()}
         return self.optimizer.state() | random | extra
 
-    def restore(self) -> None:
-        """Go on from the latest checkpoint, if there is one."""
-        found = completed(self.directory / CHECKPOINTS)
-        if not found:
+    @property
+    def _device(self) -> torch.device | None:
+        """The one whose generator is this rank's; None: all that there are."""
+        return None if self.ranks.mesh is None else self.ranks.mesh.device
+
+    def restore(self, latest: tuple[Path, Progress] | None) -> None:
+        """Go on from the checkpoint `latest`, if there is one."""
+        if latest is None:
             return
-        _, path = found[-1]
+        path, saved = latest
         state = self.state()
-        load_state(path, state)
+        # Whoever saved it may have seen fewer GPUs.
+        load_state(path, state, self.ranks, optional=_RANDOM)
         self.optimizer.refresh_parameters()
-        random = {name.removeprefix("random."): t for name, t in state.items() if name.startswith("random.")}
-        restore_random_state(random)
-        self.progress = read_progress(path)
+        random = {name.removeprefix(_RANDOM): t for name, t in state.items() if name.startswith(_RANDOM)}
+        restore_random_state(random, self._device)
+        self.progress = replace(saved, num_threads=torch.get_num_threads(), layout=self.ranks.layout())
         _LOG.info("going on from %s", path)
 
     def take_step(self, report: RunReport) -> None:
@@ -184,21 +207,26 @@ class _Run:
             lr=lr,
             num_tokens=done.num_tokens,
             total_tokens=self.progress.num_tokens,
+            flops=done.flops,
         )
 
 
-def _train(run: _Run, writer: CheckpointWriter, report: RunReport, stop: _StopRequest) -> None:
+def _train(run: _Run, writer: CheckpointWriter, report: RunReport, profiler: StepProfiler) -> None:
     """All steps that are left."""
-    config, evaluate = run.config, run.job.evaluate
+    config, evaluate, ranks = run.config, run.job.evaluate, run.ranks
     while run.progress.step < run.job.num_steps:
-        run.take_step(report)
-        writer.raise_if_failed()
+        with profiler.step(run.progress.step + 1):
+            run.take_step(report)
+        if writer.has_failed():
+            ranks.tell(Note.UNSAVED)
+        if ranks.heard(Note.UNSAVED):
+            writer.wait()
         paused = report.pause()
         step = run.progress.step
         is_last = step == run.job.num_steps
         if evaluate is not None and (is_last or step % config.report.eval_every == 0):
             report.evaluated(evaluate(), step=step, total_tokens=run.progress.num_tokens)
-        asked = stop.signal_number  # read once: a signal after the save below waits for the next step
+        asked = _stop_asked(ranks)  # read once: a signal after the save below waits for the next step
         if is_last or asked is not None or step % config.checkpoint.every == 0:
             writer.save(replace(run.progress, waiting=report.waiting()), run.state())
         report.resume(paused)
@@ -207,33 +235,45 @@ def _train(run: _Run, writer: CheckpointWriter, report: RunReport, stop: _StopRe
             raise StoppedError(asked, step=step, directory=writer.directory)
 
 
-def _num_threads(config: RunConfig, directory: Path, *, command: str) -> int:
-    """What the run began with, else what the config says, else every core."""
+def _latest(directory: Path) -> tuple[Path, Progress] | None:
+    """The newest whole checkpoint of a run and how far it is."""
     found = completed(directory / CHECKPOINTS)
-    if not found:
-        return config.num_threads or available_threads()
-    earlier = read_progress(found[-1][1]).num_threads
-    if config.num_threads not in (None, earlier):
+    return (found[-1][1], read_progress(found[-1][1])) if found else None
+
+
+def _num_threads(config: RunConfig, saved: Progress | None, ranks: Ranks, *, command: str) -> int:
+    """What the run had when it was `saved` by the same layout, else what the config says, else all cores."""
+    if saved is None or saved.layout != ranks.layout():
+        return config.num_threads or min(ranks.gather(max(1, available_threads() // ranks.num_neighbours())))
+    if config.num_threads not in (None, saved.num_threads):
         raise ValueError(
-            f"{command}: num_threads must be {earlier}, what the run in {directory} began with, "
+            f"{command}: num_threads must be {saved.num_threads}, what the run in {config.out} began with, "
             f"got {config.num_threads}"
         )
-    return earlier
+    return saved.num_threads
 
 
 def _finish(run: _Run, stage: Stage, report: RunReport) -> None:
     """Write what the stage leaves, then the manifest."""
     report.draw()
     run.job.export(stage.directory)
-    last: dict[str, float] = {}
-    for line in read_metrics(stage.directory / METRICS):
-        last |= line
     progress = run.progress
-    stage.finish(
-        counts={"steps": progress.step, "sequences": progress.num_sequences, "tokens": progress.num_tokens},
-        facts={"num_threads": progress.num_threads, "final": last},
-        results=run.job.results,
-    )
+
+    def seal() -> None:
+        last: dict[str, float] = {}
+        for line in read_metrics(stage.directory / METRICS):
+            last |= line
+        stage.finish(
+            counts={
+                "steps": progress.step,
+                "sequences": progress.num_sequences,
+                "tokens": progress.num_tokens,
+            },
+            facts={"num_threads": progress.num_threads, "layout": progress.layout, "final": last},
+            results=run.job.results,
+        )
+
+    run.ranks.first(seal)
 
 
 def run_stage(
@@ -244,54 +284,69 @@ def run_stage(
     inputs: Mapping[str, str],
     free: Sequence[str] = (),
     on_metrics: OnMetrics | None = None,
+    profile: ProfileConfig | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Do, or go on with, the training stage in `config.out`; returns that directory.
 
     Args:
         build: makes the job, seeded, for a stage directory that is not finished; it refuses what does not go
             together before anything is written.
-        inputs: hash of each input, by role.
+        inputs: hash of each input, by role; those of rank 0 count.
         free: fields of the config that may differ from one start to the next, besides those of every run.
-        on_metrics: called with every report, after it is written.
+        on_metrics: called with every report, after it is written, on rank 0.
+        profile: steps to profile.
+        ranks: all ranks call this function with the same arguments. None: this process is alone.
 
     Raises:
         StoppedError: SIGINT or SIGTERM; a checkpoint was written.
         LossError: a figure of a step is not a number.
         ValueError: config and inputs do not go together, or `config.out` holds another run.
         OSError: a checkpoint could not be written.
+        RankError: another rank raised one of these.
     """
-    with open_stage(
-        Path(config.out),
-        command=command,
-        config=asdict(config),  # type: ignore[call-overload]
-        inputs=inputs,
-        free=(*free, *_FREE),
-        overwrite=config.overwrite,
-        is_resumable=True,
-    ) as stage:
+    ranks = ranks or Ranks()
+    with ExitStack() as held:
+
+        def enter() -> Stage:
+            return held.enter_context(
+                open_stage(
+                    Path(config.out),
+                    command=command,
+                    config=asdict(config),  # type: ignore[call-overload]
+                    inputs=inputs,
+                    free=(*free, *_FREE),
+                    overwrite=config.overwrite,
+                    is_resumable=True,
+                )
+            )
+
+        stage = ranks.first(enter)
         if stage.is_finished:
             _LOG.info("%s is finished already", stage.directory)
             return stage.directory
-        num_threads = _num_threads(config, stage.directory, command=command)
+        latest = ranks.first(lambda: _latest(stage.directory))
+        saved = None if latest is None else latest[1]
+        num_threads = _num_threads(config, saved, ranks, command=command)
         with deterministic(seed=config.seed, num_threads=num_threads):
-            _run_job(config, stage, build, on_metrics)
+            job = build(stage.directory)
+            run = _Run(job, config, stage.directory, ranks)
+            run.restore(latest)
+            _run_job(run, stage, on_metrics, profile)
         return stage.directory
 
 
-def _run_job(
-    config: RunConfig, stage: Stage, build: Callable[[Path], Job], on_metrics: OnMetrics | None
-) -> None:
-    job = build(stage.directory)
-    run = _Run(job, config, stage.directory)
-    run.restore()
+def _run_job(run: _Run, stage: Stage, on_metrics: OnMetrics | None, profile: ProfileConfig | None) -> None:
+    config, job, ranks = run.config, run.job, run.ranks
     # Without overwrite: this file is there to go on with the run, not to begin it again.
     fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
     resolved = {key: value for key, value in fields.items() if key != "overwrite"}
-    write_bytes(stage.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False).encode())
+    content = yaml.safe_dump(resolved, sort_keys=False).encode()
+    ranks.first(lambda: write_bytes(stage.directory / CONFIG, content))
     if job.begin is not None:
         job.begin(run.progress.step)
     with (
-        closing(CheckpointWriter(stage.directory / CHECKPOINTS, keep=config.checkpoint.keep)) as writer,
+        CheckpointWriter(stage.directory / CHECKPOINTS, keep=config.checkpoint.keep, ranks=ranks) as writer,
         RunReport(
             stage.directory,
             config.report,
@@ -299,9 +354,20 @@ def _run_job(
             resume_step=run.progress.step,
             waiting=run.progress.waiting,
             on_metrics=on_metrics,
+            is_first=ranks.is_first,
+            stopwatch=job.stopwatch,
         ) as report,
-        _stop_on_signals() as stop,
+        StepProfiler(
+            stage.directory,
+            profile,
+            num_steps=job.num_steps,
+            resume_step=run.progress.step,
+            device=next(job.model.parameters()).device,
+            rank=ranks.rank,
+            world_size=ranks.size,
+        ) as profiler,
+        _stop_on_signals(ranks),
     ):
-        _train(run, writer, report, stop)
+        _train(run, writer, report, profiler)
         writer.wait()
         _finish(run, stage, report)

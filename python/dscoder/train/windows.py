@@ -1,7 +1,11 @@
-"""Training on packed windows: what a step reads, at which rate, as functions of its number alone."""
+"""Training on packed windows: what a step reads, at which rate, as functions of its number alone.
 
-from dataclasses import asdict
+A step's windows are cut into micro-batches. Micro-batch i goes to rank i mod R of R in its round i div R, so
+what the model sees at once does not depend on the number of ranks; who has none in the last round runs an
+empty one, since every rank must take part in the exchanges of every round.
+"""
 
+import numpy as np
 import torch
 
 from dscoder.config.train import BatchConfig, ScheduleConfig
@@ -9,14 +13,31 @@ from dscoder.data.loader import IGNORED, Batch, assemble, shuffled_batch, window
 from dscoder.data.shards import Windows
 from dscoder.models import Transformer
 from dscoder.runtime.log import get_logger
-from dscoder.train.loop import train_step
+from dscoder.train.flops import forward_flops, training_flops
+from dscoder.train.load import load_figures
+from dscoder.train.loop import StepStats, train_step
 from dscoder.train.loss import token_losses
 from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.ranks import Ranks
 from dscoder.train.run import StepDone
 from dscoder.train.schedule import learning_rate, plan_batches
 
 _EVAL_TOKENS = 8192  # in one forward pass, or one window
 _LOG = get_logger(__name__)
+
+
+def check_micro(batch: BatchConfig, num_ranks: int) -> None:
+    """ValueError if the micro-batches of a full batch are fewer than the ranks."""
+    num_micro = -(-batch.sequences // batch.micro)
+    if num_micro >= num_ranks:
+        return
+    if batch.sequences < num_ranks:
+        raise ValueError(f"batch: sequences must be >= {num_ranks}, one for each rank, got {batch.sequences}")
+    largest = -(-batch.sequences // (num_ranks - 1)) - 1  # the largest that cuts the batch often enough
+    raise ValueError(
+        f"batch: micro must be <= {largest} for each of {num_ranks} ranks to have a micro-batch of "
+        f"{batch.sequences} sequences, got {batch.micro}"
+    )
 
 
 class WindowSteps:
@@ -31,8 +52,11 @@ class WindowSteps:
         batch: BatchConfig,
         schedule: ScheduleConfig,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Plan the whole run."""
+        self._ranks = ranks or Ranks()
+        check_micro(batch, self._ranks.size)
         self._model = model
         self._windows = windows
         self._micro = batch.micro
@@ -53,24 +77,44 @@ class WindowSteps:
         return learning_rate(self._schedule, step=step, consumed=self._consumed)
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of step `step`."""
+        """This rank's micro-batches of step `step`: as many as every rank's, the last one maybe empty."""
         begin, end = int(self._consumed[step]), int(self._consumed[step + 1])
+        ranks = self._ranks
         return [
-            shuffled_batch(
-                self._windows, position=start, count=min(self._micro, end - start), seed=self._seed
-            )
-            for start in range(begin, end, self._micro)
+            self._batch(start + ranks.rank * self._micro, end)
+            for start in range(begin, end, self._micro * ranks.size)
         ]
+
+    def _batch(self, position: int, end: int) -> Batch:
+        """The micro-batch of the windows from `position` up to `end`, which may be passed."""
+        count = min(self._micro, end - position)
+        if count <= 0:
+            return assemble(self._windows, np.empty(0, dtype=np.int64))
+        return shuffled_batch(self._windows, position=position, count=count, seed=self._seed)
 
     def train_step(self, optimizer: MasterAdamW, step: int, lr: float) -> StepDone:
         """Move the weights by step `step`."""
-        batches = self.batches(step)
-        stats = train_step(self._model, optimizer, batches, lr=lr, step=step)
+        stats = train_step(self._model, optimizer, self.batches(step), lr=lr, step=step, ranks=self._ranks)
+        num_sequences = int(self._consumed[step + 1] - self._consumed[step])
+        num_tokens = num_sequences * self._windows.window
+        loads, num_dropped = self._loads(stats, num_tokens)
         return StepDone(
-            figures=asdict(stats),
-            num_sequences=sum(len(batch.tokens_BS) for batch in batches),
-            num_tokens=sum(batch.tokens_BS.numel() for batch in batches),
+            figures=stats.figures() | loads,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            flops=training_flops(
+                self._model.config, num_tokens=num_tokens, num_pairs=stats.num_pairs, num_dropped=num_dropped
+            ),
         )
+
+    def _loads(self, stats: StepStats, num_tokens: int) -> tuple[dict[str, float], int]:
+        """What a report says of the experts' loads, and how many choices were dropped."""
+        if stats.loads_LE is None:
+            return {}, 0
+        num_choices = num_tokens * forward_flops(self._model.config).choices_per_token
+        num_ranks = self._ranks.layout()["expert"]
+        figures = load_figures(stats.loads_LE, num_ranks=num_ranks, num_choices=num_choices)
+        return figures, num_choices - round(float(stats.loads_LE.sum()))
 
 
 @torch.no_grad()
