@@ -162,10 +162,14 @@ def layer_workspace(model: ModelConfig, layer_idx: int, tokens: Tokens, layout: 
     return residual + max(attending, routed)
 
 
+def placement_bytes(model: ModelConfig, tokens: Tokens) -> int:
+    """Angles of every token, its row of them, and the ends of windows: once for all layers."""
+    return tokens.count * (_I64 + _F32 * model.rotated_dim) + _I32 * (tokens.sequences + 1)
+
+
 def around_saved(model: ModelConfig, tokens: Tokens) -> int:
-    """Outside the layers: token ids, angles, ends of windows, the last norm, gradients of the loss."""
-    ids_and_angles = tokens.count * (2 * _I64 + _F32 * model.rotated_dim)
-    ends = _I32 * (tokens.sequences + 1)
+    """Outside the layers: token ids, placement, the last norm, gradients of the loss."""
     hidden_gradient = tokens.count * tokens.item * model.width
     head_gradient = tokens.item * model.vocab_size * model.width
-    return ids_and_angles + ends + _norm(tokens, model.width) + hidden_gradient + head_gradient
+    kept = tokens.count * _I64 + placement_bytes(model, tokens)
+    return kept + _norm(tokens, model.width) + hidden_gradient + head_gradient
