@@ -62,3 +62,12 @@ def test_the_routed_experts_are_not_compiled(monkeypatch: pytest.MonkeyPatch) ->
     compile_dense(model, backend="eager")
     model.features(tokens_of(0, model.config))
     assert traced == [False]
+
+
+def test_no_tokens_are_not_compiled() -> None:
+    model = whole_model(tiny("tiny_moe"))
+    counter = CompileCounterWithBackend("eager")
+    compile_dense(model, backend=counter)
+    loss_of(model, tokens_of(0, model.config)[:0], num_batches=1).backward()
+    assert counter.frame_count == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())

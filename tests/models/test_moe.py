@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dscoder import ops
 from dscoder.config import BalanceConfig, MoeConfig, preset
 from dscoder.models import Transformer, allocate_cache
-from dscoder.models.moe import Moe, count_choices, drop_over_capacity, gate_logits
+from dscoder.models.moe import DROPPED, Moe, count_choices, drop_over_capacity, gate_logits
 from dscoder.models.placement import chosen_sequences, place
 
 CONFIG = MoeConfig(

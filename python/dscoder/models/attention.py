@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dscoder import ops
 from dscoder.config import GqaConfig, ModelConfig
 from dscoder.models.cache import KeyValueAppend, KeyValueCache
+from dscoder.models.cached_rows import PackedRows
 from dscoder.models.placement import Placement
 from dscoder.models.residual import multiply
 
@@ -88,18 +89,22 @@ class GqaAttention(nn.Module):
         cache, append = placement.cache, placement.append
         assert isinstance(cache, KeyValueCache)
         assert isinstance(append, KeyValueAppend)
-        assert append.mask_B1SL is not None
+        key_BLGd, value_BLGd = (x.to(query_THd.dtype) for x in cache.read(self.layer_idx, append))
+        if isinstance(append.seen, PackedRows):
+            entries = key_BLGd.flatten(0, 1), value_BLGd.flatten(0, 1)
+            ends = append.seen.ends_q, append.seen.ends_k
+            return ops.mla_prefill(query_THd, *entries, *ends, causal=True, scale=self.head_dim**-0.5)[0]
+        assert append.seen is not None
         num_rows, length = placement.num_sequences, placement.length
-        key_BLGd, value_BLGd = cache.read(self.layer_idx, append)
         num_sharing = self.num_heads // self.num_kv_heads
         # The heads that share a key stand as extra positions: keys and values are not repeated.
         query = query_THd.view(num_rows, length, self.num_kv_heads, num_sharing, self.head_dim)
         query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = F.scaled_dot_product_attention(
             query,
-            key_BLGd.transpose(1, 2).to(query.dtype),
-            value_BLGd.transpose(1, 2).to(query.dtype),
-            attn_mask=append.mask_B1SL.to(query.dtype),
+            key_BLGd.transpose(1, 2),
+            value_BLGd.transpose(1, 2),
+            attn_mask=append.seen.to(query.dtype),
         )
         out = out.view(num_rows, self.num_kv_heads, num_sharing, length, self.head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(query_THd.shape)

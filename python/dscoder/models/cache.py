@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dscoder import ops
 from dscoder.config import GqaConfig, MlaConfig, ModelConfig
+from dscoder.models.cached_rows import PackedRows, mask_rows, pack_rows, pays_to_pack
 from dscoder.models.expansion import Expansion, plan_expansion
 from dscoder.models.yarn import rotations
 
@@ -65,8 +66,7 @@ class LatentAppend(Append):
 class KeyValueAppend(Append):
     """What attention over keys and values reads, in all layers."""
 
-    # 0 where a column sees an entry, else -inf; S: a column for each head that shares a key. None: is_first.
-    mask_B1SL: Tensor | None
+    seen: PackedRows | Tensor | None  # the mask of `mask_rows`, unless packed; None: is_first
 
 
 class Cache(ABC):
@@ -309,9 +309,10 @@ class KeyValueCache(Cache):
         for entries, new in ((self.keys[layer_idx], key_TGd), (self.values[layer_idx], value_TGd)):
             entries[append.slots_T] = new.detach().to(entries.dtype)
 
-    def read(self, layer_idx: int, append: Append) -> tuple[Tensor, Tensor]:
+    def read(self, layer_idx: int, append: KeyValueAppend) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, heads, head_dim], views; entries beyond a row's length mean nothing."""
-        length = min(append.max_len, self.max_positions)
+        is_packed = isinstance(append.seen, PackedRows)
+        length = self.max_positions if is_packed else min(append.max_len, self.max_positions)
         keys, values = self._by_row(self.keys[layer_idx]), self._by_row(self.values[layer_idx])
         return keys[:, :length], values[:, :length]
 
@@ -325,7 +326,7 @@ class KeyValueCache(Cache):
         self._first_row += first
 
     def _place(self, positions_BS: Tensor, num_new_B: Tensor | None) -> KeyValueAppend:
-        max_len = self._max_len + positions_BS.shape[1]
+        max_len, is_first = self._max_len + positions_BS.shape[1], self._max_len == 0
         # What does not fit, padding alone, must not reach the next row.
         spare = self.keys[0].shape[0] - 1
         is_inside_BS = positions_BS < self.max_positions
@@ -334,17 +335,17 @@ class KeyValueCache(Cache):
             positions_BS=positions_BS,
             slots_T=slots_BS.flatten(),
             num_new_B=num_new_B,
-            is_first=self._max_len == 0,
+            is_first=is_first,
             max_len=max_len,
-            mask_B1SL=None if self._max_len == 0 else self._mask(positions_BS, max_len),
+            seen=None if is_first else self._seen(positions_BS, max_len),
         )
 
-    def _mask(self, positions_BS: Tensor, max_len: int) -> Tensor:
-        entries_L = torch.arange(min(max_len, self.max_positions), device=positions_BS.device)
-        is_hidden_BSL = entries_L > positions_BS[:, :, None]
-        # A number, not a truth value, which attention would turn into one in every layer.
-        mask_BSL = self.keys[0].new_zeros(is_hidden_BSL.shape).masked_fill_(is_hidden_BSL, -torch.inf)
-        return mask_BSL[:, None].repeat(1, 1, self._num_sharing, 1)
+    def _seen(self, positions_BS: Tensor, max_len: int) -> PackedRows | Tensor:
+        keys, num_new = self.keys[0], positions_BS.shape[1]
+        if pays_to_pack(keys, self.values[0], num_new=num_new):
+            return pack_rows(self.seq_lens_B, num_new=num_new, max_positions=self.max_positions)
+        num_entries = min(max_len, self.max_positions)
+        return mask_rows(positions_BS, num_entries, num_sharing=self._num_sharing, dtype=keys.dtype)
 
 
 def cache_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

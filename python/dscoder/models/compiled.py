@@ -5,11 +5,18 @@ known on the device alone. Layers share their graphs, so a model of any depth co
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dscoder.models.transformer import Layer, Transformer
+
+
+def _run(eager: Callable[..., Any], compiled: Callable[..., Any], x_TD: Tensor, *args: Any) -> Any:
+    # A rank without a micro-batch runs one of no tokens, which inductor fails on.
+    return (compiled if len(x_TD) else eager)(x_TD, *args)
 
 
 def compile_dense(model: Transformer, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -26,4 +33,6 @@ def compile_dense(model: Transformer, *, backend: str | Callable[..., Any] = "in
         elif layer.moe.shared is not None:
             dense.append(layer.moe.shared)
         for module in dense:
-            module.compile(backend=backend)
+            eager = module.forward
+            compiled: Callable[..., Any] = torch.compile(eager, backend=backend)
+            module.forward = partial(_run, eager, compiled)

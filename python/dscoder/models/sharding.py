@@ -125,9 +125,8 @@ class Part:
     def take(self, full: Tensor) -> Tensor:
         """The part of `full`, a tensor of `whole_shape`, that is this rank's: a view."""
         if full.shape != self.whole_shape:
-            raise ValueError(
-                f"{self.name}: the whole must have shape {self.whole_shape}, got {tuple(full.shape)}"
-            )
+            wanted, got = tuple(self.whole_shape), tuple(full.shape)
+            raise ValueError(f"{self.name}: the whole must have shape {wanted}, got {got}")
         if self.devices is None:
             return full
         coordinate = self.devices.get_coordinate()
