@@ -20,15 +20,21 @@ from dscoder.models import Transformer
 from dscoder.models.sharding import materialise_shards, parts, shard_model
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
-from tests.checkpoint.conftest import CONFIGS, EXPERTS, LITE, build
+from tests.checkpoint.conftest import CONFIGS, EXPERTS, LATENT, LITE, build
 
 pytestmark = pytest.mark.dist
 
-# Nothing divides evenly but the experts: 8 over 2 or 4 ranks.
-UNEVEN = replace(LITE, vocab_size=67, mlp_width=23, moe=replace(EXPERTS, num_experts=8, expert_width=11))
+# Over four ranks one has nothing of the latent's norm, and three experts a rank are cut by their rows.
+UNEVEN = replace(
+    LITE,
+    vocab_size=67,
+    mlp_width=23,
+    attention=replace(LATENT, kv_lora_rank=5),
+    moe=replace(EXPERTS, num_experts=6, expert_width=11),
+)
 TIED = replace(CONFIGS["tied_dense"], vocab_size=67)
 MAX_SHARD_BYTES = 20_000
-LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 1), (4, 1), (2, 2)]}
+LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(1, 1), (2, 1), (2, 2)]}  # (expert, replicate)
 
 
 def empty_model(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Transformer:
@@ -140,7 +146,7 @@ def stack_experts(path: Path) -> None:
     for i in (1, 2):
         prefix = f"model.layers.{i}.mlp.experts"
         pick = {
-            name: [tensors.pop(f"{prefix}.{j}.{name}_proj.weight") for j in range(8)]
+            name: [tensors.pop(f"{prefix}.{j}.{name}_proj.weight") for j in range(6)]
             for name in ("gate", "up", "down")
         }
         gate_ups = [torch.cat(pair) for pair in zip(pick["gate"], pick["up"], strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dscoder.config import ModelConfig
+from dscoder.config import MlaConfig, ModelConfig
 from dscoder.config.train import OptimizerConfig
 from dscoder.models import Transformer
 from dscoder.models.sharding import Part, parts
@@ -26,8 +26,10 @@ NUM_STEPS, NUM_BATCHES = 3, 5
 
 
 def config_of() -> ModelConfig:
-    """Rows that do not divide over the ranks."""
-    return replace(tiny("tiny_moe"), vocab_size=67, mlp_width=23)
+    """Rows that do not divide over the ranks; of the latent's norm one of four has none."""
+    config = tiny("tiny_moe")
+    assert isinstance(config.attention, MlaConfig)
+    return replace(config, vocab_size=67, mlp_width=23, attention=replace(config.attention, kv_lora_rank=5))
 
 
 def gather(part: Part, tensor: Tensor) -> Tensor:

@@ -104,22 +104,25 @@ class MasterAdamW:
             self.moments.update({f"{name}.{key}": value for key, value in state.items()})
         return adam
 
-    def _take_gradients(self) -> None:
-        """Move the sums over ranks, which FSDP leaves at the parameters, to the masters."""
+    def collect(self) -> None:
+        """Add the sums over ranks, which FSDP leaves at the parameters, to those of the step, in float32."""
         for name, part in self._parts.items():
             gradient = part.gradient()
             if gradient is None:
                 continue
             part.parameter.grad = None
-            if name in self.masters:
-                self.masters[name].grad = gradient
+            master = self.masters.get(name)
+            before = self._rounded.gradients.get(name) if master is None else master.grad
+            total = gradient if before is None else before.add_(gradient)
+            if master is None:
+                self._rounded.gradients[name] = total
             else:
-                self._rounded.gradients[name] = gradient
+                master.grad = total
 
     def gradients(self) -> dict[str, Tensor]:
         """Every float32 gradient of the step under way, by the parameter's name: the live ones."""
         if self._mesh is not None:
-            self._take_gradients()
+            self.collect()
         found = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         return found | self._rounded.gradients
 
@@ -160,7 +163,9 @@ class MasterAdamW:
 
     def _norm_over(self, mesh: Mesh, gradients: dict[str, Tensor]) -> Tensor:
         """The norm of the whole model's gradient: every element counts once, whoever holds copies of it."""
-        counted = [tensor for name, tensor in gradients.items() if is_counted(self._parts[name])]
+        counted = [
+            tensor for name, tensor in gradients.items() if tensor.numel() and is_counted(self._parts[name])
+        ]
         square = torch.zeros(1, dtype=torch.float64, device=mesh.device)
         if counted:
             square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
