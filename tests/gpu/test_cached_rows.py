@@ -11,8 +11,8 @@ from dscoder.models import Transformer, allocate_cache, cache
 from dscoder.models.cached_rows import PackedRows, pays_to_pack
 from dscoder.testing import gpu
 
-CHUNKS = ([100, 3, 64], [30, 70, 1], [256, 128, 200])  # tokens of each row that count
-MAX_POSITIONS = 390  # the last chunk's padding does not fit the first row
+CHUNKS = ([100, 3, 64], [70, 30, 1], [60, 128, 200])  # tokens of each row that count
+MAX_POSITIONS = 270  # the last chunk's padding does not fit the first row
 
 
 def small(num_kv_heads: int) -> ModelConfig:
