@@ -10,7 +10,6 @@ from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.plan.memory import Precision
 from tests.models.sharded import loss_of, sharded_model, tokens_of
 
-
 STORED = {"fp32": torch.float32, "bf16": torch.float32, "bf16_stochastic": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_stochastic": torch.bfloat16}
 

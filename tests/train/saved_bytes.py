@@ -39,7 +39,7 @@ def saved_bytes(model: Transformer, tokens: Tokens, *, recompute: Recompute) -> 
 
 
 def saved_bytes_of_a_rank(model: ModelConfig, tokens: Tokens, recomputes: tuple[Recompute, ...]) -> list[int]:
-    """With each form of recomputing, on one of the ranks that share the experts, in the worst case's slots."""
+    """With each form of recomputing, on a rank with half of the experts and slots for the worst case."""
     with open_mesh(expert=2, replicate=1, device="cpu", timeout=60) as mesh:
         assert model.moe is not None
         group = ops.ExpertParallel(

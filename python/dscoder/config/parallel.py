@@ -23,6 +23,7 @@ class ParallelConfig:
     recompute: Recompute = "none"
     compile: Literal["none", "dense"] = "none"  # dense: attention, norms and MLPs; never the routed experts
     reshard_after_forward: bool = True  # free a layer's gathered weights until its backward pass
+    sums_each_batch: bool = False  # sum gradients over ranks after each micro-batch: keeps parts, not wholes
     transport: Literal["auto", "peer", "collective"] = "auto"  # of tokens between expert ranks
     exact: bool | None = None  # receive buffers of the size that comes in; None: on the CPU alone
     timeout: float = 600.0  # seconds before a wait for other ranks ends with an error

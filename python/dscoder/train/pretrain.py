@@ -193,7 +193,7 @@ def open_ranks(config: PretrainConfig) -> Iterator[Ranks]:
         device=config.device,
         timeout=parallel.timeout,
     ) as mesh:
-        yield Ranks(mesh)
+        yield Ranks(mesh, sums_each_batch=parallel.sums_each_batch)
 
 
 def _check_layout(config: PretrainConfig, ranks: Ranks) -> None:

@@ -149,10 +149,11 @@ STOPS = {signal.SIGINT: Note.INTERRUPTED, signal.SIGTERM: Note.TERMINATED}
 class Ranks(Agreement):
     """The ranks of a run, how they are laid out, and the sums and notes of each step."""
 
-    def __init__(self, mesh: Mesh | None = None) -> None:
-        """`mesh`: None for one process without torchrun."""
+    def __init__(self, mesh: Mesh | None = None, *, sums_each_batch: bool = False) -> None:
+        """`mesh`: None for one process without torchrun. `sums_each_batch`: as in ParallelConfig."""
         super().__init__(None if mesh is None else mesh.control)
         self.mesh = mesh
+        self.sums_each_batch = sums_each_batch
         self.background = Agreement(None if mesh is None else mesh.background)  # for one other thread
         self._told = [0.0] * len(Note)
         self._heard = [0.0] * len(Note)
