@@ -89,6 +89,16 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
+    def meet(self, timeout: float) -> None:
+        """Wait for the first beat of every rank; LostRankError names those that do not come."""
+        deadline = time.monotonic() + timeout
+        while not self._store.check(self._keys):
+            if time.monotonic() > deadline:
+                absent = [rank for rank, beat in enumerate(self._read_all()) if beat is None]
+                named = ", ".join(map(str, absent))
+                raise LostRankError(absent, f"ranks that did not come within {timeout:g} s: {named}")
+            time.sleep(_PERIOD / 10)
+
     def lost(self) -> dict[int, str]:
         """What happened to the ranks that are gone, by rank; those that left because of others are not there.
 
@@ -190,8 +200,6 @@ def _failures(beats: Sequence[_Beat | None]) -> dict[int, str]:
 def _silences(before: Sequence[_Beat | None], after: Sequence[_Beat | None]) -> dict[int, str]:
     losses = {}
     for rank, (first, last) in enumerate(zip(before, after, strict=True)):
-        if last is None:
-            losses[rank] = "never came"
-        elif last == first and last.state == _ALIVE:
+        if last is not None and last == first and last.state == _ALIVE:
             losses[rank] = "is gone: its heartbeat stopped"
     return losses

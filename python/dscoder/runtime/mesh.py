@@ -229,6 +229,7 @@ def _meet(
     """Wait for all ranks and make the groups that hold them all."""
     rank, world_size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
     limit = timedelta(seconds=timeout)
+    heartbeat.meet(timeout)
     is_gpu = device.type == "cuda"
     if is_gpu:
         torch.cuda.set_device(device)
