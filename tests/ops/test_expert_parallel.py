@@ -1,8 +1,11 @@
 """Experts spread over ranks against the same experts in one process, over gloo."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dscoder.testing import expert_ranks
 from dscoder.testing.compare import assert_close, assert_same
@@ -201,7 +204,7 @@ def test_a_rank_that_dies_is_named_by_the_others() -> None:
 def test_a_rank_that_dies_with_the_store_is_an_error_too() -> None:
     ended = end_ranks(expert_ranks.rank_lost, UNEVEN, 0, num_ranks=2)
     assert ended[0].status == 3
-    assert "the group's store is gone too (by default global rank 0 serves it)" in ended[1].value[0]
+    assert "the group's store is gone (by default global rank 0 serves it: " in ended[1].value[0]
 
 
 @pytest.mark.parametrize(
@@ -214,3 +217,13 @@ def test_a_rank_that_dies_with_the_store_is_an_error_too() -> None:
 def test_a_rank_that_does_not_come_ends_the_wait(absent: str, message: str) -> None:
     ended = end_ranks(expert_ranks.rank_late, UNEVEN, absent, num_ranks=2)
     assert ended[0].value.startswith(f"ExchangeError: expert_parallel: {message}")
+
+
+def run_example() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "expert_parallel.md").read_text(encoding="utf-8")
+    exec(compile(text.partition("```python\n")[2].partition("```")[0], "moe.py", "exec"), {})
+    dist.destroy_process_group()
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    assert [end.error for end in end_ranks(run_example, num_ranks=2)] == ["", ""]

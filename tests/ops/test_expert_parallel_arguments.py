@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from dscoder import ops
 from dscoder.ops.exchange_transport import find_slots
+from dscoder.ops.peer_memory import group_refusal
 from dscoder.testing.compare import assert_close, assert_same
 
 NUM_EXPERTS, HIDDEN, MAX_TOKENS, NUM_TOPK = 4, 6, 5, 2
@@ -167,6 +168,26 @@ def test_experts_that_ranks_cannot_share_evenly_are_refused() -> None:
 def test_wrong_options_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         ops.ExchangeOptions(**fields)
+
+
+def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:
+    wanted = r"^expert_parallel: transport peer wants tensors on a GPU, got cpu on rank 0$"
+    with pytest.raises(ValueError, match=wanted):
+        ops.ExpertParallel(alone, **SIZES, options=ops.ExchangeOptions(transport="peer"))
+
+
+def test_ranks_of_several_hosts_do_not_reach_each_other() -> None:
+    def place(host: str, boot: str, refusal: str | None = None) -> dict[str, Any]:
+        return {"host": [host, boot], "gpu": "", "refusal": refusal}
+
+    assert group_refusal([place("a", "1"), place("a", "1")]) is None
+    assert (
+        group_refusal([place("a", "1"), place("b", "1")]) == "all ranks on one host, got a and, on rank 1, b"
+    )
+    assert (
+        group_refusal([place("a", "1"), place("a", "2")]) == "all ranks on one host, got a and, on rank 1, a"
+    )
+    assert group_refusal([place("a", "1"), place("a", "1", "a GPU")]) == "a GPU on rank 1"
 
 
 @given(st.data())

@@ -72,10 +72,6 @@ class CollectiveTransport:
             num_received=num_received,
         )
 
-    def num_slots(self, routes: Routes) -> int:
-        """Rows that arrive here."""
-        return sum(_own(routes).num_received)
-
     def start_spread(self, routes: Routes, x_TD: Tensor, choices: Choices | None) -> Callable[[], Spread]:
         """One collective for the rows and one for the choices."""
         own = _own(routes)

@@ -78,9 +78,6 @@ class Transport(Protocol):
     def route(self, idx_TK: Tensor) -> Routes:
         """The routes of tokens with these experts; the host reads of them in the exact path alone."""
 
-    def num_slots(self, routes: Routes) -> int:
-        """Slots that this rank receives into."""
-
     def start_spread(self, routes: Routes, x_TD: Tensor, choices: Choices | None) -> Callable[[], Spread]:
         """Sends tokens' rows; what is returned waits for those of the other ranks."""
 

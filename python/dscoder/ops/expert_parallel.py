@@ -29,6 +29,8 @@ from dscoder.ops.library import (
 )
 from dscoder.ops.moe_permute import PermuteHandle, moe_permute, moe_permute_maps
 from dscoder.ops.moe_unpermute import moe_unpermute
+from dscoder.ops.peer_memory import connect_peers
+from dscoder.ops.peer_transport import PeerTransport
 from dscoder.ops.roll_call import OP, RollCall
 
 TRANSPORTS = ("auto", "peer", "collective")
@@ -136,9 +138,7 @@ class ExpertParallel:
         self.first_expert = self.rank * self.num_local_experts
         roll_call = RollCall(process_group, timeout=options.timeout)
         _check_agreement(roll_call, self._sizes, options, self.device)
-        self._transport: Transport = CollectiveTransport(
-            process_group, self._sizes, roll_call=roll_call, timeout=options.timeout
-        )
+        self._transport = _transport_of(process_group, roll_call, self._sizes, options, self.device)
         self.transport = self._transport.name
         self._meter = Meter(self.device)
         self._exchange = Exchange(self._transport, self._meter)
@@ -304,6 +304,23 @@ def _handle_of(maps: PermuteHandle, choices: Choices, routes: Routes) -> Dispatc
         counts_R=routes.counts_R,
         routes=routes,
     )
+
+
+def _transport_of(
+    process_group: ProcessGroup,
+    roll_call: RollCall,
+    sizes: ExchangeSizes,
+    options: ExchangeOptions,
+    device: torch.device,
+) -> Transport:
+    """The transport asked for: the same on every rank."""
+    if options.transport != "collective":
+        peer = connect_peers(roll_call, sizes, device=device, timeout=options.timeout)
+        if isinstance(peer, PeerTransport):
+            return peer
+        if options.transport == "peer":
+            raise ValueError(f"{OP}: transport peer wants {peer}")
+    return CollectiveTransport(process_group, sizes, roll_call=roll_call, timeout=options.timeout)
 
 
 def _check_handle(handle: DispatchHandle) -> None:

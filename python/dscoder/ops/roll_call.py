@@ -85,20 +85,20 @@ class RollCall:
 
     def failure(self, doing: str, error: BaseException) -> ExchangeError:
         """What to raise for a collective that failed with `error`: it names the ranks that are gone."""
+        found, peer = self.who_is_lost()
+        return ExchangeError(
+            f"{OP}: rank {self.rank} failed in {doing}; {found}: {error}", rank=self.rank, peer=peer
+        )
+
+    def who_is_lost(self) -> tuple[str, int | None]:
+        """`lost_ranks` in words, and the first of them."""
         try:
             lost = self.lost_ranks()
-        except RuntimeError as broken:  # the rank that served the store was the one to go
-            return ExchangeError(
-                f"{OP}: rank {self.rank} failed in {doing}, and the group's store is gone too"
-                f" (by default global rank 0 serves it): {error}; {broken}",
-                rank=self.rank,
-            )
-        found = f"{self.names(lost)} did not answer for {PATIENCE:g} s" if lost else "every rank answers"
-        return ExchangeError(
-            f"{OP}: rank {self.rank} failed in {doing}; {found}: {error}",
-            rank=self.rank,
-            peer=lost[0] if lost else None,
-        )
+        except RuntimeError as error:  # the rank that served the store was the one to go
+            return f"the group's store is gone (by default global rank 0 serves it: {error})", None
+        if not lost:
+            return "every rank answers", None
+        return f"{self.names(lost)} did not answer for {PATIENCE:g} s", lost[0]
 
     def names(self, ranks: list[int]) -> str:
         """The ranks in words, with their global numbers where those differ."""

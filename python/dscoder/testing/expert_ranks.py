@@ -5,10 +5,11 @@ compared with one process that does it all.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from unittest import mock
 
@@ -60,6 +61,10 @@ class ExpertProblem:
     gate_up_EFD: Tensor
     down_EDF: Tensor
     grad_TD: Tensor  # of the result
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients are asked of."""
+        return self.x_TD, self.weight_TK, self.gate_up_EFD, self.down_EDF
 
 
 def problem_of(case: ExpertCase) -> ExpertProblem:
@@ -122,18 +127,18 @@ def rank_layers(cases: tuple[ExpertCase, ...]) -> dict[str, tuple[Arrays, Arrays
 
 def _rank_layer(case: ExpertCase, process_group: ProcessGroup, layer: Callable[..., Tensor]) -> Arrays:
     group = group_of(case, process_group)
-    inputs = rank_inputs(case, group)
+    inputs = rank_inputs(case, group.rank)
     out_TD = layer(group, inputs.x_TD, inputs.idx_TK, inputs.weight_TK, inputs.gate_up_EFD, inputs.down_EDF)
     group.close()
     return _results(out_TD, inputs)
 
 
-def rank_inputs(case: ExpertCase, group: ops.ExpertParallel) -> ExpertProblem:
-    """This rank's tokens and experts, as leaves."""
-    begin = sum(case.tokens[: group.rank])
-    end = begin + case.tokens[group.rank]
-    last_expert = group.first_expert + group.num_local_experts
-    return _leaves(problem_of(case), slice(begin, end), slice(group.first_expert, last_expert))
+def rank_inputs(case: ExpertCase, rank: int) -> ExpertProblem:
+    """A rank's tokens and experts, as leaves."""
+    begin = sum(case.tokens[:rank])
+    num_local = case.num_experts // len(case.tokens)
+    experts = slice(rank * num_local, (rank + 1) * num_local)
+    return _leaves(problem_of(case), slice(begin, begin + case.tokens[rank]), experts)
 
 
 def joined(parts: list[Arrays]) -> Arrays:
@@ -199,8 +204,12 @@ def _leaves(problem: ExpertProblem, tokens: slice, experts: slice) -> ExpertProb
 
 
 def _results(out_TD: Tensor, inputs: ExpertProblem) -> Arrays:
-    leaves = (inputs.x_TD, inputs.weight_TK, inputs.gate_up_EFD, inputs.down_EDF)
-    grads = torch.autograd.grad(out_TD, leaves, inputs.grad_TD)
+    grads = torch.autograd.grad(out_TD, inputs.leaves(), inputs.grad_TD)
+    return named_results(out_TD, grads)
+
+
+def named_results(out_TD: Tensor, grads: Sequence[Tensor]) -> Arrays:
+    """A rank's result and the gradients of its leaves."""
     named = dict(zip(("out", "x", "weight", "gate_up", "down"), (out_TD, *grads), strict=True))
     return {name: tensor.detach().double().numpy() for name, tensor in named.items()}
 
@@ -290,7 +299,7 @@ def rank_order(case: ExpertCase) -> list[str]:
     """The order of events where other work lies between the starts and their waits."""
     with rank_group() as process_group:
         group = logged_group(case, process_group)
-        log, inputs = LoggedTransport.log, rank_inputs(case, group)
+        log, inputs = LoggedTransport.log, rank_inputs(case, group.rank)
         departing = group.start_dispatch(inputs.x_TD, inputs.idx_TK, inputs.weight_TK)
         shared_TD = _noted(inputs.x_TD, "shared", log)
         x_SD, handle = departing.wait()
@@ -308,12 +317,13 @@ def rank_checkpoint(case: ExpertCase) -> tuple[bool, list[str], list[str]]:
     with rank_group() as process_group:
         group = logged_group(case, process_group)
         log = LoggedTransport.log
-        inputs = rank_inputs(case, group)
-        leaves = (inputs.x_TD, inputs.weight_TK, inputs.gate_up_EFD, inputs.down_EDF)
+        inputs = rank_inputs(case, group.rank)
+        leaves = inputs.leaves()
         found, logs = [], []
         for recomputes in (False, True):
-            args = (group, inputs.x_TD, inputs.idx_TK, *leaves[1:])
-            out_TD = checkpoint(split_layer, *args, use_reentrant=False) if recomputes else split_layer(*args)
+            args = (inputs.x_TD, inputs.idx_TK, *leaves[1:])
+            layer = partial(split_layer, group)
+            out_TD = checkpoint(layer, *args, use_reentrant=False) if recomputes else layer(*args)
             found.append((out_TD, *torch.autograd.grad(out_TD, leaves, inputs.grad_TD)))
             logs.append([line for line in log if line.startswith("start")])
             log.clear()
@@ -324,7 +334,7 @@ def rank_partial(case: ExpertCase, wanted: tuple[str, ...]) -> tuple[Arrays, lis
     """The gradients of some inputs alone, and the movements."""
     with rank_group() as process_group:
         group = logged_group(case, process_group)
-        inputs = rank_inputs(case, group)
+        inputs = rank_inputs(case, group.rank)
         leaves = {"x": inputs.x_TD, "weight": inputs.weight_TK}
         leaves |= {"gate_up": inputs.gate_up_EFD, "down": inputs.down_EDF}
         for name, leaf in leaves.items():
@@ -340,7 +350,7 @@ def rank_second_derivative(case: ExpertCase) -> str:
     """The error of differentiating a gradient of dispatch again."""
     with rank_group() as process_group:
         group = group_of(case, process_group)
-        inputs = rank_inputs(case, group)
+        inputs = rank_inputs(case, group.rank)
         x_SD, _ = group.start_dispatch(inputs.x_TD, inputs.idx_TK, inputs.weight_TK).wait()
         return error_of(lambda: torch.autograd.grad(x_SD.sum(), inputs.x_TD, create_graph=True))
 
@@ -356,7 +366,7 @@ def rank_lost(case: ExpertCase, lost: int) -> list[str]:
     """One rank dies after a good exchange: what the others' next one says, and what they say later."""
     with rank_group() as process_group:
         group = group_of(case, process_group)
-        inputs = rank_inputs(case, group)
+        inputs = rank_inputs(case, group.rank)
         args = (inputs.x_TD, inputs.idx_TK, inputs.weight_TK)
         group.dispatch(*args)
         if process_group.rank() == lost:
@@ -377,7 +387,7 @@ def rank_late(case: ExpertCase, absent: str) -> str:
 
         def come() -> None:
             group = group_of(case, process_group, timeout=1.0)
-            inputs = rank_inputs(case, group)
+            inputs = rank_inputs(case, group.rank)
             group.dispatch(inputs.x_TD, inputs.idx_TK, inputs.weight_TK)
 
         error = error_of(come)

@@ -1,0 +1,184 @@
+"""The peer transport with several ranks in this process, their kernels on the host executor.
+
+All ranks start a movement before the first lands it: they share one thread. Autograd keeps to that by itself,
+since it undoes what came last first.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dscoder import ops
+from dscoder.ops.exchange_statistics import Meter
+from dscoder.ops.exchange_transport import Choices, ExchangeSizes
+from dscoder.ops.expert_exchange import Exchange, start_gather, start_spread
+from dscoder.ops.peer_transport import PeerTransport
+from dscoder.testing import expert_ranks
+from dscoder.testing.compare import assert_close, assert_same
+from dscoder.testing.expert_ranks import Arrays, ExpertCase, ExpertProblem
+from dscoder.testing.ranks import run_ranks
+
+CPU = torch.device("cpu")
+TOKENS = {1: (5,), 2: (7, 3), 4: (2, 0, 9, 5)}
+
+
+def cases_of(num_ranks: int) -> tuple[ExpertCase, ...]:
+    tokens, empty = TOKENS[num_ranks], (0,) * num_ranks
+    wanted: list[dict[str, Any]] = [
+        *({"tokens": tokens, "routing": routing} for routing in ("any", "dropped", "one_expert", "none")),
+        *({"tokens": tokens, "dtype": dtype} for dtype in (torch.bfloat16, torch.float16)),
+        {"tokens": empty},
+        {"tokens": (*empty[:-1], 9), "routing": "one_rank", "num_topk": 2},
+    ]
+    return tuple(ExpertCase(**fields, hidden=8, exact=exact) for exact in (True, False) for fields in wanted)
+
+
+def sizes_of(case: ExpertCase, rank: int) -> ExchangeSizes:
+    return ExchangeSizes(
+        rank=rank,
+        num_ranks=len(case.tokens),
+        num_experts=case.num_experts,
+        hidden=case.hidden,
+        max_tokens=case.max_tokens,
+        num_topk=case.num_topk,
+        dtype=case.dtype,
+        exact=case.exact,
+    )
+
+
+def exchanges(host_ops: ModuleType, case: ExpertCase, timeout: float = 10.0) -> list[Exchange]:
+    """One a rank, over buffers that reach each other."""
+    num_ranks = len(case.tokens)
+    buffers = [
+        host_ops.CommBuffer(
+            rank=rank,
+            num_ranks=num_ranks,
+            max_tokens=case.max_tokens,
+            row_bytes=case.hidden * case.dtype.itemsize,
+            num_topk=case.num_topk,
+            timeout=timeout,
+        )
+        for rank in range(num_ranks)
+    ]
+    for buffer in buffers:
+        for peer in buffers:
+            if peer is not buffer:
+                buffer.connect(peer)
+    return [
+        Exchange(PeerTransport(sizes_of(case, rank), buffer, device=CPU), Meter(CPU))
+        for rank, buffer in enumerate(buffers)
+    ]
+
+
+def layers_together(host_ops: ModuleType, case: ExpertCase) -> list[Arrays]:
+    """The layer of every rank, step by step side by side, and the gradients of all from one backward."""
+    ranks = range(len(case.tokens))
+    inputs = [expert_ranks.rank_inputs(case, rank) for rank in ranks]
+    each = exchanges(host_ops, case)
+    routes = [each[rank].transport.route(inputs[rank].idx_TK) for rank in ranks]
+    spreading = [
+        start_spread(each[rank], routes[rank], inputs[rank].x_TD, choices_of(inputs[rank])) for rank in ranks
+    ]
+    arrived = [wait() for wait in spreading]
+    rows = [experts_of(case, inputs[rank], *arrived[rank]) for rank in ranks]
+    gathering = [start_gather(each[rank], routes[rank], rows[rank]) for rank in ranks]
+    outs = [wait() for wait in gathering]
+    leaves = [leaf for rank in ranks for leaf in inputs[rank].leaves()]
+    grads = torch.autograd.grad(outs, leaves, [inputs[rank].grad_TD for rank in ranks])
+    for rank in ranks:
+        each[rank].transport.check()
+        each[rank].transport.close()
+    return [expert_ranks.named_results(outs[rank], grads[4 * rank : 4 * rank + 4]) for rank in ranks]
+
+
+def choices_of(inputs: ExpertProblem) -> Choices:
+    return Choices(idx_TK=inputs.idx_TK, weight_TK=inputs.weight_TK)
+
+
+def experts_of(case: ExpertCase, inputs: ExpertProblem, x_SD: Tensor, choices: Choices) -> Tensor:
+    """A rank's experts over its slots, summed by slot."""
+    maps = ops.moe_permute_maps(choices.idx_TK, num_experts=case.num_experts // len(case.tokens))
+    y_MD = ops.moe_experts(x_SD, inputs.gate_up_EFD, inputs.down_EDF, maps)
+    return ops.moe_unpermute(y_MD, choices.weight_TK, maps)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_ranks", sorted(TOKENS))
+def test_kernels_do_what_the_collectives_do(
+    num_ranks: int, host_ops: ModuleType, use_kernels: Callable[..., None]
+) -> None:
+    cases = cases_of(num_ranks)
+    collective = run_ranks(expert_ranks.rank_layers, cases, num_ranks=num_ranks)
+    for case in cases:
+        peer = layers_together(host_ops, case)
+        for rank in range(num_ranks):
+            _, wanted = collective[rank][str(case)]
+            for name, array in wanted.items():
+                assert_close(torch.from_numpy(peer[rank][name]), torch.from_numpy(array), dtype=case.dtype)
+
+
+CASE = ExpertCase(tokens=TOKENS[2], hidden=8)
+SOON = 1e-5  # seconds; the executor itself gives up where threads only wait
+
+
+def test_a_wait_in_vain_names_the_peer(host_ops: ModuleType, use_kernels: Callable[..., None]) -> None:
+    worst = replace(CASE, exact=False)
+    transport = exchanges(host_ops, worst, timeout=SOON)[0].transport
+    inputs = expert_ranks.rank_inputs(worst, 0)
+    spread = transport.start_spread(transport.route(inputs.idx_TK), inputs.x_TD, choices_of(inputs))()
+    assert spread.x_SD.isnan().all()
+    assert (spread.idx_SK == -1).all()
+    wanted = "rank 0 waited in vain for rank 1 in dispatch_arrival: expected 1, seen 0"
+    for _ in range(2):
+        with pytest.raises(ops.ExchangeError, match=f"^expert_parallel: {wanted}$") as caught:
+            transport.check()
+        error = caught.value
+        assert (error.rank, error.peer, error.slot, error.expected, error.seen) == (0, 1, None, 1, 0)
+
+
+def test_an_exact_wait_in_vain_raises_at_once(host_ops: ModuleType, use_kernels: Callable[..., None]) -> None:
+    transport = exchanges(host_ops, CASE, timeout=SOON)[1].transport
+    inputs = expert_ranks.rank_inputs(CASE, 1)
+    land = transport.start_spread(transport.route(inputs.idx_TK), inputs.x_TD, choices_of(inputs))
+    with pytest.raises(ops.ExchangeError, match=r"^expert_parallel: rank 1 waited in vain for rank 0 in "):
+        land()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_movement_that_nobody_waits_for_leaves_the_next_ones_whole(
+    exact: bool, host_ops: ModuleType, use_kernels: Callable[..., None]
+) -> None:
+    case = replace(CASE, tokens=(5,), exact=exact)
+    transport = exchanges(host_ops, case)[0].transport
+    inputs = expert_ranks.rank_inputs(case, 0)
+    routes = transport.route(inputs.idx_TK)
+    first = transport.start_spread(routes, inputs.x_TD, choices_of(inputs))
+    second = transport.start_spread(routes, -inputs.x_TD, None)
+    x_SD = second().x_SD
+    assert_same(x_SD[:5], -inputs.x_TD.detach())
+    assert_same(first().x_SD[:5], inputs.x_TD.detach())
+    transport.start_gather(routes, -x_SD, None)
+    gathered = transport.start_gather(routes, x_SD, None)()
+    assert_same(gathered.out_TD, -inputs.x_TD.detach())
+    assert gathered.weight_TK is None
+
+
+def test_floats_travel_back_without_rows(host_ops: ModuleType, use_kernels: Callable[..., None]) -> None:
+    each = [exchange.transport for exchange in exchanges(host_ops, CASE)]
+    inputs = [expert_ranks.rank_inputs(CASE, rank) for rank in (0, 1)]
+    routes = [each[rank].route(inputs[rank].idx_TK) for rank in (0, 1)]
+    spreading = [
+        each[rank].start_spread(routes[rank], inputs[rank].x_TD, choices_of(inputs[rank])) for rank in (0, 1)
+    ]
+    landed = [land() for land in spreading]
+    own = [torch.where(spread.idx_SK >= 0, spread.weight_SK, 0.0) for spread in landed]
+    gathering = [each[rank].start_gather(routes[rank], None, own[rank]) for rank in (0, 1)]
+    for rank in (0, 1):
+        gathered = gathering[rank]()
+        assert gathered.out_TD is None
+        assert_same(gathered.weight_TK, inputs[rank].weight_TK.detach())
