@@ -10,7 +10,7 @@ from dscoder.cli.arguments import parse, spelled
 from dscoder.cli.pretrain import parse_config
 from dscoder.config import GqaConfig, MlaConfig, YarnConfig, preset
 from dscoder.config.data import SourcesConfig, TokenizerConfig
-from dscoder.config.train import PretrainConfig
+from dscoder.config.train import PretrainConfig, ProfileConfig
 from dscoder.train.recipes import recipe
 
 PLACES = ["--data", "d", "--out", "o"]
@@ -188,3 +188,23 @@ def test_the_help_tells_what_the_comments_say(capsys: pytest.CaptureFixture[str]
     told = " ".join(capsys.readouterr().out.split())
     assert "older ones are deleted (type: int, default: 2)" in told
     assert isinstance(PretrainConfig.__doc__, str)
+
+
+@pytest.mark.parametrize(
+    ("words", "profile"),
+    [
+        ([], None),
+        (["--profile"], ProfileConfig()),
+        (["--profile", "--profile.start", "7"], ProfileConfig(start=7)),
+        (["--profile.steps=2"], ProfileConfig(steps=2)),
+        (["--profile.start", "7", "--profile.steps", "2"], ProfileConfig(start=7, steps=2)),
+    ],
+)
+def test_profile_alone_is_enough(words: list[str], profile: ProfileConfig | None) -> None:
+    assert parse_config([*PLACES, "--model.preset", "tiny_moe", *words]).profile == profile
+
+
+def test_what_is_profiled_comes_back_from_a_file(tmp_path: Path) -> None:
+    for profile in (None, ProfileConfig(start=7, steps=2)):
+        path = written(tmp_path / "a.yaml", {"profile": None if profile is None else asdict(profile)})
+        assert parse_config([*PLACES, "--init_from", "m", "--config", path]).profile == profile

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dscoder.cli.arguments import parse, shortcut
 from dscoder.config import ModelConfig, preset
-from dscoder.config.train import PretrainConfig
+from dscoder.config.train import PretrainConfig, ProfileConfig
 from dscoder.data.prepare import HELD_OUT
 from dscoder.eval.perplexity import held_out_report
 from dscoder.runtime import log
@@ -16,6 +16,7 @@ from dscoder.runtime.mesh import launched_rank
 from dscoder.train import pretrain
 from dscoder.train.recipes import recipe
 
+_PROFILE = "--profile"  # alone; with --profile.start and --profile.steps, or without
 _SHORTCUTS = {
     "recipe": "one of a paper's runs, to start from (see docs/pretrain.md)",
     "model.preset": "one of the published or tiny models, to start from",
@@ -25,6 +26,9 @@ _SHORTCUTS = {
 def parse_config(argv: Sequence[str]) -> PretrainConfig:
     """The config that the words describe: a recipe's and a preset's fields, then what is given."""
     start: dict[str, object] = {}
+    if _PROFILE in argv:
+        start["profile"] = ProfileConfig()
+        argv = [word for word in argv if word != _PROFILE]
     if (recipe_name := shortcut(argv, "recipe")) is not None:
         start |= recipe(recipe_name).fields()
     if (preset_name := shortcut(argv, "model.preset")) is not None:
@@ -40,7 +44,10 @@ def parse_config(argv: Sequence[str]) -> PretrainConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a model on packed windows, or go on where a run was stopped; on many GPUs under torchrun."""
+    """Train a model on packed windows, or go on where a run was stopped; on many GPUs under torchrun.
+
+    --profile alone profiles three steps.
+    """
     # What happens once is said once.
     log.configure(logging.INFO if launched_rank() == 0 else logging.ERROR)
     config = parse_config(argv)
