@@ -27,6 +27,8 @@ __device__ __forceinline__ void init_bulk_barrier(BulkBarrier* barrier) {
 // that it starts from here on.
 __device__ __forceinline__ void order_before_bulk_copies() {
     asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::
+                     : "memory");  // ptxas makes the one above a fence of shared memory
 }
 
 // Lands when the barrier's phase is over.

@@ -22,6 +22,7 @@ import pybind11
 import pytest
 
 from dscoder.testing.contract import ARCHS, SPILLS, Kernel, broken, broken_blanking, broken_overlap
+from dscoder.testing.contract_comm import broken_exchange
 from dscoder.testing.contract_kernels import KERNELS, ROW_KERNELS
 from dscoder.testing.machine_code import (
     Usage,
@@ -168,6 +169,8 @@ def test_a_kernel_keeps_its_contract(
     assert broken(kernel, usage, sass[name, arch], may_spill=SPILLS.get(name, 0)) == []
     if kernel.is_overlapped and arch == "sm_90a":
         assert broken_overlap(sass[name, arch]) == []
+    if kernel.reaches_peers:
+        assert broken_exchange(sass[name, arch]) == []
     if kernel.blanks:
         assert broken_blanking(sass[name, arch]) == []
     if kernel.tells:

@@ -27,6 +27,7 @@ class Kernel:
     blanks: bool = False  # lines of a stage, between the copy engine's writing and wgmma's reading
     tells: bool = False  # its warpgroups write what others' products read, in several places
     weighs: int = 0  # exponentials of a thread under a product, in prefill attention by wgmma
+    reaches_peers: bool = False  # reads and writes other devices' memory, by the protocol of csrc/comm
     turns: int = 0  # places where its warps write what wgmma or the copy engine reads, in its gradients
 
 

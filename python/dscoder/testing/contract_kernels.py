@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from dscoder.testing.contract import Kernel
+from dscoder.testing.contract_comm import COMM_KERNELS
 from dscoder.testing.contract_prefill import PREFILL_KERNELS
 from dscoder.testing.contract_prefill_backward import PREFILL_BACKWARD_SM90
 
@@ -249,6 +250,7 @@ KERNELS = {
     **ROTARY_KERNELS,
     **GEMM_KERNELS,
     **GEMM_SM90_KERNELS,
+    **COMM_KERNELS,
     "moe_gate_kernel<Layout<8, 8, 8, (Groups)0>>": Kernel(registers=48, wants={"LDG.E.128": 2, **ROW_OF_8}),
     "moe_gate_kernel<Layout<8, 20, 8, (Groups)1>>": Kernel(
         registers=64, shared=5632, wants={"LDG.E.128": 5, "LDS.128": 2, **ROW_OF_8}
