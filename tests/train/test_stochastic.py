@@ -86,7 +86,7 @@ def test_two_parts_move_as_the_whole_does_bit_for_bit(shape: tuple[int, ...], di
 def test_a_large_parameter_moves_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gradient = torch.ones(1000, dtype=torch.bfloat16), torch.linspace(-1, 1, 1000)
     at_once = moved(weights, [gradient] * 3, whole_region((1000,)))
-    monkeypatch.setattr("dscoder.train.stochastic._CHUNK", 77)
+    monkeypatch.setattr("dscoder.train.stochastic._CPU_CHUNK", 77)
     assert torch.equal(moved(weights, [gradient] * 3, whole_region((1000,))), at_once)
 
 
@@ -212,6 +212,7 @@ TINY = ModelConfig(
     mlp_width=64,
     attention=GqaConfig(num_heads=2, num_kv_heads=2, head_dim=16),
     max_positions=32,
+    init_std=0.1,
 )
 
 
@@ -235,7 +236,7 @@ def last_loss(kind: str, num_steps: int) -> float:
         loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
         loss.backward()
         optimizer.clip()
-        optimizer.step(2e-3)
+        optimizer.step(1e-3)
         if kind == "nearest":
             for name, parameter in model.named_parameters():
                 optimizer.masters[name].data.copy_(parameter)
@@ -244,6 +245,6 @@ def last_loss(kind: str, num_steps: int) -> float:
 
 
 def test_it_trains_as_well_as_masters_do() -> None:
-    masters, random, nearest = (last_loss(kind, 300) for kind in ("masters", "random", "nearest"))
-    assert abs(random / masters - 1.0) < 0.03
-    assert nearest / masters - 1.0 > 0.1
+    masters, random, nearest = (last_loss(kind, 200) for kind in ("masters", "random", "nearest"))
+    assert abs(random / masters - 1.0) < 0.02
+    assert nearest / masters - 1.0 > 0.05

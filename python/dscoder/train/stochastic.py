@@ -15,7 +15,10 @@ from dscoder.models.region import Run
 from dscoder.models.sharding import Part
 from dscoder.train.rounding import random_bits, round_stochastically, rounding_key
 
-_CHUNK = 1 << 22  # elements at once: what a step needs besides the state is some ten times this
+# Elements at once. A step needs some 40 bytes for each: on a CPU they stay in its cache, twice as fast as from
+# memory; a GPU needs more to be busy.
+_CPU_CHUNK = 1 << 18
+_GPU_CHUNK = 1 << 22
 
 
 def _adder(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
@@ -88,8 +91,9 @@ class StochasticAdamW:
         self, flat: list[Tensor], run: Run, *, step: Tensor, key: Tensor, lr: float, decay: float
     ) -> None:
         """One run of elements; `flat` are weight, gradient and the two moments."""
-        for ahead in range(0, run.length, _CHUNK):
-            length = min(_CHUNK, run.length - ahead)
+        chunk = _CPU_CHUNK if key.device.type == "cpu" else _GPU_CHUNK
+        for ahead in range(0, run.length, chunk):
+            length = min(chunk, run.length - ahead)
             weight, gradient, mean, square = (t.narrow(0, run.inside + ahead, length) for t in flat)
             moved = self._moved(weight.float(), gradient, mean, square, step=step, lr=lr, decay=decay)
             bits = random_bits(key, start=run.whole + ahead, length=length)
