@@ -210,7 +210,7 @@ def test_a_rank_that_dies_with_the_store_is_an_error_too() -> None:
 @pytest.mark.parametrize(
     ("absent", "message"),
     [
-        ("construction", "rank 0 waited 1 s for the sizes of rank 1"),
+        ("construction", "rank 0 waited for the sizes of rank 1 for 1 s"),
         ("dispatch", "rank 0 failed in an exchange of at most 1 s; rank 1 did not answer for 0.5 s: "),
     ],
 )

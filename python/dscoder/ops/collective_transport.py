@@ -5,7 +5,6 @@ case: each pair of ranks exchanges `max_tokens` rows whatever the tokens chose, 
 and the sizes never change, and the wire carries num_ranks * max_tokens rows a rank, padding included.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,18 +55,19 @@ class CollectiveTransport:
         """Routes of these tokens."""
         sizes = self._sizes
         slot_TR, counts_R = find_slots(idx_TK, num_experts=sizes.num_experts, num_ranks=sizes.num_ranks)
-        num_sent = num_received = (sizes.max_tokens,) * sizes.num_ranks
         if sizes.exact:
             num_sent, num_received = self._exchange_counts(counts_R)
-        bases = [0, *itertools.accumulate(num_sent)]
-        base_R = torch.tensor(bases[:-1], dtype=torch.int32).to(idx_TK.device, non_blocking=True)
+            base_R = counts_R.cumsum(0, dtype=torch.int32) - counts_R
+        else:
+            num_sent = num_received = (sizes.max_tokens,) * sizes.num_ranks
+            base_R = sizes.max_tokens * torch.arange(sizes.num_ranks, dtype=torch.int32, device=idx_TK.device)
         row_TR = (slot_TR + base_R).masked_fill_(slot_TR < 0, -1)
         return CollectiveRoutes(
             slot_TR=slot_TR,
             counts_R=counts_R,
             traffic=traffic_of(slot_TR, counts_R, sizes.rank),
             row_TR=row_TR,
-            token_N=_tokens_of_rows(row_TR, num_rows=bases[-1]),
+            token_N=_tokens_of_rows(row_TR, num_rows=sum(num_sent)),
             num_sent=num_sent,
             num_received=num_received,
         )

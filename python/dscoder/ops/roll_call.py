@@ -60,34 +60,46 @@ class RollCall:
         try:
             self._store.wait(keys, timedelta(seconds=self._timeout))
         except RuntimeError as error:
-            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise ExchangeError(
-                f"{OP}: rank {self.rank} waited {self._timeout:g} s"
-                f" for the {subject} of {self.names(absent)}",
-                rank=self.rank,
-                peer=absent[0] if absent else None,
-            ) from error
+            raise self._no_show(subject, keys) from error
         return [json.loads(self._store.get(key)) for key in keys]
 
     def lost_ranks(self) -> list[int]:
         """The ranks that do not meet this one here within a few seconds; to be called after a failure.
 
-        A rank that lives but has not met the failure by then counts among them.
+        A rank that lives but has not met the failure by then counts among them. Where the store goes while
+        this looks (a rank that served it has looked long enough, and left) the last look counts.
         """
         keys = [f"{self._key}/alive/{rank}" for rank in range(self.num_ranks)]
         self._store.set(keys[self.rank], "")
+        absent = self._absent(keys)
         deadline = time.monotonic() + PATIENCE
-        while True:
-            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            if not absent or time.monotonic() > deadline:
-                return absent
+        while absent and time.monotonic() < deadline:
             time.sleep(_POLL)
+            try:
+                absent = self._absent(keys)
+            except RuntimeError:
+                break
+        return absent
+
+    def _no_show(self, subject: str, keys: list[str]) -> ExchangeError:
+        message = f"{OP}: rank {self.rank} waited for the {subject} of "
+        try:
+            absent = self._absent(keys)
+        except RuntimeError:
+            return ExchangeError(f"{message}all ranks, and the group's store is gone", rank=self.rank)
+        message += f"{self.names(absent)} for {self._timeout:g} s"
+        return ExchangeError(message, rank=self.rank, peer=absent[0] if absent else None)
+
+    def _absent(self, keys: list[str]) -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
 
     def failure(self, doing: str, error: BaseException) -> ExchangeError:
         """What to raise for a collective that failed with `error`: it names the ranks that are gone."""
         found, peer = self.who_is_lost()
         return ExchangeError(
-            f"{OP}: rank {self.rank} failed in {doing}; {found}: {error}", rank=self.rank, peer=peer
+            f"{OP}: rank {self.rank} failed in {doing}; {found}: {_first_line(error)}",
+            rank=self.rank,
+            peer=peer,
         )
 
     def who_is_lost(self) -> tuple[str, int | None]:
@@ -95,7 +107,10 @@ class RollCall:
         try:
             lost = self.lost_ranks()
         except RuntimeError as error:  # the rank that served the store was the one to go
-            return f"the group's store is gone (by default global rank 0 serves it: {error})", None
+            return (
+                f"the group's store is gone (by default global rank 0 serves it: {_first_line(error)})",
+                None,
+            )
         if not lost:
             return "every rank answers", None
         return f"{self.names(lost)} did not answer for {PATIENCE:g} s", lost[0]
@@ -108,3 +123,8 @@ class RollCall:
         if globally != ranks:
             named += f" (globally {', '.join(str(rank) for rank in globally)})"
         return named
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the frames of C++ that torch appends."""
+    return str(error).partition("\n")[0]
