@@ -4,7 +4,7 @@ The one place with tolerances. Two numbers per dtype: the largest elementwise er
 wanted element, and the largest 1 - cosine, which sees a small error that all elements share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,3 +69,23 @@ def assert_gradients(function: Callable[..., Any], *inputs: Tensor) -> None:
 def assert_op_registered(op: Any, args: Sequence[Any]) -> None:
     """`torch.library.opcheck` with all its tests: schema, autograd, fake, and aot with dynamic shapes."""
     torch.library.opcheck(op, tuple(args))
+
+
+def assert_same_curve(
+    actual: Sequence[Mapping[str, float]],
+    wanted: Sequence[Mapping[str, float]],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The reports of two runs that differ in the order of sums alone: each figure of `wanted` is close.
+
+    `dtype` is what the runs computed in.
+    """
+    assert [report["step"] for report in actual] == [report["step"] for report in wanted]
+    for got, want in zip(actual, wanted, strict=True):
+        for name, value in want.items():
+            error = abs(got[name] - value)
+            assert error <= _RELATIVE[dtype] * abs(value), (
+                f"step {want['step']}: {name} must be {value:.9g}, got {got[name]:.9g}, "
+                f"{error / max(abs(value), 1e-300):.3g} off, wanted <= {_RELATIVE[dtype]:.3g}"
+            )

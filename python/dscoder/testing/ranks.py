@@ -19,7 +19,7 @@ from dscoder.runtime.mesh import set_launch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _POLL = 0.1  # seconds
-_PRELOADED = ["dscoder.testing.ranks", "dscoder.models.sharding"]  # 3 s of imports that each rank would repeat
+_PRELOADED = ["dscoder.testing.ranks", "dscoder.train.pretrain"]  # 3 s of imports that each rank would repeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
