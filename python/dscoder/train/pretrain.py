@@ -18,6 +18,7 @@ from dscoder.config.train import PretrainConfig
 from dscoder.data.prepare import TOKENIZER, TRAIN
 from dscoder.data.shards import Windows
 from dscoder.models import Transformer, init_weights, materialise
+from dscoder.models.compiled import compile_dense
 from dscoder.models.transformer import Layer
 from dscoder.ops import ExpertParallel
 from dscoder.runtime.artifact import hash_path, read_manifest
@@ -150,6 +151,8 @@ def _job(
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.recompute = config.parallel.recompute
+    if config.parallel.compile == "dense":
+        compile_dense(model)
     steps = WindowSteps(
         model,
         windows,
