@@ -145,7 +145,7 @@ def test_a_report_that_a_kill_falls_into_is_the_same(
     assert reports(tmp_path / "cut") == reports(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_stochastic"])
 def test_a_run_that_failed_goes_on_to_the_same_weights(windows: Path, tmp_path: Path, precision: str) -> None:
     report = ReportConfig(log_every=2, eval_every=1, tensorboard="off", plot="off")
     configs = [
@@ -158,7 +158,7 @@ def test_a_run_that_failed_goes_on_to_the_same_weights(windows: Path, tmp_path: 
     pretrain.run(configs[1], evaluate=lambda model: {})
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    expected = torch.float32 if precision == "fp32" else torch.bfloat16
     assert whole["embed.weight"].dtype == expected
 
 

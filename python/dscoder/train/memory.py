@@ -70,7 +70,7 @@ def require_memory(
 ) -> None:
     """Log what training `model` takes; ValueError if `device` or the host cannot hold it even when empty.
 
-    With `num_adapters` so many parameters of adapters are trained, and the model's own stay. Without a `share`
+    With `num_adapters` so many parameters of adapters are trained, and the model's own stay. Without `share`
     this process has all of the run.
     """
     count = count_parameters(model)

@@ -15,8 +15,8 @@ from dscoder.models.region import Run
 from dscoder.models.sharding import Part
 from dscoder.train.rounding import random_bits, round_stochastically, rounding_key
 
-# Elements at once. A step needs some 40 bytes for each: on a CPU they stay in its cache, twice as fast as from
-# memory; a GPU needs more to be busy.
+# Elements at once, with some 40 bytes of intermediate values for each: a CPU is twice as fast where its cache
+# holds them, a GPU needs more to be busy.
 _CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 22
 
