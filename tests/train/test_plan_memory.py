@@ -106,7 +106,7 @@ def test_micro_batches_that_add_up_hold_whole_gradients() -> None:
     num_parameters = count_parameters(DENSE).total
     assert dense_memory(layout).gradients == 4 * num_parameters / 8
     assert dense_memory(layout, num_rounds=2).gradients == 4 * num_parameters
-    each = replace(layout, sums_each_round=True)
+    each = replace(layout, sums_each_batch=True)
     assert dense_memory(each, num_rounds=2).gradients == 4 * num_parameters / 8
 
 

@@ -101,7 +101,7 @@ def test_gradients_of_a_step_travel_in_its_last_round() -> None:
     found = time_of(rates, traffic=traffic, num_rounds=4)
     assert found.collectives == pytest.approx(100 + computing)
     each = replace(NOTHING, reduce=Traffic(network=computing + 400))
-    found = time_of(rates, traffic=each, num_rounds=4, layout=Layout(sums_each_round=True))
+    found = time_of(rates, traffic=each, num_rounds=4, layout=Layout(sums_each_batch=True))
     assert found.collectives == pytest.approx(400)
 
 

@@ -113,7 +113,7 @@ def test_gradients_travel_once_a_step_in_float32_or_each_round() -> None:
     layout = Layout(expert_shard=8)
     once = traffic_of(TINY, layout, num_rounds=3).reduce
     assert once == traffic_of(TINY, layout).reduce
-    assert traffic_of(TINY, replace(layout, sums_each_round=True), num_rounds=3).reduce.link == 3 * once.link
+    assert traffic_of(TINY, replace(layout, sums_each_batch=True), num_rounds=3).reduce.link == 3 * once.link
     assert once.link == pytest.approx(2 * traffic_of(TINY, replace(layout, reshard=False)).gather.link)
 
 

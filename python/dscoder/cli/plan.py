@@ -115,7 +115,7 @@ def _table(title: str, *columns: str) -> Table:
 def _names(candidate: Candidate) -> list[str]:
     layout = candidate.layout
     gathered = "" if layout.reshard else ", weights stay gathered"
-    sums = ", sums each round" if layout.sums_each_round and candidate.num_rounds > 1 else ""
+    sums = ", sums each batch" if layout.sums_each_batch and candidate.num_rounds > 1 else ""
     slots = "-" if layout.expert == 1 else "exact" if layout.is_exact else "worst case"
     return [
         f"{layout.replicate} x {layout.expert_shard} x {layout.expert}",
@@ -222,6 +222,7 @@ def _show_run(console: Console, config: PlanConfig, found: Plan) -> None:
         "parallel.replicate": layout.replicate,
         "parallel.recompute": layout.recompute,
         "parallel.reshard_after_forward": str(layout.reshard).lower(),
+        "parallel.sums_each_batch": str(layout.sums_each_batch).lower(),
         "parallel.exact": str(layout.is_exact).lower(),
     }
     words = " ".join(f"--{name} {value}" for name, value in options.items())

@@ -24,7 +24,7 @@ class Layout:
     recompute: Recompute = "none"
     reshard: bool = True  # gathered weights are freed between forward and backward
     is_exact: bool = False  # exchange buffers of the size that comes in
-    sums_each_round: bool = False  # gradients are summed over ranks after each micro-batch, not the last
+    sums_each_batch: bool = False  # gradients are summed over ranks after each micro-batch, not the last
 
     @property
     def shard(self) -> int:
@@ -46,8 +46,11 @@ class Batch:
 
     def rounds(self, layout: Layout) -> int:
         """Micro-batches that the busiest rank computes in a step; the others wait in the last round."""
-        num_micros = -(-self.sequences // layout.micro)
-        return -(-num_micros // layout.world)
+        return -(-self.num_micros(layout.micro) // layout.world)
+
+    def num_micros(self, micro: int) -> int:
+        """Micro-batches of a step, of all ranks."""
+        return -(-self.sequences // micro)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +109,19 @@ def layouts(model: ModelConfig, batch: Batch, *, num_ranks: int, fixed: Choices)
         )
     recomputes = RECOMPUTES if fixed.recompute is None else (fixed.recompute,)
     micros = _micros(batch, num_ranks, fixed.micro)
+    if batch.num_micros(min(micros)) < num_ranks:
+        raise ValueError(
+            f"plan: batch must have a micro-batch for each of {num_ranks} GPUs, "
+            f"got {batch.sequences} windows in micro-batches of {min(micros)}"
+        )
     for (expert, replicate), micro, recompute in product(pairs, micros, recomputes):
-        forms = product((True, False), (False, True) if expert > 1 else (False,), (False, True))
-        for reshard, is_exact, sums_each_round in forms:
+        is_one_round = batch.num_micros(micro) <= num_ranks
+        forms = product(
+            (True, False),
+            (False, True) if expert > 1 else (False,),
+            (False,) if is_one_round else (False, True),
+        )
+        for reshard, is_exact, sums_each_batch in forms:
             yield Layout(
                 replicate=replicate,
                 expert_shard=num_ranks // (expert * replicate),
@@ -117,5 +130,5 @@ def layouts(model: ModelConfig, batch: Batch, *, num_ranks: int, fixed: Choices)
                 recompute=recompute,
                 reshard=reshard,
                 is_exact=is_exact,
-                sums_each_round=sums_each_round,
+                sums_each_batch=sums_each_batch,
             )

@@ -92,7 +92,7 @@ def _kept_gradients(weights: Weights, layout: Layout, num_rounds: int) -> tuple[
     parts = _F32 * weights.sum_over(lambda unit: held_numel(unit, layout))
     if num_rounds == 1:
         return 0, parts
-    if layout.sums_each_round:
+    if layout.sums_each_batch:
         return parts, parts
     whole = _F32 * weights.sum_over(lambda unit: gathered_numel(unit, layout))
     return whole, whole

@@ -110,7 +110,7 @@ def step_time(
         collectives=0.0,
     )
     return _with_collectives(
-        computed, traffic, rates, num_rounds=num_rounds, each_round=layout.sums_each_round
+        computed, traffic, rates, num_rounds=num_rounds, each_round=layout.sums_each_batch
     )
 
 

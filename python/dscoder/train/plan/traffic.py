@@ -127,7 +127,7 @@ def step_traffic(
     num_moe_layers = sum(kind.count for kind in weights.kinds if kind.unit.experts)
     return StepTraffic(
         gather=(layers.times(num_gathers) + root).times(num_rounds),
-        reduce=(summed_layers + summed_root).times(num_rounds if layout.sums_each_round else 1),
+        reduce=(summed_layers + summed_root).times(num_rounds if layout.sums_each_batch else 1),
         replicas=_replica_traffic(layout, weights, per_node),
         exchange=exchange.times(num_moe_layers * num_rounds),
     )

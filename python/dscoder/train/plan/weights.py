@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from dscoder.config import ModelConfig
 from dscoder.models import Transformer
@@ -69,15 +70,7 @@ def weights_of(model: ModelConfig) -> Weights:
     return Weights(root=root, kinds=tuple(kinds))
 
 
-def _held(shape: Shape, num_shards: int, dim: int = 0) -> int:
-    return -(-shape[dim] // num_shards) * math.prod(shape) // shape[dim]
-
-
-def _local(unit: Unit, layout: Layout) -> list[Shape]:
-    """The experts of one rank of an expert group, before they are sharded."""
-    return [(rows // layout.expert, *rest) for rows, *rest in unit.experts]
-
-
+@cache
 def dense_numel(unit: Unit) -> int:
     """Elements of a unit's dense and shared parameters, whole."""
     return sum(math.prod(shape) for shape in unit.dense)
@@ -85,7 +78,7 @@ def dense_numel(unit: Unit) -> int:
 
 def local_experts_numel(unit: Unit, layout: Layout) -> int:
     """Elements of the routed experts of a unit that one rank computes with."""
-    return sum(math.prod(shape) for shape in _local(unit, layout))
+    return _experts_numel(unit, layout.expert, 1)
 
 
 def gathered_numel(unit: Unit, layout: Layout) -> int:
@@ -95,7 +88,20 @@ def gathered_numel(unit: Unit, layout: Layout) -> int:
 
 def held_numel(unit: Unit, layout: Layout) -> int:
     """Elements of the unit that the first rank holds for good."""
-    held = sum(_held(shape, layout.shard) for shape in unit.dense)
-    for shape in _local(unit, layout):
-        held += _held(shape, layout.expert_shard, expert_shard_dim(shape, layout.expert_shard))
-    return held
+    return _held_dense(unit, layout.shard) + _experts_numel(unit, layout.expert, layout.expert_shard)
+
+
+@cache
+def _held_dense(unit: Unit, num_shards: int) -> int:
+    return sum(_held(shape, num_shards) for shape in unit.dense)
+
+
+@cache
+def _experts_numel(unit: Unit, num_ranks: int, num_shards: int) -> int:
+    """Of one of `num_ranks` that share the experts out, and of one of `num_shards` parts of that."""
+    local = ((rows // num_ranks, *rest) for rows, *rest in unit.experts)
+    return sum(_held(shape, num_shards, expert_shard_dim(shape, num_shards)) for shape in local)
+
+
+def _held(shape: Shape, num_shards: int, dim: int = 0) -> int:
+    return -(-shape[dim] // num_shards) * math.prod(shape) // shape[dim]
