@@ -150,7 +150,7 @@ class StepProfiler:
             partial = path.with_name(f"partial-{path.name}")
             profiler.export_chrome_trace(str(partial))
             partial.replace(path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of torch's own writer
             _LOG.error("the profile of steps %d to %d is lost: %s", steps[0], steps[-1], error)
             return
         _LOG.info("steps %d to %d are profiled in %s", steps[0], steps[-1], path.parent)

@@ -217,11 +217,11 @@ def _train(run: _Run, writer: CheckpointWriter, report: RunReport, profiler: Ste
     while run.progress.step < run.job.num_steps:
         with profiler.step(run.progress.step + 1):
             run.take_step(report)
+            paused = report.pause()  # before a profile is written
         if writer.has_failed():
             ranks.tell(Note.UNSAVED)
         if ranks.heard(Note.UNSAVED):
             writer.wait()
-        paused = report.pause()
         step = run.progress.step
         is_last = step == run.job.num_steps
         if evaluate is not None and (is_last or step % config.report.eval_every == 0):
