@@ -1,6 +1,7 @@
 """What an exchange refuses, its routes, and a group of one rank, all in this process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed import ProcessGroup
 from dscoder import ops
 from dscoder.ops.exchange_transport import find_slots
 from dscoder.ops.peer_memory import group_refusal
-from dscoder.testing.compare import assert_close, assert_same
+from dscoder.testing.compare import assert_close, assert_gradients, assert_same
 
 NUM_EXPERTS, HIDDEN, MAX_TOKENS, NUM_TOPK = 4, 6, 5, 2
 SIZES = {
@@ -168,6 +169,45 @@ def test_experts_that_ranks_cannot_share_evenly_are_refused() -> None:
 def test_wrong_options_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         ops.ExchangeOptions(**fields)
+
+
+def split_layer(group: ops.ExpertParallel, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    travel = group.start_dispatch(2 * x_TD, idx_TK, weight_TK)
+    shared_TD = x_TD.sin()
+    x_SD, handle = travel.wait()
+    y_MD, maps = ops.moe_permute(x_SD.square(), handle.idx_SK, num_experts=NUM_EXPERTS)
+    return group.start_combine(ops.moe_unpermute(y_MD, handle.weight_SK, maps), handle).wait() + shared_TD
+
+
+def test_the_gradient_is_that_of_finite_differences(alone: ProcessGroup) -> None:
+    group = ops.ExpertParallel(alone, **{**SIZES, "dtype": torch.float64})
+    given_ = inputs()
+    assert_gradients(
+        lambda x_TD: split_layer(group, x_TD, given_["idx"], given_["weight"]), given_["x"].double()
+    )
+
+
+def test_compiled_code_breaks_off_round_an_exchange(group: ops.ExpertParallel) -> None:
+    x_TD, idx_TK, weight_TK = inputs().values()
+    leaves = (x_TD.requires_grad_(), weight_TK.requires_grad_())
+    compiled = torch.compile(split_layer, backend="aot_eager")
+    found = []
+    for layer in (split_layer, compiled):
+        out_TD = layer(group, x_TD, idx_TK, weight_TK)
+        found.append((out_TD, *torch.autograd.grad(out_TD.sum(), leaves)))
+    for actual, wanted in zip(*found, strict=True):
+        assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_computes_the_same(
+    mode: Callable[[], AbstractContextManager[None]], group: ops.ExpertParallel
+) -> None:
+    x_TD, idx_TK, weight_TK = inputs().values()
+    wanted_TD = split_layer(group, x_TD.requires_grad_(), idx_TK, weight_TK)
+    with mode():
+        assert_same(split_layer(group, x_TD, idx_TK, weight_TK), wanted_TD.detach())
+    assert split_layer(group, x_TD, idx_TK, weight_TK).requires_grad
 
 
 def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:

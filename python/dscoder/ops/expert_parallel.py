@@ -8,7 +8,7 @@ its experts live there; what is sent grows with the ranks it goes to, which devi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,13 @@ from dscoder.ops.roll_call import OP, RollCall
 TRANSPORTS = ("auto", "peer", "collective")
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _untraced(function: Function) -> Function:
+    """torch.compile leaves these calls out of its graphs, in place of tracing into the transports."""
+    untraced: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +87,7 @@ class Travel(Generic[Result]):
     def __init__(self, arrive: Callable[[], Result]) -> None:
         self._arrive: Callable[[], Result] | None = arrive
 
+    @_untraced
     def wait(self) -> Result:
         """What arrived; to be called once. ExchangeError if it does not come."""
         arrive, self._arrive = self._arrive, None
@@ -143,6 +151,7 @@ class ExpertParallel:
         self._meter = Meter(self.device)
         self._exchange = Exchange(self._transport, self._meter)
 
+    @_untraced
     def dispatch(
         self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor
     ) -> tuple[Tensor, Tensor, DispatchHandle]:
@@ -159,6 +168,7 @@ class ExpertParallel:
         x_MD, maps = moe_permute(x_SD, choices.idx_TK, num_experts=self.num_local_experts)
         return x_MD, maps.offsets_E, _handle_of(maps, choices, routes)
 
+    @_untraced
     def combine(self, y_MD: Tensor, handle: DispatchHandle) -> Tensor:
         """Brings the experts' rows back: out[t] = sum over k of weight[t, k] * y of token t's k-th expert.
 
@@ -171,6 +181,7 @@ class ExpertParallel:
         y_SD = moe_unpermute(y_MD, handle.weight_SK, handle.maps)
         return self.start_combine(y_SD, handle).wait()
 
+    @_untraced
     def start_dispatch(
         self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor
     ) -> Travel[tuple[Tensor, DispatchHandle]]:
@@ -198,6 +209,7 @@ class ExpertParallel:
 
         return Travel(with_maps)
 
+    @_untraced
     def start_combine(self, y_SD: Tensor, handle: DispatchHandle) -> Travel[Tensor]:
         """Starts sending rows of slots back to their tokens; the wait gives out_TD, their sum over ranks.
 

@@ -228,7 +228,9 @@ class PeerTransport:
             arrival.row_begin = self._read_row_begin()
         num_slots = self._num_slots(arrival)
         x_SD = torch.empty(num_slots, width, dtype=sizes.dtype, device=self._device)
-        counts_R = torch.empty(sizes.num_ranks, dtype=torch.int32, device=self._device)
+        if arrival.counts_R is None:  # later receivers write the same numbers there
+            arrival.counts_R = torch.empty(sizes.num_ranks, dtype=torch.int32, device=self._device)
+        counts_R = arrival.counts_R
         idx_SK = weight_SK = None
         if has_choices:
             idx_SK = counts_R.new_empty(num_slots, sizes.num_topk)
@@ -238,8 +240,6 @@ class PeerTransport:
                 *(self._buffers, [x_SD], [counts_R], _listed(idx_SK), _listed(weight_SK)),
                 *(_listed(arrival.row_begin), sizes.num_local_experts),
             )
-        if arrival.counts_R is None:
-            arrival.counts_R = counts_R
         return Spread(x_SD=x_SD, idx_SK=idx_SK, weight_SK=weight_SK)
 
     def _read_row_begin(self) -> list[int]:
