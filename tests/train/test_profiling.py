@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from dscoder import ops
-from dscoder.config.train import ProfileConfig
+from dscoder.config.train import ProfileConfig, ReportConfig
+from dscoder.models import Transformer
 from dscoder.testing.tiny_run import config_for
+from dscoder.train import pretrain
+from dscoder.train.metrics import METRICS, read_metrics
 from dscoder.train.profiling import MEMORY_TABLE, OPERATORS, PROFILES, TRACE, StepProfiler, profiled_steps
 
 
@@ -186,3 +189,46 @@ def test_steps_past_the_end_are_refused(tmp_path: Path, profile: ProfileConfig, 
     config = config_for(tmp_path, tmp_path, num_steps=9, profile=profile)
     with pytest.raises(ValueError, match=rf"last step to profile must be <= num_steps = 8, got {last} "):
         replace(config, num_steps=8)
+
+
+def fails_at(call: int) -> pretrain.Evaluate:
+    calls: list[int] = []
+
+    def evaluate(_: Transformer) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == call:
+            raise BrokenError
+        return {}
+
+    return evaluate
+
+
+def test_a_profiled_run_is_the_run(windows: Path, tmp_path: Path) -> None:
+    """From its first start or from a later one, which asks for it where the first did not."""
+    report = ReportConfig(log_every=2, eval_every=1, tensorboard="off", plot="off")
+    profile = ProfileConfig(start=5, steps=1)
+    alone, profiled, later = (
+        config_for(windows, tmp_path / name, report=report) for name in ("alone", "profiled", "later")
+    )
+    pretrain.run(alone, evaluate=lambda model: {})
+    pretrain.run(replace(profiled, profile=profile), evaluate=lambda model: {})
+    with pytest.raises(BrokenError):
+        pretrain.run(later, evaluate=fails_at(4))  # behind the checkpoint of step 3
+    pretrain.run(replace(later, profile=profile), evaluate=lambda model: {})
+    wanted = (tmp_path / "alone" / "model" / "model.safetensors").read_bytes()
+    for name in ("profiled", "later"):
+        assert (tmp_path / name / "model" / "model.safetensors").read_bytes() == wanted
+        events = trace_of(tmp_path / name, 5, 5)
+        assert steps_in(events) == [5]
+        names = {event["name"] for event in events}
+        assert names >= {f"dscoder::{op}" for op in ("mla_prefill", "mla_prefill_backward", "moe_experts")}
+
+
+def test_metrics_of_a_run_tell_of_its_machine(windows: Path, tmp_path: Path) -> None:
+    pretrain.run(config_for(windows, tmp_path, num_steps=2))
+    (line,) = read_metrics(tmp_path / METRICS)
+    loads = ("expert_load_max", "expert_load_mean", "dropped_share")
+    assert set(line) >= {"tokens_per_second", "peak_memory_gib", *loads}
+    assert 1 <= line["expert_load_mean"] <= line["expert_load_max"] <= 4  # of one layer of four experts
+    assert line["expert_load_mean"] == line["expert_load_max"]
+    assert line["dropped_share"] == 0
