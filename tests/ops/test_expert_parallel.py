@@ -219,6 +219,24 @@ def test_a_rank_that_does_not_come_ends_the_wait(absent: str, message: str) -> N
     assert ended[0].value.startswith(f"ExchangeError: expert_parallel: {message}")
 
 
+def late_in_a_subgroup() -> str:
+    """The error of global rank 1 in a group of ranks 1 and 2, the second of which does not come."""
+    with expert_ranks.rank_group() as everybody:
+        group, store = dist.new_group([1, 2]), everybody.get_group_store()
+        if dist.get_rank() != 1:
+            store.wait(["done"])
+            return ""
+        error = expert_ranks.error_of(lambda: expert_ranks.group_of(UNEVEN, group, timeout=0.5))
+        store.set("done", "")
+        return error
+
+
+def test_ranks_of_a_subgroup_have_their_global_numbers_too() -> None:
+    _, error, _ = run_ranks(late_in_a_subgroup, num_ranks=3)
+    wanted = "rank 0 waited for the sizes of rank 1 (globally 2) for 0.5 s"
+    assert error == f"ExchangeError: expert_parallel: {wanted}"
+
+
 def run_example() -> None:
     text = (Path(__file__).parents[2] / "docs" / "expert_parallel.md").read_text(encoding="utf-8")
     exec(compile(text.partition("```python\n")[2].partition("```")[0], "moe.py", "exec"), {})
