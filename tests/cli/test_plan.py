@@ -17,8 +17,8 @@ def test_tables_show_every_part_and_mark_what_is_assumed(
     shown = capsys.readouterr().out
     for text in (
         "15.71B parameters",
-        "step s (assumed)",
-        "MFU (assumed)",
+        "the quickest of each grid, times assumed",
+        "Its step, seconds (assumed)",
         "AdamW's two, float32",
         "inside a node",
         "What does not fit, by how much",

@@ -114,24 +114,30 @@ def _table(title: str, *columns: str) -> Table:
 
 def _names(candidate: Candidate) -> list[str]:
     layout = candidate.layout
-    gathered = "" if layout.reshard else ", weights stay gathered"
-    sums = ", sums each batch" if layout.sums_each_batch and candidate.num_rounds > 1 else ""
-    slots = "-" if layout.expert == 1 else "exact" if layout.is_exact else "worst case"
     return [
         f"{layout.replicate} x {layout.expert_shard} x {layout.expert}",
         f"{layout.micro} x {candidate.num_rounds}",
-        f"{layout.recompute}{gathered}{sums}",
-        slots,
+        layout.recompute,
+        "freed" if layout.reshard else "kept",
+        "each batch" if layout.sums_each_batch else "once",
+        "-" if layout.expert == 1 else "exact" if layout.is_exact else "worst case",
     ]
 
 
-_NAMES = ("replicate x expert_shard x expert", "micro x rounds", "recompute", "slots")
+_NAMES = ("layout", "micro-batches", "recompute", "weights", "sums", "slots")
+_CAPTION = (
+    "layout: replicate x expert_shard x expert ranks. micro-batches: windows x rounds in a step. weights: "
+    "gathered ones, behind the forward. sums: of gradients over ranks. slots: for tokens of other ranks."
+)
 
 
 def _fitting_table(found: Plan) -> Table:
     basis = found.rates.basis
-    title = f"{found.num_fitting} of {found.num_layouts} layouts fit; the quickest of each kind"
-    table = _table(title, *_NAMES, "GB", f"step s ({basis})", f"tokens/s ({basis})", f"MFU ({basis})")
+    title = (
+        f"{found.num_fitting} of {found.num_layouts} layouts fit; the quickest of each grid, times {basis}"
+    )
+    table = _table(title, *_NAMES, "GB", "step s", "tokens/s", "MFU")
+    table.caption, table.caption_justify = _CAPTION, "left"
     num_tokens = found.batch.sequences * found.batch.length
     for candidate in found.fitting:
         seconds = candidate.time.total
@@ -157,7 +163,7 @@ def _missing_table(found: Plan) -> Table:
 _MEMORY_TEXTS = {
     "weights": "this GPU's part, as the optimizer moves it",
     "moments": "AdamW's two, float32",
-    "gradients": "float32; whole, not in parts, where several micro-batches add up",
+    "gradients": "float32: this GPU's part, or whole ones where micro-batches add up first",
     "exchange": "slots for tokens of other GPUs",
     "gathered": "weights of the layers at work, and of embedding and head",
     "activations": "kept by the forward",
@@ -191,7 +197,7 @@ def _time_table(found: Plan) -> Table:
 
 
 def _traffic_table(best: Candidate) -> Table:
-    table = _table("Its traffic, GB that one GPU receives in a step", "what", "inside a node", "across nodes")
+    table = _table("What a GPU receives in a step, GB", "what", "inside a node", "across nodes")
     for name, traffic in asdict(best.traffic).items():
         table.add_row(name, f"{traffic['link'] / _GB:,.1f}", f"{traffic['network'] / _GB:,.1f}")
     return table

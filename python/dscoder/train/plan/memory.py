@@ -9,6 +9,7 @@ with, unsharded: that is what makes one reduction a step possible, and 4 bytes f
 every local expert's. With one micro-batch a rank and step, or sums after each, only the rank's part stays.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,13 +79,12 @@ class Memory:
 class _Moment:
     name: str
     gradients: int
-    gathered: int
     activations: int
     working: int
 
     @property
     def total(self) -> int:
-        return self.gradients + self.gathered + self.activations + self.working
+        return self.gradients + self.activations + self.working
 
 
 def _kept_gradients(weights: Weights, layout: Layout, num_rounds: int) -> tuple[int, int]:
@@ -101,12 +101,11 @@ def _kept_gradients(weights: Weights, layout: Layout, num_rounds: int) -> tuple[
 def _gathered(weights: Weights, layout: Layout, precision: Precision) -> int:
     """Bytes of weights that multiply, beside those held: of all layers, or of two and the root."""
     item = weight_bytes(precision)
+    everything = item * weights.sum_over(lambda unit: gathered_numel(unit, layout))
     if layout.world == 1:  # nothing is gathered: bfloat16 weights stand beside their masters
-        return (
-            item * weights.sum_over(lambda unit: gathered_numel(unit, layout)) if precision == "bf16" else 0
-        )
+        return everything if precision == "bf16" else 0
     if not layout.reshard:
-        return item * weights.sum_over(lambda unit: gathered_numel(unit, layout))
+        return everything
     # The layer at work and the one that is gathered meanwhile; the root stays.
     in_flight = 2 * max(gathered_numel(kind.unit, layout) for kind in weights.kinds)
     return item * (gathered_numel(weights.root, layout) + in_flight)
@@ -116,6 +115,46 @@ def _loss_working(model: ModelConfig, tokens: Tokens) -> int:
     """A chunk's logits in float32 and in the weights' type, and the head's gradient in both."""
     chunk = min(CHUNK_TOKENS, tokens.count)
     return (chunk + model.width) * model.vocab_size * (_F32 + tokens.item)
+
+
+def _layer_working(model: ModelConfig, layout: Layout, weights: Weights, tokens: Tokens) -> int:
+    """The most that a layer's backward needs beside what the forward kept.
+
+    What is computed again; the gradients it goes through; its weights' gradients as autograd makes them, and
+    in float32 on their way to other ranks.
+    """
+    return max(
+        layer_peak(model, kind.first_idx, tokens, layout)
+        - layer_saved(model, kind.first_idx, tokens, layout)
+        + layer_workspace(model, kind.first_idx, tokens, layout)
+        + (tokens.item + _F32) * gathered_numel(kind.unit, layout)
+        for kind in weights.kinds
+    )
+
+
+def _moments(
+    model: ModelConfig, layout: Layout, weights: Weights, tokens: Tokens, num_rounds: int
+) -> Iterator[_Moment]:
+    before, behind = _kept_gradients(weights, layout, num_rounds)
+    saved = [layer_saved(model, kind.first_idx, tokens, layout) for kind in weights.kinds]
+    kept = sum(kind.count * size for kind, size in zip(weights.kinds, saved, strict=True))
+    around = around_saved(model, tokens)
+    head_gradient = tokens.item * model.vocab_size * model.width
+    working = _layer_working(model, layout, weights, tokens)
+    root_gradients = (tokens.item + _F32) * gathered_numel(weights.root, layout)
+    yield _Moment(
+        name="loss",
+        gradients=before,
+        activations=kept + around - head_gradient,
+        working=_loss_working(model, tokens),
+    )
+    yield _Moment(name="backward begins", gradients=before, activations=kept + around, working=working)
+    yield _Moment(
+        name="backward ends",
+        gradients=behind,
+        activations=saved[0] + around,
+        working=max(working, root_gradients),
+    )
 
 
 def memory(
@@ -130,63 +169,24 @@ def memory(
     slack: float,
 ) -> Memory:
     """At the fullest moment of a step of `num_rounds` micro-batches like `tokens`."""
-    item = weight_bytes(precision)
     held = states(weights, layout, precision)
-    before, behind = _kept_gradients(weights, layout, num_rounds)
     gathered = _gathered(weights, layout, precision)
-    saved = {kind: layer_saved(model, kind.first_idx, tokens, layout) for kind in weights.kinds}
-    kept = sum(kind.count * size for kind, size in saved.items())
-    around = around_saved(model, tokens)
-    head_gradient = tokens.item * model.vocab_size * model.width
-    # Of a layer: what is computed again; the gradients it goes through; its weights' gradients as autograd
-    # makes them, and in float32 on their way to other ranks.
-    working = max(
-        layer_peak(model, kind.first_idx, tokens, layout)
-        - size
-        + layer_workspace(model, kind.first_idx, tokens, layout)
-        + (item + _F32) * gathered_numel(kind.unit, layout)
-        for kind, size in saved.items()
-    )
-    embedding = (item + _F32) * gathered_numel(weights.root, layout)
+    moments = _moments(model, layout, weights, tokens, num_rounds)
+    fullest = max(moments, key=lambda moment: moment.total)
     exchange = 0
     if model.moe is not None:
         exchange = buffer_bytes(
             model.moe, layout, width=model.width, num_tokens=tokens.count, item=tokens.item, per_node=per_node
         )
-    moments = (
-        _Moment(
-            name="loss",
-            gradients=before,
-            gathered=gathered,
-            activations=kept + around - head_gradient,
-            working=_loss_working(model, tokens),
-        ),
-        _Moment(
-            name="backward begins",
-            gradients=before,
-            gathered=gathered,
-            activations=kept + around,
-            working=working,
-        ),
-        _Moment(
-            name="backward ends",
-            gradients=behind,
-            gathered=gathered,
-            activations=saved[weights.kinds[0]] + around,
-            working=max(working, embedding),
-        ),
-    )
-    fullest = max(moments, key=lambda moment: moment.total)
-    coming_and_going = fullest.gathered + fullest.activations + fullest.working
     return Memory(
         moment=fullest.name,
         weights=held.weights,
         moments=held.moments,
         gradients=fullest.gradients,
         exchange=exchange,
-        gathered=fullest.gathered,
+        gathered=gathered,
         activations=fullest.activations,
         working=fullest.working,
-        slack=round((slack - 1) * coming_and_going),
+        slack=round((slack - 1) * (gathered + fullest.activations + fullest.working)),
         context=CONTEXT_BYTES,
     )

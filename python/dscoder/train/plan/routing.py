@@ -12,6 +12,9 @@ from functools import cache
 
 from dscoder.config import MoeConfig
 
+State = tuple[int, int]  # groups met, ranks met
+Chances = dict[State, float]
+
 
 @cache
 def expected_ranks(moe: MoeConfig, num_ranks: int) -> float:
@@ -22,9 +25,9 @@ def expected_ranks(moe: MoeConfig, num_ranks: int) -> float:
     num_groups, num_kept = moe.num_groups, moe.num_groups_kept
     if num_kept == num_groups:  # nothing is left out: any groups that nest do
         num_groups = num_kept = num_ranks
-    chances: dict[tuple[int, int], float] = {(0, 0): 1.0}
+    chances: Chances = {(0, 0): 1.0}
     for num_drawn in range(moe.num_topk):
-        following: dict[tuple[int, int], float] = defaultdict(float)
+        following: Chances = defaultdict(float)
         for (groups, ranks), chance in chances.items():
             counts = _candidates(
                 groups,
@@ -35,12 +38,16 @@ def expected_ranks(moe: MoeConfig, num_ranks: int) -> float:
                 num_kept=num_kept,
                 num_ranks=num_ranks,
             )
-            total = sum(counts.values())
-            for state, count in counts.items():
-                if count:
-                    following[state] += chance * count / total
+            _spread(chance, counts, following)
         chances = following
     return sum(ranks * chance for (_, ranks), chance in chances.items())
+
+
+def _spread(chance: float, counts: dict[State, int], onto: Chances) -> None:
+    """Add to each next state its part of `chance`."""
+    total = sum(counts.values())
+    for state, count in counts.items():
+        onto[state] += chance * count / total
 
 
 def _candidates(
@@ -52,7 +59,7 @@ def _candidates(
     num_groups: int,
     num_kept: int,
     num_ranks: int,
-) -> dict[tuple[int, int], int]:
+) -> dict[State, int]:
     """Experts that may be drawn next, by the (groups, ranks) that will have been met then."""
     group_width, rank_width = num_experts // num_groups, num_experts // num_ranks
     if num_ranks >= num_groups:  # a group is spread over whole ranks
@@ -68,4 +75,4 @@ def _candidates(
             (groups + 1, ranks): ranks * rank_width - groups * group_width,
             (groups + 1, ranks + 1): num_experts - ranks * rank_width,
         }
-    return {state: count for state, count in counts.items() if state[0] <= num_kept}
+    return {state: count for state, count in counts.items() if count and state[0] <= num_kept}
