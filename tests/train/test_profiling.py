@@ -23,20 +23,23 @@ class BrokenError(Exception):
     """Stands for whatever ends a step."""
 
 
+def gated(number: int, *, fails: bool) -> torch.Tensor:
+    if fails:
+        raise BrokenError
+    return ops.moe_gate(torch.arange(32.0).view(4, 8).sin() * number, num_topk=2)[1]
+
+
 def take_steps(
     directory: Path, config: ProfileConfig | None, *, resume_step: int, last: int, fails_at: int | None = None
 ) -> torch.Tensor:
     """Steps up to `last` of a run of ten, each of which gates some tokens; returns what they computed."""
-    logits_TE = torch.arange(32.0).view(4, 8).sin()
     found = []
     with StepProfiler(
         directory, config, num_steps=10, resume_step=resume_step, device=torch.device("cpu")
     ) as profiler:
         for number in range(resume_step + 1, last + 1):
             with profiler.step(number):
-                if number == fails_at:
-                    raise BrokenError
-                found.append(ops.moe_gate(logits_TE * number, num_topk=2)[1])
+                found.append(gated(number, fails=number == fails_at))
     return torch.stack(found)
 
 
