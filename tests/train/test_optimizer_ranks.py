@@ -137,6 +137,23 @@ def round_on_layouts(num_ranks: int) -> None:
             assert state.keys() == wanted.keys()
             for name, tensor in state.items():
                 assert torch.equal(full(tensor), wanted[name]), (name, expert, replicate)
+            step_by_a_backward_pass(model, optimizer, held)
+
+
+def step_by_a_backward_pass(model: Transformer, optimizer: MasterAdamW, held: dict[str, Part]) -> None:
+    """What FSDP itself leaves at bfloat16 parameters moves them."""
+    before = {name: gather(part, part.local).clone() for name, part in held.items()}
+    loss_of(model, tokens_of(0, config_of()), num_batches=1).backward()
+    assert {gradient.dtype for gradient in optimizer.gradients().values()} == {torch.float32}
+    assert optimizer.gradients().keys() == held.keys()
+    optimizer.clip()
+    optimizer.step(1e-2)
+    assert not optimizer.gradients()
+    for name, part in held.items():
+        after = gather(part, part.local)
+        assert after.dtype == torch.bfloat16
+        assert after.isfinite().all()
+        assert not torch.equal(after, before[name]), name
 
 
 def put_gradient(part: Part, gradient: Tensor) -> None:
