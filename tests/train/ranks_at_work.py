@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dscoder.config.parallel import ParallelConfig
@@ -70,6 +70,23 @@ def run_all(configs: Sequence[PretrainConfig]) -> None:
         for config in configs:
             parallel = config.parallel
             run_with(config, Ranks(arrange(world, expert=parallel.expert, replicate=parallel.replicate)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """An error as a test looks at it."""
+
+    kind: str
+    text: str
+    number: int | None
+
+
+def failure(do: Callable[[], object]) -> Failed | None:
+    try:
+        do()
+    except Exception as error:
+        return Failed(kind=type(error).__name__, text=str(error), number=getattr(error, "errno", None))
+    return None
 
 
 def run_until(config: PretrainConfig, stop_after: int | None = None) -> str | None:
