@@ -2,12 +2,14 @@
 
 import errno
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dscoder import ops
@@ -88,7 +90,8 @@ def round_trips(root: Path, num_ranks: int) -> None:
 def there_and_back(root: Path, kind: str, mesh: Mesh, *, max_shard_bytes: int) -> None:
     whole = load_pretrained(root / kind)
     model = empty_model(whole.config, mesh, torch.float32)
-    load_sharded(model, root / kind, mesh=mesh)
+    num_read = sum(mesh.gather(counting_what_is_read(lambda: load_sharded(model, root / kind, mesh=mesh))))
+    assert num_read == mesh.replicate * sum(parameter.numel() for parameter in whole.parameters())
     assert_holds(model, mesh, whole)
     out = root / "out"
     for _ in range(2):  # into nothing, and in place of what is there
@@ -103,6 +106,25 @@ def there_and_back(root: Path, kind: str, mesh: Mesh, *, max_shard_bytes: int) -
         assert files_of(out) == files_of(root / kind)
     assert [path.name for path in root.iterdir() if "partial" in path.name] == []
     mesh.barrier()
+
+
+def counting_what_is_read(load: Callable[[], None]) -> int:
+    """How many weights this rank reads from the files while it loads."""
+    num_read = 0
+    read_tensors = sharded.read_tensors
+
+    def count(*args: object) -> Iterator[tuple[str, Tensor]]:
+        nonlocal num_read
+        for name, tensor in read_tensors(*args):
+            num_read += tensor.numel()
+            yield name, tensor
+
+    sharded.read_tensors = count
+    try:
+        load()
+    finally:
+        sharded.read_tensors = read_tensors
+    return num_read
 
 
 def narrow_copy_of_wide_weights(root: Path, mesh: Mesh) -> None:
