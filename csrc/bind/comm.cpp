@@ -50,7 +50,7 @@ CommGroup group_of(const char* op, const Buffers& buffers) {
         seen |= 1u << buffer->rank();
         DSC_CHECK(buffer->place().buffers[buffers[0]->rank()] == buffers[0]->address(), op,
                   ": the buffers of ranks ", buffers[0]->rank(), " and ", buffer->rank(),
-                  " are not of one process");
+                  " are not of one group");
     }
     const CommShape& shape = buffers[0]->shape();
     return {.layout = comm_layout(shape),
@@ -58,6 +58,16 @@ CommGroup group_of(const char* op, const Buffers& buffers) {
             .row_bytes = shape.row_bytes,
             .timeout_ns = static_cast<uint64_t>(buffers[0]->options().timeout * 1e9),
             .num_launched = static_cast<int>(buffers.size())};
+}
+
+void check_rows(const char* op, const char* name, const void* rows, int64_t row_bytes, int64_t most) {
+    DSC_CHECK(row_bytes > 0 and row_bytes % kCommRowGranule == 0, op, ": a row of ", name,
+              " must be a positive multiple of ", kCommRowGranule, " bytes, got ", row_bytes);
+    DSC_CHECK(row_bytes <= most, op, ": a row of ", name, " must have at most ", most,
+              " bytes, which the buffer was made for, got ", row_bytes);
+    const auto past = reinterpret_cast<uintptr_t>(rows) % kCommRowGranule;
+    DSC_CHECK(past == 0, op, ": ", name, " must begin on a boundary of ", kCommRowGranule, " bytes, got one ",
+              past, " bytes past it");
 }
 
 // Reads the tensors of one launch: `Call` checks each, this the relations to the buffers.
@@ -74,13 +84,7 @@ class Reader {
         dtype_ = type;
         const auto array = call.read<2>(name, tensor, dtype_of(type), {num_rows, width_});
         const int64_t row_bytes = array.shape[1] * size_of(type);
-        DSC_CHECK(row_bytes > 0 and row_bytes % kCommRowGranule == 0, op_, ": a row of ", name,
-                  " must be a positive multiple of ", kCommRowGranule, " bytes, got ", row_bytes);
-        DSC_CHECK(row_bytes <= group_.shape.row_bytes, op_, ": a row of ", name, " must have at most ",
-                  group_.shape.row_bytes, " bytes, which the buffer was made for, got ", row_bytes);
-        const auto past = reinterpret_cast<uintptr_t>(array.data) % kCommRowGranule;
-        DSC_CHECK(past == 0, op_, ": ", name, " must begin on a boundary of ", kCommRowGranule,
-                  " bytes, got one ", past, " bytes past it");
+        check_rows(op_, name, array.data, row_bytes, group_.shape.row_bytes);
         width_ = array.shape[1];
         group_.row_bytes = row_bytes;
         return array.data;

@@ -113,6 +113,7 @@ class DeviceGuard {
 class Call {
   public:
     explicit Call(const char* op) : op_(op) {}
+    int device_idx() const { return device_idx_; }  // of the tensors read so far
 
     template <int kRank>
     Array<kRank> read(const char* name, pybind11::handle tensor, dlpack::DataType dtype) {
@@ -150,8 +151,6 @@ class Call {
 
     // Which of float32, bfloat16 and float16 the tensor holds; to be read next with that dtype.
     FloatType float_type_of(const char* name, pybind11::handle tensor);
-
-    int device_idx() const { return device_idx_; }  // of the tensors read so far
 
     // launch(stream) with the tensors' device current, on the caller's stream there. An error names the op.
     template <typename Launch>

@@ -55,6 +55,12 @@ struct WordMover {
     __device__ __forceinline__ void finish() {}
 };
 
+// A chunk of a row, by its first byte.
+struct RowChunk {
+    int row;
+    int64_t at;
+};
+
 // Chunks of a row through a ring in shared memory, of which the first lane starts all copies: so many loads
 // ahead, so many stores still reading. The ring lives as long as the kernel: its barriers' phases go on.
 struct BulkMover {
@@ -78,15 +84,9 @@ struct BulkMover {
         __syncthreads();
     }
 
-    // Where the loads are: the next chunk of a row.
-    struct Cursor {
-        int row;
-        int64_t at;
-    };
-
     template <typename Rows>
     __device__ __forceinline__ void load_next(const Rows& rows, const RowRange& range, int64_t row_bytes,
-                                              Cursor& next) {
+                                              RowChunk& next) {
         if (next.row >= range.end) return;
         const auto num_bytes = static_cast<uint32_t>(min(row_bytes - next.at, int64_t{kChunkBytes}));
         start_bulk_load(ring + load_stage * kChunkBytes, rows.source(next.row) + next.at, num_bytes,
@@ -99,7 +99,7 @@ struct BulkMover {
     template <typename Rows>
     __device__ __forceinline__ void move(Rows& rows, const RowRange& range, int64_t row_bytes) {
         const bool is_first_lane = threadIdx.x % kWarpSize == 0;
-        Cursor next{range.first, 0};
+        RowChunk next{range.first, 0};
         if (is_first_lane) {
             order_before_bulk_copies();
             for (int i = 0; i < kAhead; ++i) load_next(rows, range, row_bytes, next);

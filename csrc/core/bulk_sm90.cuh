@@ -24,11 +24,11 @@ __device__ __forceinline__ void init_bulk_barrier(BulkBarrier* barrier) {
 }
 
 // Accesses of this thread, and of those it has met, to global and shared memory come before the bulk copies
-// that it starts from here on.
+// that it starts from here on. The second fence is in the first, by the letter of PTX; ptxas makes the first
+// a fence of shared memory behind a barrier of the device's memory.
 __device__ __forceinline__ void order_before_bulk_copies() {
     asm volatile("fence.proxy.async;" ::: "memory");
-    asm volatile("fence.proxy.async.global;" ::
-                     : "memory");  // ptxas makes the one above a fence of shared memory
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // Lands when the barrier's phase is over.

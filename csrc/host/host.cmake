@@ -10,7 +10,8 @@ endif()
 # of, it plays.
 set(host_kernels ${DSCODER_KERNELS})
 list(FILTER host_kernels EXCLUDE REGEX "csrc/(gemm|attention)/.*_sm90\\.cu$")
-set(host_test_kernels tests/csrc/kernels.cu tests/csrc/ptx_kernels.cu tests/csrc/faults.cu)
+set(host_test_kernels tests/csrc/kernels.cu tests/csrc/ptx_kernels.cu tests/csrc/bulk_kernels.cu
+    tests/csrc/faults.cu)
 set_source_files_properties(${host_kernels} ${host_test_kernels} PROPERTIES LANGUAGE CXX)
 
 # The bindings are compiled once, for both.

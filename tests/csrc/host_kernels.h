@@ -50,6 +50,23 @@ enum class Copying {
 };
 void run_copies(const float* x, float* y, int num_threads, Copying kind);
 
+// ---- the copy engine of sm_90 ----
+enum class Bulk {
+    kWaited,
+    kLoadUnwaited,
+    kLoadLeft,
+    kNextPhase,
+    kOverwritten,
+    kStoreUnwaited,
+    kReadAlone,
+    kStoreLeft,
+    kUncommitted,
+    kMisaligned,
+    kEmpty,
+    kIntoGlobal
+};
+void run_bulk(const float* x, float* y, float* seen, int num_values, Bulk kind);
+
 // ---- wrong ----
 // What a fault reads and writes is up to it; `x` and `y` hold num_values floats each.
 struct Fault {

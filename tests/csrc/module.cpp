@@ -164,6 +164,27 @@ void bind_ptx(py::module_& module) {
     });
 }
 
+void bind_bulk(py::module_& module) {
+    py::enum_<Bulk>(module, "Bulk")
+        .value("WAITED", Bulk::kWaited)
+        .value("LOAD_UNWAITED", Bulk::kLoadUnwaited)
+        .value("LOAD_LEFT", Bulk::kLoadLeft)
+        .value("NEXT_PHASE", Bulk::kNextPhase)
+        .value("OVERWRITTEN", Bulk::kOverwritten)
+        .value("STORE_UNWAITED", Bulk::kStoreUnwaited)
+        .value("READ_ALONE", Bulk::kReadAlone)
+        .value("STORE_LEFT", Bulk::kStoreLeft)
+        .value("UNCOMMITTED", Bulk::kUncommitted)
+        .value("MISALIGNED", Bulk::kMisaligned)
+        .value("EMPTY", Bulk::kEmpty)
+        .value("INTO_GLOBAL", Bulk::kIntoGlobal);
+    module.def("bulk", [](const In<float>& x, Bulk kind) {
+        auto y = zeros<float>(x.size()), seen = zeros<float>(x.size());
+        run_bulk(x.data(), y.mutable_data(), seen.mutable_data(), size_of(x), kind);
+        return py::make_tuple(y, seen);
+    });
+}
+
 void bind_faults(py::module_& module) {
     py::list names;
     for (int i = 0; i < kNumFaults; ++i) names.append(kFaults[i].name);
@@ -206,5 +227,6 @@ PYBIND11_MODULE(_host_kernels, module) {
     bind_convert(module, "from_bfloat16", from_bfloat16);
     bind_convert(module, "from_half", from_half);
     bind_ptx(module);
+    bind_bulk(module);
     bind_faults(module);
 }
