@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dscoder.models import Transformer, init_weights
-from dscoder.models.sharding import parts
-from dscoder.runtime.mesh import arrange, open_mesh
+from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
 from tests.models.sharded import sharded_model, tiny
 
@@ -65,13 +64,18 @@ def check_layouts(num_ranks: int) -> None:
         for expert, replicate in LAYOUTS[num_ranks]:
             mesh = arrange(world, expert=expert, replicate=replicate)
             for stored in (torch.float32, torch.bfloat16):
-                model, _ = sharded_model(tiny("tiny_moe"), mesh, dtype=torch.bfloat16, stored=stored)
-                init_weights(model, seed=SEED, parts=parts(model, mesh), dtype=torch.bfloat16)
-                wanted = whole("tiny_moe", dtype=torch.bfloat16)
-                for key, part in parts(model, mesh).items():
-                    tensor = part.whole(part.local)
-                    assert isinstance(tensor, DTensor)
-                    assert torch.equal(tensor.full_tensor(), wanted[key].to(stored)), (key, expert, replicate)
+                check_values(mesh, stored)
+
+
+def check_values(mesh: Mesh, stored: torch.dtype) -> None:
+    """A run in bfloat16, with float32 masters or without, begins with the values of one process."""
+    wanted = whole("tiny_moe", dtype=torch.bfloat16)
+    model, held = sharded_model(tiny("tiny_moe"), mesh, dtype=torch.bfloat16, stored=stored)
+    init_weights(model, seed=SEED, parts=held, dtype=torch.bfloat16)
+    for key, part in held.items():
+        tensor = part.whole(part.local)
+        assert isinstance(tensor, DTensor)
+        assert torch.equal(tensor.full_tensor(), wanted[key].to(stored)), (key, mesh.expert, mesh.replicate)
 
 
 @pytest.mark.dist

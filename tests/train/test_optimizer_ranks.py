@@ -80,11 +80,15 @@ def step_on_layouts(num_ranks: int) -> list[tuple[list[float], dict[str, Tensor]
             mesh = arrange(world, expert=expert, replicate=replicate)
             norms, state, model = run_spread(mesh)
             assert len(set(map(tuple, mesh.gather(norms)))) == 1
-            for name, part in parts(model, mesh).items():
-                assert torch.equal(gather(part, part.local), state[f"master.{name}"]), name
-                assert part.parameter.grad is None
+            assert_parameters_are_the_masters(parts(model, mesh), state)
             found.append((norms, state))
     return found if world.is_first else []
+
+
+def assert_parameters_are_the_masters(held: dict[str, Part], state: dict[str, Tensor]) -> None:
+    for name, part in held.items():
+        assert torch.equal(gather(part, part.local), state[f"master.{name}"]), name
+        assert part.parameter.grad is None
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -122,22 +126,26 @@ def round_alone() -> dict[str, Tensor]:
 
 def round_on_layouts(num_ranks: int) -> None:
     wanted = round_alone()
-    alone = whole_model(config_of())
     with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as world:
         for expert, replicate in LAYOUTS[num_ranks]:
-            mesh = arrange(world, expert=expert, replicate=replicate)
-            model, held = sharded_model(config_of(), mesh, dtype=torch.bfloat16, stored=torch.bfloat16)
-            optimizer = MasterAdamW(model, LOOSE, mesh=mesh, rounding_seed=5)
-            for step in range(NUM_STEPS):
-                for name, gradient in given_gradients(alone, step).items():
-                    put_gradient(held[name], gradient)
-                optimizer.clip()
-                optimizer.step(1e-2)
-            state = optimizer.state()
-            assert state.keys() == wanted.keys()
-            for name, tensor in state.items():
-                assert torch.equal(full(tensor), wanted[name]), (name, expert, replicate)
-            step_by_a_backward_pass(model, optimizer, held)
+            round_spread(arrange(world, expert=expert, replicate=replicate), wanted)
+
+
+def round_spread(mesh: Mesh, wanted: dict[str, Tensor]) -> None:
+    """The same steps on a mesh, to the same bits."""
+    alone = whole_model(config_of())
+    model, held = sharded_model(config_of(), mesh, dtype=torch.bfloat16, stored=torch.bfloat16)
+    optimizer = MasterAdamW(model, LOOSE, mesh=mesh, rounding_seed=5)
+    for step in range(NUM_STEPS):
+        for name, gradient in given_gradients(alone, step).items():
+            put_gradient(held[name], gradient)
+        optimizer.clip()
+        optimizer.step(1e-2)
+    state = optimizer.state()
+    assert state.keys() == wanted.keys()
+    for name, tensor in state.items():
+        assert torch.equal(full(tensor), wanted[name]), (name, mesh.expert, mesh.replicate)
+    step_by_a_backward_pass(model, optimizer, held)
 
 
 def step_by_a_backward_pass(model: Transformer, optimizer: MasterAdamW, held: dict[str, Part]) -> None:
