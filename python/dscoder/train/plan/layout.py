@@ -83,14 +83,13 @@ def _expert_sizes(model: ModelConfig, num_ranks: int, fixed: int | None) -> list
 
 
 def _micros(batch: Batch, num_ranks: int, fixed: int | None) -> Sequence[int]:
-    """Sizes that cut a rank's windows evenly, or powers of two where the ranks' windows differ in number."""
+    """Sizes that cut a rank's windows evenly, or all where the ranks' windows differ in number."""
     if fixed is not None:
         return [fixed]
     share, rest = divmod(batch.sequences, num_ranks)
     if share and not rest:
         return [size for size in _divisors(share) if size <= _LARGEST_MICRO]
-    largest = min(max(1, share), _LARGEST_MICRO)
-    return [1 << power for power in range(largest.bit_length())]
+    return range(1, min(max(1, share), _LARGEST_MICRO) + 1)
 
 
 def layouts(model: ModelConfig, batch: Batch, *, num_ranks: int, fixed: Choices) -> Iterator[Layout]:
