@@ -59,7 +59,10 @@ class OnDevice {
     int previous_ = 0;
 };
 
-std::shared_ptr<void> allocate(int64_t num_bytes, int device) {
+// Whole pages of 2 MiB: what is exported then shares its page with nothing else.
+std::shared_ptr<void> allocate(int64_t num_wanted, int device) {
+    constexpr int64_t kPage = int64_t{2} << 20;
+    const int64_t num_bytes = (num_wanted + kPage - 1) / kPage * kPage;
     const OnDevice guard(device);
     void* memory = nullptr;
     check(cudaMalloc(&memory, static_cast<size_t>(num_bytes)), "cudaMalloc");
