@@ -5,7 +5,7 @@ Which windows a step reads, its batch size and its learning rate follow from its
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dscoder.train.long_context import stretched
 from dscoder.train.memory import require_memory
 from dscoder.train.ranks import Ranks
 from dscoder.train.report import OnMetrics
-from dscoder.train.run import MODEL, Job, hash_model, run_stage
+from dscoder.train.run import MODEL, Job, StoppedError, hash_model, run_stage
 from dscoder.train.spread import spread_model
 from dscoder.train.stopwatch import Stopwatch
 from dscoder.train.windows import WindowSteps, check_micro
@@ -126,9 +126,15 @@ def _whole_model(config: PretrainConfig, target: ModelConfig, dtype: torch.dtype
 
 
 def _job(
-    config: PretrainConfig, directory: Path, data: _Data, evaluate: Evaluate | None, ranks: Ranks
+    config: PretrainConfig,
+    directory: Path,
+    data: _Data,
+    *,
+    evaluate: Evaluate | None,
+    ranks: Ranks,
+    held: ExitStack,
 ) -> Job:
-    """The run's model and plan, once everything is known to go together."""
+    """The run's model and plan, once everything is known to go together; `held` gets what must be closed."""
     tokenizer = Path(config.data) / TOKENIZER
     windows = data.windows
 
@@ -148,6 +154,8 @@ def _job(
         spread = spread_model(config, target, ranks, max_tokens=max_tokens)
         model, exchange = spread.model, spread.exchange
         export = functools.partial(spread.save, tokenizer=tokenizer)
+    if exchange is not None:
+        held.callback(exchange.close)
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.recompute = config.parallel.recompute
@@ -161,6 +169,7 @@ def _job(
         schedule=config.schedule,
         seed=config.seed,
         ranks=ranks,
+        check=None if exchange is None else exchange.check,
     )
     return Job(
         model=model,
@@ -228,13 +237,21 @@ def run(
     ranks = ranks or Ranks()
     _check_layout(config, ranks)
     data = ranks.each(lambda: _open_data(config))
-    return run_stage(
-        config,
-        lambda directory: _job(config, directory, data, evaluate=evaluate, ranks=ranks),
-        command="pretrain",
-        inputs=ranks.first(lambda: _hash_inputs(config)),
-        free=_FREE,
-        on_metrics=on_metrics,
-        profile=config.profile,
-        ranks=ranks,
-    )
+    held = ExitStack()
+    try:
+        out = run_stage(
+            config,
+            lambda directory: _job(config, directory, data, evaluate=evaluate, ranks=ranks, held=held),
+            command="pretrain",
+            inputs=ranks.first(lambda: _hash_inputs(config)),
+            free=_FREE,
+            on_metrics=on_metrics,
+            profile=config.profile,
+            ranks=ranks,
+        )
+    except StoppedError:
+        held.close()
+        raise
+    # Not after other errors: closing is done by all ranks, and some may be gone.
+    held.close()
+    return out

@@ -5,6 +5,8 @@ what the model sees at once does not depend on the number of ranks; who has none
 empty one, since every rank must take part in the exchanges of every round.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -15,7 +17,7 @@ from dscoder.models import Transformer
 from dscoder.runtime.log import get_logger
 from dscoder.train.flops import forward_flops, training_flops
 from dscoder.train.load import load_figures
-from dscoder.train.loop import StepStats, train_step
+from dscoder.train.loop import LossError, StepStats, train_step
 from dscoder.train.loss import token_losses
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.ranks import Ranks
@@ -53,9 +55,11 @@ class WindowSteps:
         schedule: ScheduleConfig,
         seed: int,
         ranks: Ranks | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
-        """Plan the whole run."""
+        """Plan the whole run; `check` raises what may be behind a loss that is no number."""
         self._ranks = ranks or Ranks()
+        self._check = check
         check_micro(batch, self._ranks.size)
         self._model = model
         self._windows = windows
@@ -94,7 +98,13 @@ class WindowSteps:
 
     def train_step(self, optimizer: MasterAdamW, step: int, lr: float) -> StepDone:
         """Move the weights by step `step`."""
-        stats = train_step(self._model, optimizer, self.batches(step), lr=lr, step=step, ranks=self._ranks)
+        batches = self.batches(step)
+        try:
+            stats = train_step(self._model, optimizer, batches, lr=lr, step=step, ranks=self._ranks)
+        except LossError:
+            if self._check is not None:
+                self._check()
+            raise
         num_sequences = int(self._consumed[step + 1] - self._consumed[step])
         num_tokens = num_sequences * self._windows.window
         loads, num_dropped = self._loads(stats, num_tokens)

@@ -1,0 +1,89 @@
+"""The command under torchrun: one run on two ranks, and what a reader of its output sees."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dscoder.config.parallel import ParallelConfig
+from dscoder.config.train import BatchConfig, CheckpointConfig, PretrainConfig, ReportConfig
+from dscoder.runtime.artifact import read_manifest
+from dscoder.testing.tiny_run import config_for, tiny_windows
+
+TIMEOUT_S = 300.0
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_windows(tmp_path_factory.mktemp("data"))
+
+
+def torchrun(config: PretrainConfig, *words: str) -> "subprocess.Popen[str]":
+    """`torchrun --nproc-per-node 2 -m dscoder pretrain --config ...`, with all that it says in one pipe."""
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(asdict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "dscoder", "pretrain", "--config", str(path), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    return process.communicate(timeout=TIMEOUT_S)[0]
+
+
+def lines_with(text: str, words: str) -> Sequence[str]:
+    return [line for line in text.splitlines() if words in line]
+
+
+def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None:
+    config = config_for(
+        windows,
+        tmp_path / "run",
+        num_steps=60,
+        batch=BatchConfig(sequences=4, micro=2),
+        checkpoint=CheckpointConfig(every=5),
+        report=ReportConfig(log_every=1, eval_every=30, eval_windows=4, tensorboard="off", plot="off"),
+        parallel=ParallelConfig(expert=2, timeout=60.0),
+    )
+    process = torchrun(config)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 12):
+        assert process.poll() is None, end(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
+    told = end(process)
+    assert len(lines_with(told, "stopped by SIGTERM after step")) == 1, told  # all stop, one says so
+
+    process = torchrun(config)
+    told = end(process)
+    assert process.returncode == 0, told
+    assert len(lines_with(told, "going on from")) == 1
+    manifest = read_manifest(tmp_path / "run", command="pretrain")
+    assert manifest["counts"]["steps"] == 60
+    assert manifest["facts"]["layout"] == {"replicate": 1, "expert_shard": 1, "expert": 2}
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 61))
+
+
+def test_a_config_that_does_not_fit_is_refused_by_every_rank(windows: Path, tmp_path: Path) -> None:
+    config = config_for(windows, tmp_path / "run")
+    process = torchrun(config, "--batch.micro", "4")
+    told = end(process)
+    assert process.returncode == 1
+    for rank in (0, 1):
+        assert lines_with(told, f"dscoder pretrain [rank {rank}]: batch: micro must be <= 3"), told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
