@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dscoder.runtime import heartbeat
 from dscoder.runtime.heartbeat import CommunicationError, LostRankError, is_communication_error
 from dscoder.runtime.mesh import (
     arrange,
@@ -200,6 +201,24 @@ def test_the_end_of_the_rank_that_keeps_the_store_is_told() -> None:
     ended, _ = end_with_loss("killed", 0)
     for end in ended[1:]:
         assert "does not answer: rank 0, which keeps it, is gone" in end.error
+
+
+def lose_a_rank_unseen() -> None:
+    """Rank 1 ends, rank 0 asks nobody anything, as one that waits for a GPU."""
+    heartbeat._NOTICE = 0.5
+    with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as mesh:
+        mesh.barrier()
+        if mesh.rank == 1:
+            raise KeyError("no such thing")
+        time.sleep(60)
+
+
+@dist
+def test_a_rank_that_does_not_notice_is_ended() -> None:
+    start = time.monotonic()
+    ended = end_ranks(lose_a_rank_unseen, num_ranks=2)
+    assert ended[0].status == heartbeat._EXIT_STATUS
+    assert time.monotonic() - start < 40
 
 
 # ---- which errors count ----
