@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from benchmarks.peers.transformers_model import HAS_TRANSFORMERS, their_model
 from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU
 from dscoder.config import ModelConfig, preset
-from dscoder.models import Transformer, count_parameters
+from dscoder.models import Transformer
 from dscoder.models.init import init_weights, materialise
 from dscoder.testing import cases
 from dscoder.testing.measure import Problem
 from dscoder.testing.results import Case
+from dscoder.train.flops import causal_pairs, training_flops
 
 # One dense and one expert layer at V2-Lite's widths; a small vocabulary, whose products are the same in both.
 V2_LITE_SLICE = replace(preset("v2_lite"), num_layers=2, vocab_size=8192, bos_id=0, eos_id=1)
@@ -105,7 +106,9 @@ def test_training_step(measure: Callable[..., None], benchmark: BenchmarkFixture
         shape=shape_of(name),
         dtype=DTYPE,
         kernels=KERNELS,
-        flops=6.0 * count_parameters(config).active * tokens_BS.numel(),
+        flops=float(
+            training_flops(config, num_tokens=tokens_BS.numel(), num_pairs=num_rows * causal_pairs([length]))
+        ),
     )
     peers = {f"transformers {' '.join(names)}": their_step(*names) for names in implementations}
     measure(case, Problem(args=(tokens_BS,)), our_step, peers)

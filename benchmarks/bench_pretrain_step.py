@@ -1,16 +1,21 @@
-"""One optimizer step of the tiny models: forward, loss, backward, clip, AdamW."""
+"""One optimizer step: forward, loss, backward, clip, AdamW. Of tiny models; on a GPU of a slice of V2-Lite."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.shapes import DEVICE, DTYPE, IS_ON_GPU
 from dscoder.config import preset
 from dscoder.config.train import OptimizerConfig
 from dscoder.data.loader import IGNORED, Batch
-from dscoder.models import Transformer
+from dscoder.models import Transformer, init_weights, materialise
+from dscoder.runtime.device import device_peak_flops
 from dscoder.runtime.seed import available_threads, deterministic
+from dscoder.testing.timing import device_name
+from dscoder.train.flops import causal_pairs, training_flops
 from dscoder.train.loop import train_step
 from dscoder.train.loss import cross_entropy_sum
 from dscoder.train.optimizer import MasterAdamW
@@ -19,14 +24,25 @@ SEQUENCES = 8
 WINDOW = 512
 DOCUMENT = 128
 
+MICRO_BATCHES = 4
+# Every width is V2-Lite's; the window is a micro-batch of one row.
+SLICE = (
+    ("v2_lite_8_layers", replace(preset("v2_lite"), num_layers=8), 4096)
+    if IS_ON_GPU
+    else ("tiny_moe", preset("tiny_moe"), DOCUMENT)
+)
+GPU_BYTES = 110e9  # weights, masters, moments, gradients in float32; activations
 
-def random_batch(vocab_size: int) -> Batch:
+
+def random_batch(
+    vocab_size: int, *, num_rows: int = SEQUENCES, window: int = WINDOW, document: int = DOCUMENT
+) -> Batch:
     """Windows full of documents of one length."""
     generator = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(0, vocab_size, (SEQUENCES, WINDOW), generator=generator)
+    tokens_BS = torch.randint(0, vocab_size, (num_rows, window), generator=generator)
     labels_BS = tokens_BS.roll(-1, dims=1)
-    labels_BS[:, DOCUMENT - 1 :: DOCUMENT] = IGNORED
-    cu_seqlens = torch.arange(0, SEQUENCES * WINDOW + 1, DOCUMENT, dtype=torch.int32)
+    labels_BS[:, document - 1 :: document] = IGNORED
+    cu_seqlens = torch.arange(0, num_rows * window + 1, document, dtype=torch.int32)
     return Batch(tokens_BS=tokens_BS, labels_BS=labels_BS, cu_seqlens=cu_seqlens, window_idx=(0,))
 
 
@@ -40,6 +56,43 @@ def test_step(benchmark: BenchmarkFixture, store: Callable[..., None], name: str
         benchmark(train_step, model, optimizer, [batch], lr=1e-4, step=0)
     shape = f"B={SEQUENCES} S={WINDOW}"
     store("pretrain_step", f"step of {name}", shape, {}, {"tokens": batch.tokens_BS.numel()})
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["any_order", "same_bits"])
+def test_mfu(benchmark: BenchmarkFixture, store: Callable[..., None], is_deterministic: bool) -> None:
+    """A step of four micro-batches of one document, as many operations as there are (docs/metrics.md).
+
+    Runs ask for the same bits every time; without that, gradients may add up in any order.
+    """
+    name, config, window = SLICE
+    if IS_ON_GPU and torch.cuda.mem_get_info()[0] < GPU_BYTES:
+        pytest.skip(f"needs {GPU_BYTES / 1e9:.0f} GB of free GPU memory")
+    batches = [random_batch(config.vocab_size, num_rows=1, window=window, document=window)] * MICRO_BATCHES
+    with deterministic(seed=0, num_threads=available_threads()):
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=True)
+        model = Transformer(config, device="meta").train()
+        materialise(model, dtype=DTYPE, device=DEVICE)
+        init_weights(model, seed=0)
+        optimizer = MasterAdamW(model, OptimizerConfig())
+
+        def step() -> None:
+            train_step(model, optimizer, batches, lr=1e-4, step=0)
+            if IS_ON_GPU:  # the optimizer's kernels, for which nobody else waits
+                torch.cuda.synchronize(DEVICE)
+
+        benchmark(step)
+    num_tokens = MICRO_BATCHES * window
+    figures: dict[str, object] = {
+        "device": device_name(DEVICE),
+        "bits": "same" if is_deterministic else "any",
+    }
+    peak = device_peak_flops(DEVICE, DTYPE)
+    if peak is not None and benchmark.stats is not None:
+        num_pairs = MICRO_BATCHES * causal_pairs([window])
+        flops = training_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
+        figures["MFU"] = float(f"{flops / benchmark.stats.stats.median / peak:.3g}")
+    shape = f"B={MICRO_BATCHES} S={window}"
+    store("pretrain_step", f"step of {name}, {figures['bits']} bits", shape, figures, {"tokens": num_tokens})
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole_logits"])
