@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss, backward, clip, AdamW. Of tiny models; on a GPU of a slice of V2-Lite."""
+"""One optimizer step, forward to AdamW: of tiny models, and on a GPU of a slice of V2-Lite."""
 
 from collections.abc import Callable
 from dataclasses import replace

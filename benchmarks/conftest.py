@@ -26,6 +26,7 @@ SHOWN = (
     "share",
     "MB/s",
     "tokens/s",
+    "MFU",
     "documents/s",
     "programs/s",
     "launches",
