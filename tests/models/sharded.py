@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from dscoder import ops
 from dscoder.config import BalanceConfig, ModelConfig, preset
@@ -94,3 +95,16 @@ def whole_gradients(config: ModelConfig, num_batches: int) -> dict[str, Tensor]:
     return {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
     }
+
+
+def full(part: Part, tensor: Tensor | None) -> Tensor:
+    """The whole of which `tensor` is this rank's part; a collective."""
+    assert tensor is not None
+    whole = part.whole(tensor)
+    assert isinstance(whole, DTensor)
+    # One dimension at a time: torch 2.11 cannot gather over expert and expert_shard, in this order, at once.
+    for dim in reversed(range(len(part.placements))):
+        whole = whole.redistribute(
+            placements=(*whole.placements[:dim], *[Replicate()] * (len(whole.placements) - dim))
+        )
+    return whole.to_local()

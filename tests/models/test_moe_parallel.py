@@ -15,7 +15,7 @@ from dscoder.models.placement import place
 from dscoder.runtime.mesh import open_mesh
 from dscoder.testing.compare import assert_close
 from dscoder.testing.ranks import run_ranks
-from tests.models.sharded import loss_of, sharded_model, tiny, tokens_of, whole_gradients, whole_model
+from tests.models.sharded import full, loss_of, sharded_model, tiny, tokens_of, whole_gradients, whole_model
 
 dist = pytest.mark.dist
 NUM_RANKS = 2
@@ -111,11 +111,7 @@ def gradients_of(config: ModelConfig, dtype: torch.dtype, stored: torch.dtype) -
         tokens_BS = tokens_of(mesh.rank, config)
         loads = model.features(tokens_BS).loads_LE
         loss_of(model, tokens_BS, num_batches=NUM_RANKS).backward()
-        gradients: dict[str, Any] = {}
-        for name, part in parts.items():
-            gradient = part.gradient()
-            assert gradient is not None
-            gradients[name] = part.whole(gradient).full_tensor()  # type: ignore[attr-defined]
+        gradients = {name: full(part, part.gradient()) for name, part in parts.items()}
         stored_as = {part.local.dtype for part in parts.values()}
     return {"gradients": gradients, "loads": loads, "stored": stored_as}
 
@@ -161,10 +157,8 @@ def logits_and_compiled(config: ModelConfig) -> dict[str, Any]:
         for layer in model.layers:
             layer.recompute = "selective"
         loss_of(model, tokens_BS, num_batches=NUM_RANKS).backward()
-        gradient = parts["layers.1.moe.shared.down.weight"].gradient()
-        assert gradient is not None
-        whole = parts["layers.1.moe.shared.down.weight"].whole(gradient)
-        return {"logits": logits, "gradient": whole.full_tensor()}  # type: ignore[attr-defined]
+        part = parts["layers.1.moe.shared.down.weight"]
+        return {"logits": logits, "gradient": full(part, part.gradient())}
 
 
 @dist

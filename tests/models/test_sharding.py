@@ -3,13 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dscoder.models import Transformer
-from dscoder.models.sharding import Part
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
-from tests.models.sharded import loss_of, sharded_model, tiny, tokens_of, whole_gradients
+from tests.models.sharded import full, loss_of, sharded_model, tiny, tokens_of, whole_gradients
 
 pytestmark = pytest.mark.dist
 
@@ -26,13 +24,6 @@ def add_gradients(model: Transformer, mesh: Mesh, num_batches: int) -> None:
         loss_of(model, tokens_BS, num_batches=num_batches).backward()
 
 
-def whole(part: Part, tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    distributed = part.whole(tensor)
-    assert isinstance(distributed, DTensor)
-    return distributed.full_tensor()
-
-
 def gradients_of_layouts(
     name: str, layouts: list[tuple[int, int]], num_batches: int
 ) -> list[dict[str, Tensor]]:
@@ -42,7 +33,7 @@ def gradients_of_layouts(
             mesh = arrange(world, expert=expert, replicate=replicate)
             model, parts = sharded_model(tiny(name), mesh)
             add_gradients(model, mesh, num_batches)
-            found.append({key: whole(part, part.gradient()) for key, part in parts.items()})
+            found.append({key: full(part, part.gradient()) for key, part in parts.items()})
     return found
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dscoder.config import ModelConfig
 from dscoder.models.sharding import Part, is_counted, parts
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
-from tests.models.sharded import loss_of, sharded_model, tiny, tokens_of, whole_gradients, whole_model
+from tests.models.sharded import full, loss_of, sharded_model, tiny, tokens_of, whole_gradients, whole_model
 
 dist = pytest.mark.dist
 
@@ -39,10 +38,6 @@ class CountCollectives(TorchDispatchMode):
         if func.namespace == "c10d":
             self.calls[func.__name__.split(".")[0].strip("_")] += 1
         return func(*args, **(kwargs or {}))
-
-
-def full(part: Part, tensor: Tensor) -> Tensor:
-    return part.whole(tensor).full_tensor()  # type: ignore[attr-defined]
 
 
 def norm_of(found: dict[str, Part], mesh: Mesh) -> float:
