@@ -90,9 +90,13 @@ class StepProfiler:
             yield
             return
         if number in self._steps:
+            if not self._seen and self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(max_entries=_MAX_EVENTS)
             self._seen.append(number)
         with record_function(f"step {number}"):
             yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # so that its kernels are not another step's
         self._profiler.step()
         if number == self._steps[-1]:
             self._end()
@@ -109,8 +113,6 @@ class StepProfiler:
                 return ProfilerAction.NONE
             return ProfilerAction.RECORD_AND_SAVE if index == last else ProfilerAction.RECORD
 
-        if is_gpu:
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_EVENTS)
         self._profiler = profile(
             activities=activities,
             schedule=action,
