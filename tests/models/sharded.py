@@ -79,6 +79,7 @@ def tokens_of(batch_idx: int, config: ModelConfig) -> Tensor:
 
 def loss_of(model: Transformer, tokens_BS: Tensor, *, num_batches: int) -> Tensor:
     """A sum over tokens and balance terms, divided beforehand by what all micro-batches have."""
+    tokens_BS = tokens_BS.to(model.embed.weight.device)
     features = model.features(tokens_BS)
     logits = features.hidden_BSD.flatten(0, 1) @ model.head.weight.t()
     targets_T = tokens_BS.flatten().roll(1)
