@@ -98,7 +98,7 @@ class Job:
     begin: Callable[[int], None] | None = None  # before the first step: the steps done, 0 or a checkpoint's
     extra_state: Mapping[str, Tensor] = field(default_factory=dict)  # more live tensors for the checkpoints
     rounding_seed: int | None = None  # see MasterAdamW
-    stopwatch: Stopwatch | None = None  # see RunReport
+    stopwatch: Stopwatch | None = None  # None: one that knows of no FLOPs and no exchange
 
 
 class StoppedError(RuntimeError):
@@ -338,6 +338,7 @@ def run_stage(
 
 def _run_job(run: _Run, stage: Stage, on_metrics: OnMetrics | None, profile: ProfileConfig | None) -> None:
     config, job, ranks = run.config, run.job, run.ranks
+    device = next(job.model.parameters()).device
     # Without overwrite: this file is there to go on with the run, not to begin it again.
     fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
     resolved = {key: value for key, value in fields.items() if key != "overwrite"}
@@ -355,14 +356,14 @@ def _run_job(run: _Run, stage: Stage, on_metrics: OnMetrics | None, profile: Pro
             waiting=run.progress.waiting,
             on_metrics=on_metrics,
             is_first=ranks.is_first,
-            stopwatch=job.stopwatch,
+            stopwatch=job.stopwatch or Stopwatch(device, ranks=ranks),
         ) as report,
         StepProfiler(
             stage.directory,
             profile,
             num_steps=job.num_steps,
             resume_step=run.progress.step,
-            device=next(job.model.parameters()).device,
+            device=device,
             rank=ranks.rank,
             world_size=ranks.size,
         ) as profiler,
