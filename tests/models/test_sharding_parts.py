@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dscoder.config import ModelConfig
-from dscoder.models.sharding import Part, is_counted, parts
+from dscoder.config.parallel import ParallelConfig
+from dscoder.models.sharding import Part, is_counted, parts, shard_model
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
 from tests.models.sharded import full, loss_of, sharded_model, tiny, tokens_of, whole_gradients, whole_model
@@ -122,10 +124,10 @@ def test_a_checkpoint_loads_in_another_layout(
             assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
-def count_collectives(recompute: str) -> dict[str, Any]:
-    """Of two backward passes without and one with a sum over ranks, two ranks with different experts."""
+def count_collectives(recompute: str, expert: int) -> dict[str, Any]:
+    """Of two backward passes without and one with a sum over ranks, on two ranks."""
     config = tiny("tiny_moe")
-    with open_mesh(expert=2, replicate=1, device="cpu", timeout=60) as mesh:
+    with open_mesh(expert=expert, replicate=1, device="cpu", timeout=60) as mesh:
         model, by_name = sharded_model(config, mesh)
         for layer in model.layers:
             layer.recompute = recompute
@@ -134,27 +136,28 @@ def count_collectives(recompute: str) -> dict[str, Any]:
             model.set_requires_gradient_sync(turn == 2)
             with CountCollectives() as counted:
                 loss_of(model, tokens_of(turn, config), num_batches=3).backward()
-            calls.append(dict(counted.calls))
+            calls.append(counted.calls)
         gradients = {name: part.gradient() for name, part in by_name.items()}
     return {"calls": calls, "gradients": gradients}
 
 
 @dist
-def test_gradients_are_reduced_once_and_selective_exchanges_no_token_again() -> None:
-    none, selective, full_mode = (
-        run_ranks(count_collectives, mode, num_ranks=2)[0] for mode in ("none", "selective", "full")
+# Sums of two layers and of the root; where the ranks have the same experts, of those too.
+@pytest.mark.parametrize(("expert", "num_sums"), [(1, 4), (2, 3)])
+def test_recomputation_moves_no_more_than_it_must(expert: int, num_sums: int) -> None:
+    none, selective, whole = (
+        run_ranks(count_collectives, mode, expert, num_ranks=2)[0] for mode in ("none", "selective", "full")
     )
-    for mode in (none, selective, full_mode):
-        # Two layers, the root, and the experts, which one rank holds alone.
-        assert [calls.get("reduce_scatter_base", 0) for calls in mode["calls"]] == [0, 0, 3]
+    for mode in (none, selective, whole):
+        assert [calls["reduce_scatter_base"] for calls in mode["calls"]] == [0, 0, num_sums]
         for name, gradient in mode["gradients"].items():
             assert torch.equal(gradient, none["gradients"][name])
+    # Neither gathers a weight nor sends a token again.
     assert selective["calls"] == none["calls"]
-    exchanges = [[calls.get("alltoall_base", 0) for calls in mode["calls"]] for mode in (none, full_mode)]
-    assert exchanges[0][0] > 0
-    assert exchanges[1][0] > exchanges[0][0]
-    gathered = [calls["allgather_base"] for calls in none["calls"]]
-    assert [calls["allgather_base"] for calls in full_mode["calls"]] == gathered
+    for again, once in zip(whole["calls"], none["calls"], strict=True):
+        assert again["allgather_base"] == once["allgather_base"]
+        assert (again["alltoall_base"] > once["alltoall_base"]) is (expert == 2)
+        assert (once["alltoall_base"] > 0) is (expert == 2)
 
 
 def test_without_a_mesh_a_part_is_the_parameter() -> None:
@@ -173,3 +176,11 @@ def test_a_whole_of_another_shape_is_refused() -> None:
     part = parts(whole_model(tiny("tiny_dense")), None)["norm.weight"]
     with pytest.raises(ValueError, match=r"norm.weight: the whole must have shape \(32,\), got \(31,\)"):
         part.take(torch.ones(31))
+
+
+def test_a_model_with_the_experts_of_another_layout_is_refused() -> None:
+    model = whole_model(tiny("tiny_moe"))
+    mesh = SimpleNamespace(expert=2)
+    wanted = r"the model must hold 8 / 2 experts of each layer, got 8; build it with expert_parallel"
+    with pytest.raises(ValueError, match=wanted):
+        shard_model(model, mesh, dtype=torch.float32, config=ParallelConfig())  # type: ignore[arg-type]

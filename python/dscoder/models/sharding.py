@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dscoder.config.parallel import ParallelConfig
-from dscoder.models.moe import Experts
+from dscoder.models.moe import Experts, Moe
 from dscoder.models.region import Region, region_at
 from dscoder.models.transformer import Layer, Transformer
 from dscoder.runtime.mesh import Mesh
@@ -47,6 +47,15 @@ def expert_shard_dim(shape: Sequence[int], num_shards: int) -> int:
     return 1 if shape[0] % num_shards and shape[1] % num_shards == 0 else 0
 
 
+def _check_experts(model: Transformer, num_ranks: int) -> None:
+    for module in model.modules():
+        if isinstance(module, Moe) and len(module.experts.down) * num_ranks != module.config.num_experts:
+            raise ValueError(
+                f"shard_model: the model must hold {module.config.num_experts} / {num_ranks} experts of each "
+                f"layer, got {len(module.experts.down)}; build it with expert_parallel"
+            )
+
+
 def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: ParallelConfig) -> None:
     """Shard a model in place, on the meta device too; from then on each rank holds its part of every weight.
 
@@ -55,6 +64,7 @@ def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: P
     Gradients are summed over all ranks in float32; with model.set_requires_gradient_sync(False) they add up
     on each rank until a backward pass with True. Embedding, norm and head stay gathered after a forward.
     """
+    _check_experts(model, mesh.expert)
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.embed.weight.dtype == dtype else dtype,
         reduce_dtype=torch.float32,
