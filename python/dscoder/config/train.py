@@ -131,18 +131,16 @@ class ProfileConfig:
     steps: int = 3  # how many in a row; a trace holds every operator of each
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.start is not None and self.start < 1):
-            raise ValueError(
-                f"ProfileConfig: start and steps must be >= 1, got {self.start} and {self.steps}"
-            )
+        for name, value in (("start", self.start), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"ProfileConfig: {name} must be >= 1, got {value}")
 
     def check(self, num_steps: int) -> None:
         """ValueError unless a run of `num_steps` has all these steps."""
         last = (self.start or 1) + self.steps - 1
         if last > num_steps:
             raise ValueError(
-                f"ProfileConfig: the last step to profile must be <= num_steps = {num_steps}, got {last} "
-                f"(start {self.start}, steps {self.steps})"
+                f"ProfileConfig: the last step to profile must be <= num_steps = {num_steps}, got {last}"
             )
 
 
