@@ -33,11 +33,16 @@ KINDS: dict[str, dict[str, object]] = {
     "ramp": {"batch": RAMP},
     "dense": {"model": DENSE},
     "bf16": {"precision": "bf16"},
+    "sparing": {},  # of memory
 }
 
 
 def config_of(kind: str, windows: Path, out: Path, *, expert: int = 1, replicate: int = 1) -> PretrainConfig:
-    return tiny_config(windows, out, expert=expert, replicate=replicate, num_steps=STEPS, **KINDS[kind])
+    config = tiny_config(windows, out, expert=expert, replicate=replicate, num_steps=STEPS, **KINDS[kind])
+    if kind == "sparing":
+        parallel = replace(config.parallel, sums_each_batch=True, recompute="full")
+        config = replace(config, parallel=parallel)
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def alone(windows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (1, [("uneven", 1, 1)]),
         (2, [("uneven", 1, 1), ("uneven", 2, 1), ("ramp", 1, 2), ("dense", 1, 1), ("bf16", 2, 1)]),
-        (4, [("uneven", 1, 1), ("uneven", 4, 1), ("uneven", 2, 2), ("ramp", 2, 1)]),
+        (4, [("uneven", 1, 1), ("uneven", 4, 1), ("uneven", 2, 2), ("ramp", 2, 1), ("sparing", 2, 2)]),
     ],
 )
 def test_a_layout_has_the_curve_of_one_process(

@@ -125,6 +125,32 @@ def _whole_model(config: PretrainConfig, target: ModelConfig, dtype: torch.dtype
     return model.train()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Built:
+    """A model that can be trained: the whole of it, or this rank's part."""
+
+    model: Transformer
+    export: Callable[..., None]  # directory, tokenizer
+    exchange: ExpertParallel | None = None
+
+
+def _build(
+    config: PretrainConfig, target: ModelConfig, ranks: Ranks, *, max_tokens: int, dtype: torch.dtype
+) -> _Built:
+    if ranks.mesh is None:
+        model = _whole_model(config, target, dtype)
+        built = _Built(model=model, export=functools.partial(save_pretrained, model, overwrite=True))
+    else:
+        spread = spread_model(config, target, ranks, max_tokens=max_tokens)
+        built = _Built(model=spread.model, export=spread.save, exchange=spread.exchange)
+    for layer in built.model.layers:
+        assert isinstance(layer, Layer)
+        layer.recompute = config.parallel.recompute
+    if config.parallel.compile == "dense":
+        compile_dense(built.model)
+    return built
+
+
 def _job(
     config: PretrainConfig,
     directory: Path,
@@ -145,22 +171,10 @@ def _job(
 
     target = ranks.each(check)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    exchange: ExpertParallel | None = None
-    if ranks.mesh is None:
-        model = _whole_model(config, target, dtype)
-        export = functools.partial(save_pretrained, model, tokenizer=tokenizer, overwrite=True)
-    else:
-        max_tokens = config.batch.micro * windows.window
-        spread = spread_model(config, target, ranks, max_tokens=max_tokens)
-        model, exchange = spread.model, spread.exchange
-        export = functools.partial(spread.save, tokenizer=tokenizer)
+    built = _build(config, target, ranks, max_tokens=config.batch.micro * windows.window, dtype=dtype)
+    model, exchange = built.model, built.exchange
     if exchange is not None:
         held.callback(exchange.close)
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
-        layer.recompute = config.parallel.recompute
-    if config.parallel.compile == "dense":
-        compile_dense(model)
     steps = WindowSteps(
         model,
         windows,
@@ -176,7 +190,7 @@ def _job(
         num_steps=config.num_steps,
         learning_rate=steps.learning_rate,
         train_step=steps.train_step,
-        export=lambda out: export(out / MODEL),
+        export=lambda out: built.export(out / MODEL, tokenizer=tokenizer),
         evaluate=None if evaluate is None else functools.partial(evaluate, model),
         rounding_seed=config.seed if config.precision == "bf16_stochastic" else None,
         stopwatch=Stopwatch(
