@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +91,6 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.while_recomputed: Callable[[], AbstractContextManager[None]] = nullcontext
         num_experts, expert_width = num_local or config.num_experts, config.expert_width
         self.gate_up = nn.Parameter(
             torch.empty(num_experts, 2 * expert_width, width, device=device, dtype=dtype)

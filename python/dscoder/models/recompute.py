@@ -5,7 +5,6 @@ their gradients then need neither a second exchange of tokens nor a second produ
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from torch import Tensor
@@ -14,21 +13,10 @@ from torch.utils.checkpoint import checkpoint
 Result = TypeVar("Result")
 
 
-def recomputed(
-    function: Callable[[Tensor], Result],
-    x: Tensor,
-    *,
-    during: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Result:
+def recomputed(function: Callable[[Tensor], Result], x: Tensor) -> Result:
     """function(x), of which nothing is kept for the gradient but x and what comes out.
 
-    `function` must use no random numbers. `during`: entered while it runs for the second time.
+    `function` must use no random numbers.
     """
-    result: Result = checkpoint(
-        function,
-        x,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), during()),
-    )
+    result: Result = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return result

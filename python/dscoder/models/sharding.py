@@ -4,8 +4,7 @@ Every layer is a unit that is gathered when it runs; its routed experts are one 
 that hold the same experts; embedding, norm and head are the last. Gradients are sums over ranks, in float32.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,16 +24,6 @@ from dscoder.models.moe import Experts, Moe
 from dscoder.models.region import Region, region_at
 from dscoder.models.transformer import Layer, Transformer
 from dscoder.runtime.mesh import Mesh
-
-
-@contextmanager
-def _staying_gathered(module: FSDPModule) -> Iterator[None]:
-    """Keep weights after the module ran: its gradient, which follows at once, would gather them again."""
-    module.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        module.set_reshard_after_forward(True, recurse=False)
 
 
 def _fsdp_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -75,15 +64,13 @@ def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: P
     for layer in model.layers:
         assert isinstance(layer, Layer)
         if layer.is_moe:
-            experts = fully_shard(
+            fully_shard(
                 layer.moe.experts,
                 mesh=_fsdp_mesh(mesh.expert_devices, "expert_shard"),
                 mp_policy=policy,
                 reshard_after_forward=reshards,
                 shard_placement_fn=lambda weight: Shard(expert_shard_dim(weight.shape, mesh.expert_shard)),
             )
-            if reshards:
-                layer.moe.experts.while_recomputed = partial(_staying_gathered, experts)
         dense(layer, reshard_after_forward=reshards)
     dense(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "run_layers")  # all that `features` computes with weights

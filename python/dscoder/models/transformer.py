@@ -1,6 +1,5 @@
 """The decoder of both families: pre-norm blocks of attention and an MLP or experts, then norm and head."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +70,7 @@ class Layer(nn.Module):
             return self._run(x_TD, placement)
         if self.recompute == "selective" and self.is_moe:
             return self._run_keeping_experts(x_TD, placement)
-        during = self.moe.experts.while_recomputed if self.is_moe else nullcontext
-        return recomputed(lambda x_TD: self._run(x_TD, placement), x_TD, during=during)
+        return recomputed(lambda x_TD: self._run(x_TD, placement), x_TD)
 
     def _run(self, x_TD: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x_TD, normed_TD = self._attend(x_TD, placement)
