@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from dscoder import ops
 from dscoder.config import ModelConfig, MoeConfig, preset
+from dscoder.testing.ranks import run_ranks
 from dscoder.train.plan.layout import Layout
 from dscoder.train.plan.routing import expected_ranks
 from dscoder.train.plan.traffic import Group, StepTraffic, Traffic, step_traffic
 from dscoder.train.plan.weights import weights_of
+from tests.models.sharded import tiny
+from tests.train.sent_bytes import received_on_layouts
 
 V2, LITE = preset("v2"), preset("v2_lite")
 TINY = preset("tiny_moe")
@@ -163,3 +166,33 @@ def test_one_gpu_sends_nothing() -> None:
     nothing = Traffic(link=0, network=0)
     found = traffic_of(TINY, Layout())
     assert (found.gather, found.reduce, found.replicas, found.exchange) == (nothing,) * 4
+
+
+# ---- against what ranks send ----
+
+LAYOUTS = [
+    Layout(expert_shard=2),
+    Layout(expert=2),
+    Layout(expert_shard=2, reshard=False),
+    Layout(expert_shard=2, sums_each_batch=True),
+    Layout(expert_shard=2, recompute="selective"),
+    Layout(expert_shard=2, recompute="full"),
+    Layout(expert=2, recompute="full"),
+]
+
+
+@pytest.mark.dist
+def test_ranks_receive_what_is_planned_to_the_byte() -> None:
+    model, num_rounds = tiny("tiny_moe"), 2
+    found = run_ranks(received_on_layouts, model, LAYOUTS, num_rounds, num_ranks=2)
+    assert found[0] == found[1]
+    for layout, received in zip(LAYOUTS, found[0], strict=True):
+        planned = traffic_of(model, layout, num_rounds=num_rounds)
+        # Ten tokens, each with every rank that it goes to; half of these are its own.
+        num_pairs = num_rounds * 10 * (expected_ranks(model.moe, 2) if layout.expert == 2 else 1)
+        wanted = {
+            "gather": planned.gather.link,
+            "reduce": planned.reduce.link,
+            "pair": pytest.approx(2 * planned.exchange.link / num_pairs),
+        }
+        assert received == wanted, layout
