@@ -21,7 +21,7 @@ from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-de
 from dscoder.runtime.log import get_logger
 
 _PERIOD = 0.5  # seconds between two beats
-_SILENCE = 4.0  # seconds without a beat after which a rank counts as gone
+_SILENCE = 6.0  # seconds without a beat after which a rank counts as gone
 _WATCH = 30.0  # the same for the watch, which nothing has alarmed
 _NOTICE = 20.0  # seconds that the main thread has to notice a loss by itself
 _STORE_TIMEOUT = timedelta(seconds=30)
@@ -91,13 +91,12 @@ class Heartbeat:
 
     def meet(self, timeout: float) -> None:
         """Wait for the first beat of every rank; LostRankError names those that do not come."""
-        deadline = time.monotonic() + timeout
-        while not self._store.check(self._keys):
-            if time.monotonic() > deadline:
-                absent = [rank for rank, beat in enumerate(self._read_all()) if beat is None]
-                named = ", ".join(map(str, absent))
-                raise LostRankError(absent, f"ranks that did not come within {timeout:g} s: {named}")
-            time.sleep(_PERIOD / 10)
+        try:
+            self._store.wait(self._keys, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            absent = [rank for rank, beat in enumerate(self._read_all()) if beat is None]
+            named = ", ".join(map(str, absent))
+            raise LostRankError(absent, f"ranks that did not come within {timeout:g} s: {named}") from error
 
     def lost(self) -> dict[int, str]:
         """What happened to the ranks that are gone, by rank; those that left because of others are not there.
@@ -164,25 +163,28 @@ class Heartbeat:
         return [self._read(rank) for rank in range(len(self._keys))]
 
     def _run(self) -> None:
-        """Beat and watch until told to stop, or until it is certain that the run cannot go on."""
+        """Beat and watch until told to stop, or until the main thread has had its time to notice a loss."""
         watched = (self._rank + 1) % len(self._keys)
-        last, since = None, time.monotonic()
-        try:
-            while not self._stopped.wait(_PERIOD):
-                self._beat()
+        last, changed_at, lost_at = None, time.monotonic(), None
+        while not self._stopped.wait(_PERIOD):
+            now = time.monotonic()
+            try:
+                self._beat()  # during the time to notice too: others may be counting beats
                 beat = self._read(watched)
+            except RuntimeError:
+                loss = str(self._store_loss())
+            else:
                 if beat is None or beat != last or beat.state == _DONE:
-                    last, since = beat, time.monotonic()
-                if beat is not None and beat.state in (_FAILED, _FOLLOWED):
-                    break
-                if time.monotonic() - since > _WATCH:
-                    break
-            reason = f"rank {watched} is gone"
-        except RuntimeError:
-            reason = str(self._store_loss())
-        if not self._stopped.wait(_NOTICE):
-            _LOG.critical("rank %d still runs although %s; ending it", self._rank, reason)
-            os._exit(_EXIT_STATUS)
+                    last, changed_at = beat, now
+                has_left = beat is not None and beat.state in (_FAILED, _FOLLOWED)
+                loss = f"rank {watched} is gone" if has_left or now - changed_at > _WATCH else ""
+            if not loss:
+                lost_at = None
+            elif lost_at is None:
+                lost_at = now
+            elif now - lost_at > _NOTICE:
+                _LOG.critical("rank %d still runs although %s; ending it", self._rank, loss)
+                os._exit(_EXIT_STATUS)
 
 
 def _lives(before: _Beat | None, after: _Beat | None) -> bool:
