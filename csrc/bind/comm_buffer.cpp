@@ -64,7 +64,8 @@ py::object status_of(const CommBuffer& buffer) {
 }  // namespace bind
 
 void register_comm_buffer(py::module_& module) {
-    py::class_<CommBuffer>(module, "CommBuffer")
+    // Local: a process may load the extension beside the one of the host executor.
+    py::class_<CommBuffer>(module, "CommBuffer", py::module_local())
         .def(py::init(&bind::make_buffer), py::kw_only(), py::arg("rank"), py::arg("num_ranks"),
              py::arg("max_tokens"), py::arg("row_bytes"), py::arg("num_topk"), py::arg("timeout"),
              py::arg("device") = 0, py::arg("copy") = "auto", py::arg("num_blocks") = 0)
