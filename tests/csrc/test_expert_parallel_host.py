@@ -4,7 +4,8 @@ All ranks start a movement before the first lands it: they share one thread. Aut
 since it undoes what came last first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dscoder import ops
+from dscoder.ops import peer_transport
 from dscoder.ops.exchange_statistics import Meter
 from dscoder.ops.exchange_transport import Choices, ExchangeSizes
 from dscoder.ops.expert_exchange import Exchange, start_gather, start_spread
@@ -182,3 +184,60 @@ def test_floats_travel_back_without_rows(host_ops: ModuleType, use_kernels: Call
         gathered = gathering[rank]()
         assert gathered.out_TD is None
         assert_same(gathered.weight_TK, inputs[rank].weight_TK.detach())
+
+
+class Aside:
+    """Stands in for the lane of a GPU; its events are over when they are made."""
+
+    is_aside = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.log: list[str] = []
+
+    @contextmanager
+    def after_caller(self) -> Iterator[None]:
+        self.log.append("launch")
+        yield
+
+    def record(self) -> "Aside":
+        self.log.append("record")
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def hold_caller(self, event: "Aside") -> None:
+        self.log.append("hold")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_gpu_the_receiver_starts_with_the_sender_and_the_wait_holds_the_caller(
+    exact: bool,
+    host_ops: ModuleType,
+    use_kernels: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_transport, "Lane", Aside)
+    case = replace(CASE, tokens=(5,), exact=exact)
+    transport = exchanges(host_ops, case)[0].transport
+    log = transport._lane.log
+    inputs = expert_ranks.rank_inputs(case, 0)
+    routes = transport.route(inputs.idx_TK)
+
+    def steps(start: Callable[[], Callable[[], Any]]) -> tuple[list[str], list[str]]:
+        log.clear()
+        land = start()
+        before = list(log)
+        land()
+        return before, log[len(before) :]
+
+    started, landed = steps(lambda: transport.start_spread(routes, inputs.x_TD, choices_of(inputs)))
+    if exact:  # how many rows come is read in the wait
+        assert (started, landed) == (["launch"], ["launch", "launch", "record", "hold"])
+    else:
+        assert (started, landed) == (["launch", "launch", "record"], ["hold"])
+    for start in (
+        lambda: transport.start_spread(routes, inputs.x_TD, None),
+        lambda: transport.start_gather(routes, torch.zeros(5 if exact else 9, 8), None),
+    ):
+        assert steps(start) == (["launch", "launch", "record"], ["hold"])
