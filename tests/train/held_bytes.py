@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from dscoder.config import ModelConfig
+from dscoder.config.plan import Precision
 from dscoder.config.train import OptimizerConfig
 from dscoder.runtime.mesh import arrange, open_mesh
 from dscoder.train.optimizer import MasterAdamW
-from dscoder.train.plan.memory import Precision
 from tests.models.sharded import loss_of, sharded_model, tokens_of
 
-STORED = {"fp32": torch.float32, "bf16": torch.float32, "bf16_stochastic": torch.bfloat16}
-COMPUTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_stochastic": torch.bfloat16}
+STORED = {"bf16": torch.float32, "bf16_stochastic": torch.bfloat16}
 
 
 def num_bytes(tensors: list[Tensor]) -> int:
@@ -26,7 +25,7 @@ def held_bytes(
     with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as world:
         for expert, replicate in layouts:
             mesh = arrange(world, expert=expert, replicate=replicate)
-            built, parts = sharded_model(model, mesh, dtype=COMPUTED[precision], stored=STORED[precision])
+            built, parts = sharded_model(model, mesh, dtype=torch.bfloat16, stored=STORED[precision])
             optimizer = MasterAdamW(built, OptimizerConfig(), mesh=mesh, rounding_seed=0)
             loss_of(built, tokens_of(0, model), num_batches=1).backward()
             moments = [moment for name, moment in optimizer.moments.items() if not name.endswith(".step")]

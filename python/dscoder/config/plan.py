@@ -48,6 +48,10 @@ def _parse(name: str, text: str, units: Mapping[str, float], wanted: str) -> int
     return value
 
 
+# Of `dscoder pretrain`; its fp32 has no kernels, so nobody would rent GPUs for it.
+Precision = Literal["bf16", "bf16_stochastic"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuConfig:
     """What its maker says of one GPU; nothing here was measured."""
@@ -84,7 +88,7 @@ class PlanConfig:
     batch: int | None = None  # windows of a step; None: the paper's
     batch_tokens: str | None = None  # the same in tokens, such as 4M
     tokens: str | None = None  # of the whole run, such as 10.2T; its cost is told
-    precision: Literal["fp32", "bf16", "bf16_stochastic"] = "bf16"
+    precision: Precision = "bf16"
     recompute: Recompute | None = None
     micro: int | None = None  # windows that a GPU computes at once
     expert: int | None = None  # ranks that hold different experts

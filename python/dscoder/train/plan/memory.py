@@ -11,9 +11,9 @@ every local expert's. With one micro-batch a rank and step, or sums after each, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from dscoder.config import ModelConfig
+from dscoder.config.plan import Precision
 from dscoder.train.loss import CHUNK_TOKENS
 from dscoder.train.plan.activations import (
     Tokens,
@@ -26,16 +26,9 @@ from dscoder.train.plan.exchange import buffer_bytes
 from dscoder.train.plan.layout import Layout
 from dscoder.train.plan.weights import Weights, gathered_numel, held_numel
 
-Precision = Literal["fp32", "bf16", "bf16_stochastic"]
-
 _F32 = 4
 _BF16 = 2
 CONTEXT_BYTES = 2 * 10**9  # the CUDA context, NCCL's channels, cuBLAS: assumed
-
-
-def weight_bytes(precision: Precision) -> int:
-    """Of a parameter as it multiplies and travels."""
-    return _F32 if precision == "fp32" else _BF16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,15 +93,14 @@ def _kept_gradients(weights: Weights, layout: Layout, num_rounds: int) -> tuple[
 
 def _gathered(weights: Weights, layout: Layout, precision: Precision) -> int:
     """Bytes of weights that multiply, beside those held: of all layers, or of two and the root."""
-    item = weight_bytes(precision)
-    everything = item * weights.sum_over(lambda unit: gathered_numel(unit, layout))
+    everything = _BF16 * weights.sum_over(lambda unit: gathered_numel(unit, layout))
     if layout.world == 1:  # nothing is gathered: bfloat16 weights stand beside their masters
         return everything if precision == "bf16" else 0
     if not layout.reshard:
         return everything
     # The layer at work and the one that is gathered meanwhile; the root stays.
     in_flight = 2 * max(gathered_numel(kind.unit, layout) for kind in weights.kinds)
-    return item * (gathered_numel(weights.root, layout) + in_flight)
+    return _BF16 * (gathered_numel(weights.root, layout) + in_flight)
 
 
 def _loss_working(model: ModelConfig, tokens: Tokens) -> int:

@@ -8,11 +8,13 @@ from dscoder.config.plan import GPUS, PlanConfig, parse_count
 from dscoder.models import count_parameters
 from dscoder.train.plan.activations import Tokens
 from dscoder.train.plan.layout import Batch, Layout, layouts
-from dscoder.train.plan.memory import Memory, memory, weight_bytes
+from dscoder.train.plan.memory import Memory, memory
 from dscoder.train.plan.question import Question, batch_of, question_of
 from dscoder.train.plan.rates import Rates
 from dscoder.train.plan.time import Time, step_time, utilisation
 from dscoder.train.plan.traffic import StepTraffic, step_traffic
+
+_BF16 = 2  # bytes of what is computed and gathered, in every precision that is planned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +107,7 @@ def _sized(question: Question) -> Iterator[Sized]:
 
 
 def _tokens(question: Question, layout: Layout) -> Tokens:
-    item = weight_bytes(question.config.precision)
-    return Tokens(sequences=layout.micro, length=question.batch.length, item=item)
+    return Tokens(sequences=layout.micro, length=question.batch.length, item=_BF16)
 
 
 def _first_of_each(candidates: Iterable[AnySized]) -> list[AnySized]:
