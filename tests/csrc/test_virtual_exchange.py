@@ -1,11 +1,15 @@
 """The checks of tests/gpu/test_expert_parallel.py, on the host executor."""
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from dscoder.runtime import native
+from dscoder.testing import gpu
 from dscoder.testing.virtual_exchange import (
     HOW,
     ExchangeCase,
@@ -15,6 +19,8 @@ from dscoder.testing.virtual_exchange import (
 )
 
 CPU = "cpu"
+FOR_A_GPU = runpy.run_path(str(Path(__file__).parents[1] / "gpu" / "test_expert_parallel.py"))
+SMALL = ExchangeCase(num_ranks=2, max_tokens=5, width=8, num_topk=2)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -60,3 +66,26 @@ def test_a_wrong_result_is_seen(host_ops: ModuleType, host_kernels: ModuleType) 
     ranks.native = Other()
     with pytest.raises(AssertionError):
         check_epochs(Other(), case, CPU)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def on_host(host_ops: ModuleType, host_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU tests' own checks find the host executor where a GPU would be; a graph is a call."""
+    host_kernels.set_order(7)
+    monkeypatch.setattr(native, "_C", host_ops)
+    monkeypatch.setattr(gpu, "DEVICE", CPU)
+    monkeypatch.setattr(gpu, "captured", lambda call: call)
+    monkeypatch.setattr(gpu, "poison_free_memory", lambda: None)
+    monkeypatch.setattr(gpu, "assert_never_waits", lambda step: step())
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("check", "args"), [("epochs", (2,)), ("repeats", ()), ("replays", ()), ("same_bits", ()), ("quiet", ())]
+)
+def test_the_checks_for_a_gpu_run_here(on_host: None, check: str, args: tuple[int, ...], how: str) -> None:
+    FOR_A_GPU[check](check, replace(SMALL, how=how), *args)
+
+
+def test_the_check_of_absence_runs_here(on_host: None) -> None:
+    FOR_A_GPU["absence"]("absence", replace(SMALL, timeout=1e-3), 1)
