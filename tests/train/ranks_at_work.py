@@ -91,16 +91,21 @@ def failure(do: Callable[[], object]) -> Failed | None:
 
 def run_until(config: PretrainConfig, stop_after: int | None = None) -> str | None:
     """On every rank: one run; the last rank is told to stop after step `stop_after`. How it ended."""
+    with pretrain.open_ranks(config) as ranks:
+        return run_until_with(config, ranks, stop_after)
+
+
+def run_until_with(config: PretrainConfig, ranks: Ranks, stop_after: int | None) -> str | None:
+    """As `run_until`, where the ranks have met already."""
 
     def terminate(step: int) -> None:
         if step == stop_after and ranks.rank == ranks.size - 1:
             signal.raise_signal(signal.SIGTERM)
 
-    with pretrain.open_ranks(config) as ranks:
-        try:
-            run_with(config, ranks, terminate)
-        except StoppedError as stop:
-            return str(stop)
+    try:
+        run_with(config, ranks, terminate)
+    except StoppedError as stop:
+        return str(stop)
     return None
 
 

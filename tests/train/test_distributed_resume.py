@@ -15,10 +15,10 @@ from dscoder.config.train import PretrainConfig
 from dscoder.runtime.artifact import read_manifest
 from dscoder.testing.compare import assert_same_curve
 from dscoder.testing.ranks import end_ranks, run_ranks
-from dscoder.train import checkpointing
+from dscoder.train import checkpointing, pretrain
 from dscoder.train.checkpointing import completed, read_progress
 from dscoder.train.ranks import Ranks
-from tests.train.ranks_at_work import curve, die_after, run_until, run_with, tiny_config
+from tests.train.ranks_at_work import curve, die_after, run_until, run_until_with, run_with, tiny_config
 
 pytestmark = pytest.mark.dist
 
@@ -63,14 +63,15 @@ def test_a_run_moves_from_layout_to_layout(
 
 def whole_and_cut(whole_run: PretrainConfig, cut_run: PretrainConfig) -> None:
     """On every rank: a run, and the same stopped at an odd step and gone on with."""
-    run_until(whole_run)
-    run_until(cut_run, 3)
-    run_until(cut_run)
+    with pretrain.open_ranks(whole_run) as ranks:
+        for config, stop_after in [(whole_run, None), (cut_run, 2), (cut_run, None)]:
+            run_until_with(config, Ranks(ranks.mesh), stop_after)
 
 
 def test_on_the_same_layout_a_run_goes_on_with_the_same_bits(windows: Path, tmp_path: Path) -> None:
     configs = [tiny_config(windows, tmp_path / name, expert=2) for name in ("whole", "cut")]
     run_ranks(whole_and_cut, *configs, num_ranks=2)
+    assert [step for step, _ in completed(tmp_path / "cut" / "checkpoints")] == [6, 8]
     models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert models[0] == models[1]
     assert curve(tmp_path / "whole") == curve(tmp_path / "cut")
