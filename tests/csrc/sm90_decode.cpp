@@ -297,26 +297,17 @@ void check(const Case& c) {
                             static_cast<unsigned>(p.num_parts));
     launch_overlapped(combine::mla_decode_combine_kernel<T>, combine_grid, dim3(combine::kNumThreads), 0,
                       nullptr, p);
-    double difference = 0, size = 1e-30, worst_lse = 0;
+    tests::Distance found;
     for (int b = 0; b < call.num_sequences; ++b) {
         for (int row = 0; row < call.num_rows; ++row) {
-            const std::vector<double> wanted = call.wanted(b, row);
             const size_t at = static_cast<size_t>(b) * call.num_rows + row;
-            for (int i = 0; i < kLatentWidth; ++i) {
-                const double got = float_of(call.out[kGuard + at * kLatentWidth + i]);
-                difference += (got - wanted[i]) * (got - wanted[i]);
-                size += wanted[i] * wanted[i];
-            }
-            const double lse = call.lse[kGuard + at], wanted_lse = wanted[kLatentWidth];
-            const bool is_same = lse == wanted_lse;  // -inf of a row that sees nothing
-            const double error =
-                is_same ? 0 : std::abs(lse - wanted_lse) / std::max(1.0, std::abs(wanted_lse));
-            worst_lse = error <= worst_lse ? worst_lse : error;  // NaN too
+            found.add(&call.out[kGuard + at * kLatentWidth], call.lse[kGuard + at], call.wanted(b, row));
         }
     }
-    const bool is_right = difference <= 2e-5 * size and worst_lse <= 1e-5 and call.is_guarded();
+    const bool is_right = found.is_small() and call.is_guarded();
     num_wrong += not is_right;
-    std::printf("%-24s %.2g %.2g %s\n", c.name, difference / size, worst_lse, is_right ? "right" : "WRONG");
+    std::printf("%-24s %.2g %.2g %s\n", c.name, found.difference / found.size, found.worst_lse,
+                is_right ? "right" : "WRONG");
 }
 
 const std::vector<Case> kCases{

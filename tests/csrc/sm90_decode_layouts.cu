@@ -2,32 +2,21 @@
 // kernel's maps and boxes, and the strips are read back through CuTe's layouts, from which wgmma's
 // descriptors are made; likewise the weights in shared memory and in registers, and the sums. Prints what is
 // wrong, and how much was compared. An argument plants a wrong swizzle.
-#include <cstdio>
 #include <vector>
 
 #include "attention/mla_decode_sm90.cuh"
 #include "played_copies.h"
+#include "played_layouts.h"
 
 namespace dsc {
 namespace {
 
 using T = __nv_bfloat16;
 using Mma = DecodeMma<T>;
-int num_wrong = 0, num_compared = 0;
-size_t swizzle_lines = 8;
-
-void compare(const char* what, int64_t got, int64_t wanted, int i, int j) {
-    ++num_compared;
-    if (got == wanted) return;
-    if (num_wrong++ < 10) {
-        std::printf("%s (%d, %d) is %lld, wanted %lld\n", what, i, j, static_cast<long long>(got),
-                    static_cast<long long>(wanted));
-    }
-}
-
-uint16_t value_at(int64_t element) {
-    return static_cast<uint16_t>((static_cast<uint64_t>(element) * 2654435761u >> 13) | 1);
-}
+using tests::bits_at;
+using tests::compare;
+using tests::swizzle_lines;
+using tests::value_at;
 
 // Strips, at a multiple of what the swizzle repeats after.
 struct Strips {
@@ -42,12 +31,6 @@ struct Strips {
         return Mma::tensor(at + strip * kStripBytes, layout);
     }
 };
-
-template <typename Tensor>
-uint16_t bits_at(const Tensor& tensor, auto... coordinates) {
-    const auto& element = tensor(coordinates...);
-    return reinterpret_cast<const uint16_t&>(element);
-}
 
 // ---- operands ----
 
@@ -163,18 +146,18 @@ void check_sums(const char* name) {
     }
 }
 
-}  // namespace
-}  // namespace dsc
-
-int main(int argc, char**) {
-    using namespace dsc;
-    if (argc > 1) swizzle_lines = 4;
+void check_all() {
     check_queries();
     for (const int page_size : {16, 32, 64, 128}) check_block(page_size);
     check_weights();
     check_sums<Mma::Scores, kDecodeBlock>("score");
     check_sums<Mma::Kept, kHalfColumns>("sum");
     check_sums<Mma::Held, kHalfColumns>("sum of held weights");
-    std::printf("%d compared, %d wrong\n", num_compared, num_wrong);
-    return num_wrong == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace dsc
+
+int main(int argc, char**) {
+    return dsc::tests::main_of(argc > 1, dsc::check_all);
 }

@@ -9,12 +9,15 @@
 #include "gemm/grouped_gemm_launch_sm90.cuh"
 #include "gemm/grouped_gemm_wgrad_sm90.cuh"
 #include "played_copies.h"
+#include "played_layouts.h"
 
 namespace dsc {
 namespace {
 
-int num_wrong = 0, num_compared = 0;
-size_t swizzle_lines = 8;  // after which the swizzle repeats; a planted mistake changes it
+using tests::num_compared;
+using tests::num_wrong;
+using tests::swizzle_lines;
+using tests::value_at;
 
 void compare(const char* what, int64_t got, int64_t wanted, const char* where, int i, int j) {
     ++num_compared;
@@ -44,10 +47,6 @@ void load_stage(const TensorMapSpec& map, const Boxes& boxes, char* ring, size_t
 struct Sizes {
     int experts, rows, columns, depth;  // of x [rows, depth] and w [experts, columns, depth]
 };
-
-uint16_t value_at(int64_t element) {
-    return static_cast<uint16_t>((static_cast<uint64_t>(element) * 2654435761u >> 13) | 1);
-}
 
 // What line `m` and k of an operand's tile must be, from the tensor's meaning.
 uint16_t wanted_at(Form form, const Sizes& s, int first, int group, int m, int k) {
@@ -231,8 +230,5 @@ void check_all() {
 }  // namespace dsc
 
 int main(int argc, char**) {
-    if (argc > 1) dsc::swizzle_lines = 4;
-    dsc::check_all();
-    std::printf("%d compared, %d wrong\n", dsc::num_compared, dsc::num_wrong);
-    return dsc::num_wrong == 0 ? 0 : 1;
+    return dsc::tests::main_of(argc > 1, dsc::check_all);
 }

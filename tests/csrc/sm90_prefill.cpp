@@ -287,25 +287,6 @@ struct Call {
     }
 };
 
-// How far the results of a call are from float64.
-struct Distance {
-    double difference = 0, size = 1e-30, worst_lse = 0;
-
-    void add(const Call& call, int sequence, int row, int head) {
-        const std::vector<double> wanted = call.wanted(sequence, row, head);
-        const size_t at = static_cast<size_t>(call.ends_q[sequence] + row) * call.p.num_heads + head;
-        for (int i = 0; i < kValueWidth; ++i) {
-            const double got = float_of(call.out[at * kValueWidth + i]);
-            difference += (got - wanted[i]) * (got - wanted[i]);
-            size += wanted[i] * wanted[i];
-        }
-        const double lse = call.lse[at], wanted_lse = wanted[kValueWidth];
-        const bool is_same = lse == wanted_lse;  // -inf of a query that sees nothing
-        const double error = is_same ? 0 : std::abs(lse - wanted_lse) / std::max(1.0, std::abs(wanted_lse));
-        worst_lse = error <= worst_lse ? worst_lse : error;  // NaN too
-    }
-};
-
 void check(const Case& c) {
     Call call(c);
     const MlaPrefillParams& p = call.p;
@@ -316,14 +297,16 @@ void check(const Case& c) {
     const int num_strips = 2 * c.width / kLineElements + kValueWidth / kLineElements;
     launch_overlapped(played_kernel, dim3(num_blocks), dim3(kConsumers),
                       static_cast<size_t>(num_strips * kStripBytes + kRingAlignment), nullptr, maps, p);
-    Distance found;
-    for (size_t b = 0; b < c.lengths.size(); ++b) {
+    tests::Distance found;
+    for (int b = 0; b < static_cast<int>(c.lengths.size()); ++b) {
         for (int row = 0; row < c.lengths[b].first; ++row) {
-            for (int head = 0; head < c.num_heads; ++head) found.add(call, static_cast<int>(b), row, head);
+            for (int head = 0; head < c.num_heads; ++head) {
+                const size_t at = static_cast<size_t>(call.ends_q[b] + row) * c.num_heads + head;
+                found.add(&call.out[at * kValueWidth], call.lse[at], call.wanted(b, row, head));
+            }
         }
     }
-    const bool is_right =
-        found.difference <= 2e-5 * found.size and found.worst_lse <= 1e-5 and call.is_untouched();
+    const bool is_right = found.is_small() and call.is_untouched();
     num_wrong += not is_right;
     std::printf("%-24s %.2g %.2g %s\n", c.name, found.difference / found.size, found.worst_lse,
                 is_right ? "right" : "WRONG");

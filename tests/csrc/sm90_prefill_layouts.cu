@@ -2,30 +2,19 @@
 // the kernel's maps and boxes, and the strips are read back through CuTe's layouts, from which wgmma's
 // descriptors are made; likewise the weights in registers, and the sums. Prints what is wrong, and how much
 // was compared. An argument plants a wrong swizzle.
-#include <cstdio>
 #include <vector>
 
 #include "attention/mla_prefill_sm90.cuh"
 #include "played_copies.h"
+#include "played_layouts.h"
 
 namespace dsc::prefill_sm90 {
 namespace {
 
-int num_wrong = 0, num_compared = 0;
-size_t swizzle_lines = 8;
-
-void compare(const char* what, int64_t got, int64_t wanted, int i, int j) {
-    ++num_compared;
-    if (got == wanted) return;
-    if (num_wrong++ < 10) {
-        std::printf("%s (%d, %d) is %lld, wanted %lld\n", what, i, j, static_cast<long long>(got),
-                    static_cast<long long>(wanted));
-    }
-}
-
-uint16_t value_at(int64_t element) {
-    return static_cast<uint16_t>((static_cast<uint64_t>(element) * 2654435761u >> 13) | 1);
-}
+using tests::bits_at;
+using tests::compare;
+using tests::swizzle_lines;
+using tests::value_at;
 
 // The kernel's shared memory, at a multiple of what the swizzle repeats after.
 template <typename S>
@@ -37,12 +26,6 @@ struct Memory {
         at = bytes.data() + (kRingAlignment - reinterpret_cast<uintptr_t>(bytes.data()) % kRingAlignment);
     }
 };
-
-template <typename Tensor>
-uint16_t bits_at(const Tensor& tensor, auto... coordinates) {
-    const auto& element = tensor(coordinates...);
-    return reinterpret_cast<const uint16_t&>(element);
-}
 
 // ---- operands ----
 
@@ -188,14 +171,14 @@ void check_width() {
     check_sums<typename Mma<S>::ForValues, kValueWidth>("sum");
 }
 
+void check_all() {
+    check_width<192>();
+    check_width<128>();
+}
+
 }  // namespace
 }  // namespace dsc::prefill_sm90
 
 int main(int argc, char**) {
-    using namespace dsc::prefill_sm90;
-    if (argc > 1) swizzle_lines = 4;
-    check_width<192>();
-    check_width<128>();
-    std::printf("%d compared, %d wrong\n", num_compared, num_wrong);
-    return num_wrong == 0 ? 0 : 1;
+    return dsc::tests::main_of(argc > 1, dsc::prefill_sm90::check_all);
 }

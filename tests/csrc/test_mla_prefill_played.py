@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dscoder.testing.played import CXX, NVCC, host_program, layout_program, run
+from dscoder.testing.played import host_program, layout_program
+from tests.csrc.played_checks import (
+    assert_all_agree,
+    assert_all_right,
+    needs_cxx,
+    needs_nvcc,
+    planted_swizzle,
+    right_cases,
+)
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the layouts are not compiled")
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler: the tiles are not compiled")
 NUM_CASES = 12
 
 
@@ -26,33 +32,24 @@ def tiles() -> Path:
     return host_program("sm90_prefill.cpp")
 
 
-def right(tiles: Path, *planted: str) -> set[str]:
-    """The cases that are right, whose name comes first on its line."""
-    lines = run(tiles, *planted).stdout.splitlines()
-    assert len(lines) == NUM_CASES
-    return {line[:24].strip() for line in lines if line.split()[-1] == "right"}
+def right(tiles: Path, planted: str) -> set[str]:
+    return right_cases(tiles, planted, num_cases=NUM_CASES)
 
 
 @needs_nvcc
 def test_boxes_lie_where_wgmma_reads_them_and_sums_where_they_are_stored(layouts: Path) -> None:
-    done = run(layouts)
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split()[0]) > 490_000
-    assert done.stdout.endswith(" compared, 0 wrong\n")
+    assert_all_agree(layouts, more_than=490_000)
 
 
 @needs_nvcc
 def test_a_wrong_swizzle_is_seen(layouts: Path) -> None:
-    done = run(layouts, "planted")
-    assert done.returncode == 1
-    assert done.stdout.startswith("query (4, 0)")  # the first line that the swizzle moves elsewhere
+    first_moved = "query (4, 0)"  # the first line that the swizzle moves elsewhere
+    assert planted_swizzle(layouts).startswith(first_moved)
 
 
 @needs_cxx
 def test_every_tile_is_right_and_stays_within_its_rows(tiles: Path) -> None:
-    done = run(tiles)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(right(tiles)) == NUM_CASES
+    assert_all_right(tiles, num_cases=NUM_CASES)
 
 
 @needs_cxx

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dscoder.testing.played import CXX, NVCC, host_program, layout_program, run
+from dscoder.testing.played import host_program, layout_program, run
 from dscoder.testing.tile_pairs import Job, RowsJob, WeightGradient
-
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the layouts are not compiled")
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler: the jobs are not compiled")
+from tests.csrc.played_checks import (
+    assert_all_agree,
+    assert_all_right,
+    needs_cxx,
+    needs_nvcc,
+    planted_swizzle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +33,17 @@ def jobs() -> Path:
 
 @needs_nvcc
 def test_boxes_land_where_wgmma_reads_them_and_sums_are_where_they_are_stored(layouts: Path) -> None:
-    done = run(layouts)
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split()[0]) > 7_000_000
-    assert done.stdout.endswith(" compared, 0 wrong\n")
+    assert_all_agree(layouts, more_than=7_000_000)
 
 
 @needs_nvcc
 def test_a_wrong_swizzle_is_seen(layouts: Path) -> None:
-    done = run(layouts, "planted")
-    assert done.returncode == 1
-    assert "operand" in done.stdout
+    assert "operand" in planted_swizzle(layouts)
 
 
 @needs_cxx
 def test_every_job_is_right_and_stays_within_its_output(jobs: Path) -> None:
-    done = run(jobs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    verdicts = [line.split()[-1] for line in done.stdout.splitlines()]
-    assert verdicts == ["right"] * 21
+    assert_all_right(jobs, num_cases=21)
 
 
 @needs_cxx
