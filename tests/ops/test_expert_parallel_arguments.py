@@ -14,8 +14,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dscoder import ops
-from dscoder.ops.exchange_transport import find_slots
+from dscoder.ops.collective_transport import CollectiveTransport
+from dscoder.ops.exchange_statistics import Meter
+from dscoder.ops.exchange_transport import Choices, ExchangeSizes, Transport, find_slots
+from dscoder.ops.expert_exchange import Exchange, start_gather, start_spread
 from dscoder.ops.peer_memory import group_refusal
+from dscoder.ops.peer_transport import PeerTransport
+from dscoder.runtime import native
 from dscoder.testing.compare import assert_close, assert_gradients, assert_same
 
 NUM_EXPERTS, HIDDEN, MAX_TOKENS, NUM_TOPK = 4, 6, 5, 2
@@ -208,6 +213,38 @@ def test_without_gradients_it_computes_the_same(
     with mode():
         assert_same(split_layer(group, x_TD, idx_TK, weight_TK), wanted_TD.detach())
     assert split_layer(group, x_TD, idx_TK, weight_TK).requires_grad
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["collective", "peer"])
+def test_the_worst_case_reads_nothing_on_the_host(
+    kind: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the device meta have no values that could be read."""
+    nothing = SimpleNamespace(wait=lambda *_: True)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *_, **__: nothing)
+    launches = ("expert_routes", "dispatch_send", "dispatch_receive", "combine_send", "combine_receive")
+    monkeypatch.setattr(native, "_C", SimpleNamespace(**{name: lambda *_: None for name in launches}))
+    sizes = ExchangeSizes(rank=0, num_ranks=num_ranks, exact=False, **{**SIZES, "num_experts": 24})
+    buffer: Any = SimpleNamespace(status=lambda: None)
+    group: Any = None
+    meta = torch.device("meta")
+    transport: Transport = (
+        PeerTransport(sizes, buffer, device=meta)
+        if kind == "peer"
+        else CollectiveTransport(group, sizes, roll_call=group, timeout=1.0)
+    )
+    exchange = Exchange(transport, Meter(meta))
+    x_TD, idx_TK, weight_TK = (part.to(meta) for part in inputs().values())
+    leaves = (x_TD.requires_grad_(), weight_TK.requires_grad_())
+    routes = transport.route(idx_TK)
+    exchange.meter.count_tokens(routes)
+    choices = Choices(idx_TK=idx_TK, weight_TK=weight_TK)
+    x_SD, arrived = start_spread(exchange, routes, x_TD, choices)()
+    assert x_SD.shape == (num_ranks * MAX_TOKENS, HIDDEN)
+    out_TD = start_gather(exchange, routes, x_SD * arrived.weight_TK.sum(dim=1, keepdim=True))()
+    grads = torch.autograd.grad(out_TD.sum(), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
 
 
 def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:

@@ -23,6 +23,7 @@ from dscoder.ops.exchange_transport import (
     find_slots,
     traffic_of,
 )
+from dscoder.ops.library import INT32_MAX
 from dscoder.ops.moe_permute import gather_rows
 from dscoder.ops.roll_call import ExchangeError, RollCall
 
@@ -31,7 +32,7 @@ from dscoder.ops.roll_call import ExchangeError, RollCall
 class CollectiveRoutes(Routes):
     """Routes, and how the rows lie in the buffers that travel: by rank, then by token."""
 
-    row_TR: Tensor  # int32, row of the send buffer; -1: none
+    row_TK: Tensor  # int32, a token's rows of the send buffer in the order of the ranks; -1: no further one
     token_N: Tensor  # int32, token of each row of the send buffer; -1: padding
     num_sent: tuple[int, ...]  # rows to each rank
     num_received: tuple[int, ...]  # rows from each rank
@@ -66,7 +67,7 @@ class CollectiveTransport:
             slot_TR=slot_TR,
             counts_R=counts_R,
             traffic=traffic_of(slot_TR, counts_R, sizes.rank),
-            row_TR=row_TR,
+            row_TK=_rows_of_tokens(row_TR, num_topk=sizes.num_topk),
             token_N=_tokens_of_rows(row_TR, num_rows=sum(num_sent)),
             num_sent=num_sent,
             num_received=num_received,
@@ -100,9 +101,9 @@ class CollectiveTransport:
         ]
 
         def land() -> Gathered:
-            # A token without a row at a rank reads zeros there; sum() adds in float32 and rounds once.
+            # -1 reads zeros; sum() adds in float32 and rounds once.
             out_TD, weight_TK = (
-                None if arrive is None else gather_rows(arrive(), own.row_TR).sum(dim=1) for arrive in back
+                None if arrive is None else gather_rows(arrive(), own.row_TK).sum(dim=1) for arrive in back
             )
             return Gathered(out_TD=out_TD, weight_TK=weight_TK)
 
@@ -167,6 +168,14 @@ class CollectiveTransport:
 def _own(routes: Routes) -> CollectiveRoutes:
     assert isinstance(routes, CollectiveRoutes), "routes of another transport"
     return routes
+
+
+def _rows_of_tokens(row_TR: Tensor, *, num_topk: int) -> Tensor:
+    """A token's rows, -1 behind them, in no more columns than it may have ranks: one for each choice."""
+    if row_TR.shape[1] <= num_topk:
+        return row_TR
+    row_TK = row_TR.masked_fill(row_TR < 0, INT32_MAX).sort(dim=1).values[:, :num_topk]
+    return row_TK.masked_fill_(row_TK == INT32_MAX, -1)
 
 
 def _tokens_of_rows(row_TR: Tensor, *, num_rows: int) -> Tensor:
