@@ -32,6 +32,9 @@ _TEMPLATE: Literal["v2"] = "v2"
 _ANSWER_TOKENS = 128
 _BATCH = generate.BatchConfig(max_batch=128)
 _MODEL = replace(DemoConfig().model, vocab_size=704, num_layers=2)
+# Of every stage that learns but GRPO.
+_CHECKPOINT = CheckpointConfig(every=100, keep=1)
+_REPORT = ReportConfig(log_every=20, tensorboard="off")
 
 
 def _learning(num_steps: int, max_lr: float, *, sequences: int) -> "LearningConfig":
@@ -134,8 +137,8 @@ class AlignDemoConfig:
             device="cpu",
             seed=self.seed,
             num_threads=self.num_threads,
-            checkpoint=CheckpointConfig(every=100, keep=1),
-            report=ReportConfig(log_every=20, tensorboard="off"),
+            checkpoint=_CHECKPOINT,
+            report=_REPORT,
             overwrite=self.overwrite,
         )
 
@@ -152,8 +155,8 @@ class AlignDemoConfig:
             device="cpu",
             seed=self.seed,
             num_threads=self.num_threads,
-            checkpoint=CheckpointConfig(every=100, keep=1),
-            report=ReportConfig(log_every=20, tensorboard="off"),
+            checkpoint=_CHECKPOINT,
+            report=_REPORT,
             overwrite=self.overwrite,
         )
 
@@ -191,8 +194,8 @@ class AlignDemoConfig:
             device="cpu",
             seed=self.seed,
             num_threads=self.num_threads,
-            checkpoint=CheckpointConfig(every=100, keep=1),
-            report=ReportConfig(log_every=20, tensorboard="off"),
+            checkpoint=_CHECKPOINT,
+            report=_REPORT,
             overwrite=self.overwrite,
         )
 

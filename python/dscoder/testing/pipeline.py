@@ -27,6 +27,16 @@ class BrokenError(AssertionError):
     """The pipeline did what it must not."""
 
 
+def is_seen(explore: Callable[[int], None], *, num_seeds: int) -> bool:
+    """Whether some order of events, of those that the first seeds draw, shows a mistake."""
+    for seed in range(num_seeds):
+        try:
+            explore(seed)
+        except BrokenError:
+            return True
+    return False
+
+
 @dataclass(kw_only=True, slots=True)
 class Mbarrier:
     """Arrivals and bytes to come in this phase; `phase` counts those that are over."""
