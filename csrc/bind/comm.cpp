@@ -6,6 +6,7 @@
 
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -43,7 +44,6 @@ CommGroup group_of(const char* op, const Buffers& buffers) {
               kCommMaxRanks, " entries, got ", buffers.size());
     uint32_t seen = 0;
     for (const CommBuffer* const buffer : buffers) {
-        DSC_CHECK(buffer != nullptr, op, ": a buffer must not be None");
         check_buffer(op, *buffer);
         DSC_CHECK((seen >> buffer->rank() & 1) == 0, op, ": rank ", buffer->rank(),
                   " occurs twice in buffers");
@@ -237,6 +237,9 @@ void read_received(const char* op, Reader& reader, const DispatchReceived& recei
     check_optional(op, "row_begin", received.row_begin, num_launched);
     DSC_CHECK(not received.idx or received.num_local_experts > 0, op,
               ": idx needs num_local_experts > 0, got ", received.num_local_experts);
+    const int most = std::numeric_limits<int>::max() / kCommMaxRanks;
+    DSC_CHECK(received.num_local_experts <= most, op, ": num_local_experts must be at most ", most, ", got ",
+              received.num_local_experts);
     for (size_t i = 0; i < num_launched; ++i) {
         DispatchReceiveParams& rank = params[i];
         const int64_t num_rows =

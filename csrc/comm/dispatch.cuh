@@ -116,10 +116,9 @@ __device__ __forceinline__ void receive_topk(const DispatchReceiveStep& step, co
             const bool is_used = slot.position < map.count(slot.peer);
             TopkValue value{-1, 0.0f};
             if (is_used and p.idx != nullptr) {
-                const int local = step.idx(own, slot.peer, slot.position)[k] - first_expert;
-                const bool is_local =
-                    static_cast<uint32_t>(local) < static_cast<uint32_t>(p.num_local_experts);
-                value.idx = is_local ? local : -1;
+                const int expert = step.idx(own, slot.peer, slot.position)[k];
+                const bool is_local = expert >= first_expert and expert < first_expert + p.num_local_experts;
+                value.idx = is_local ? expert - first_expert : -1;
             }
             if (is_used and p.weight != nullptr) value.weight = step.floats(own, slot.peer, slot.position)[k];
             return value;
