@@ -82,14 +82,14 @@ class PlanConfig:
     gpus: int  # in all
     gpu: str = "h800"  # h800, h100, h200, a100 or a800
     memory: str | None = None  # of a GPU, such as 80GB or 80GiB
-    gpus_per_node: int = 8
+    gpus_per_node: int = 8  # a cluster of fewer is one node
     node_bandwidth: str | None = None  # of a node's network in each direction, such as 400GB/s
     seq: int = 4096  # tokens of a window
-    batch: int | None = None  # windows of a step; None: the paper's
-    batch_tokens: str | None = None  # the same in tokens, such as 4M
+    batch: int | None = None  # windows of a step; where it is not given the paper's
+    batch_tokens: str | None = None  # the same in tokens, such as 4194304
     tokens: str | None = None  # of the whole run, such as 10.2T; its cost is told
-    precision: Precision = "bf16"
-    recompute: Recompute | None = None
+    precision: Precision = "bf16"  # bf16: with float32 masters; bf16_stochastic: without
+    recompute: Recompute | None = None  # none, selective or full
     micro: int | None = None  # windows that a GPU computes at once
     expert: int | None = None  # ranks that hold different experts
     replicate: int | None = None  # whole copies of the sharded model
