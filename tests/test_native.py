@@ -49,7 +49,7 @@ def test_importing_needs_no_cuda_library() -> None:
 
 
 def test_ops_with_kernels_are_known_by_their_own_names() -> None:
-    assert {"moe_gate", "grouped_gemm", "moe_experts"} <= native.kernel_ops()
+    assert {"moe_gate", "grouped_gemm", "moe_experts", "expert_parallel"} <= native.kernel_ops()
     assert "grouped_swiglu" not in native.kernel_ops()
 
 

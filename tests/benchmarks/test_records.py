@@ -166,7 +166,7 @@ results.measured_device = lambda: torch.device("cuda")
 from benchmarks import bench_decode_step as decode, bench_grouped_gemm as gemm
 from benchmarks import bench_latent_append as append, bench_latent_rope as latent_rope, bench_rope as rope
 from benchmarks import bench_mla_decode as latent, bench_moe_experts as experts, shapes
-from benchmarks import bench_mla_prefill as prefill, bench_model
+from benchmarks import bench_mla_prefill as prefill, bench_model, bench_expert_parallel as exchange
 def text(model, num_tokens, columns, depth):
     return f"T={num_tokens} N={columns} K={depth} E={gemm.MODELS[model][0]}"
 found = {"grouped_gemm forward": [], "grouped_gemm input gradient": [], "grouped_gemm weight gradient": []}
@@ -180,6 +180,8 @@ for model, i in gemm.GRADIENTS:
 for step in ("forward", "backward"):
     cases = [(model, prefill.shape_of(model), "") for model in prefill.SHAPES]
     found[f"mla_prefill {step}"] = cases
+for step in exchange.STEPS:
+    found[f"expert_parallel {step}"] = [(case[0], exchange.shape_of(*case), "") for case in exchange.CASES]
 found["training_step training step"] = [(name, bench_model.shape_of(name), "") for name in bench_model.STEPS]
 for model, num_tokens, routing, step in experts.CASES:
     width, expert_width, num_experts, num_topk = experts.SHAPES[model]

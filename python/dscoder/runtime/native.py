@@ -19,8 +19,10 @@ def kernel_ops() -> frozenset[str]:
     """The ops that have CUDA kernels, in a build that holds kernels."""
     suffix = "_forward"  # what the binding of op x is called: x_forward
     names = {name.removesuffix(suffix) for name in vars(_C) if name.endswith(suffix)}
-    # The op that the fused product is a part of has no binding of its own name.
-    return frozenset("moe_experts" if name == "grouped_swiglu" else name for name in names)
+    # Ops without a binding of their own name: the one that the fused product is a part of, and the exchange,
+    # whose steps are bound one by one.
+    found = {"moe_experts" if name == "grouped_swiglu" else name for name in names}
+    return frozenset(found | ({"expert_parallel"} if "dispatch_send" in vars(_C) else set()))
 
 
 def build_tools() -> dict[str, str]:

@@ -82,7 +82,7 @@ class Exchange:
         )
         sends = (sent.x, sent.slot, sent.count, sent.idx, sent.weight)
         receives = (received.x, received.count, received.idx, received.weight, begins)
-        self._launch("dispatch", sends, receives, (case.num_local_experts,))
+        self.launch("dispatch", sends, receives, (case.num_local_experts,))
         return received
 
     def combine(
@@ -97,12 +97,13 @@ class Exchange:
         out = [torch.empty_like(x_TD) for x_TD in sent.x]
         out_weight = [torch.empty_like(weight_TK) for weight_TK in sent.weight]
         sends = (y, received.count, weight, begins)
-        self._launch("combine", sends, (out, sent.slot, sent.count, out_weight), ())
+        self.launch("combine", sends, (out, sent.slot, sent.count, out_weight), ())
         return out, out_weight
 
-    def _launch(
+    def launch(
         self, way: str, sends: tuple[Any, ...], receives: tuple[Any, ...], common: tuple[Any, ...]
     ) -> None:
+        """Sends and receives of all ranks as the bindings take them: lists by rank, then what is common."""
         native, buffers = self.ranks.native, self.ranks.buffers
         send, receive = getattr(native, f"{way}_send"), getattr(native, f"{way}_receive")
         if self.case.how == "one_grid":
@@ -143,7 +144,8 @@ def _one(
     common: tuple[Any, ...],
     rank: int,
 ) -> Callable[[], None]:
-    return lambda: launch([buffers[rank]], *([values[rank]] for values in lists), *common)
+    own = [None if values is None else [values[rank]] for values in lists]
+    return lambda: launch([buffers[rank]], *own, *common)
 
 
 # ---- what is sent ----
