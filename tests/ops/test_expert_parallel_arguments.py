@@ -192,6 +192,15 @@ def test_the_gradient_is_that_of_finite_differences(alone: ProcessGroup) -> None
     )
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_what_needs_no_gradient_arrives_without_one(wanted: str, group: ops.ExpertParallel) -> None:
+    given_ = inputs()
+    given_[wanted].requires_grad_()
+    x_SD, handle = group.start_dispatch(*given_.values()).wait()
+    assert (x_SD.requires_grad, handle.weight_SK.requires_grad) == (wanted == "x", wanted == "weight")
+    assert not handle.idx_SK.requires_grad
+
+
 def test_compiled_code_breaks_off_round_an_exchange(group: ops.ExpertParallel) -> None:
     x_TD, idx_TK, weight_TK = inputs().values()
     leaves = (x_TD.requires_grad_(), weight_TK.requires_grad_())
