@@ -1,16 +1,21 @@
 """`dscoder <verb>`: which verb, and errors on one line."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from dscoder import __version__
 from dscoder.cli.main import VERBS, main
+from dscoder.runtime.mesh import set_launch
 from dscoder.testing.tiny_run import tiny_windows
+from dscoder.train.run import StoppedError
 
 PRETRAIN = ["pretrain", "--model.preset", "tiny_moe", "--num-threads", "1"]
 
@@ -119,3 +124,24 @@ def test_the_module_is_the_command() -> None:
         [sys.executable, "-m", "dscoder", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(("rank", "is_said"), [(0, True), (3, False)])
+def test_under_torchrun_an_error_names_its_rank_and_a_stop_is_said_once(
+    rank: int,
+    is_said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(words: object) -> None:
+        raise StoppedError(signal.SIGTERM, step=7, directory=tmp_path)
+
+    with mock.patch.dict(os.environ):
+        set_launch(rank=rank, world_size=4, host="127.0.0.1", port=1)
+        (tmp_path / "run.yaml").write_text("- out")
+        assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 1
+        assert one_line(capsys).startswith(f"dscoder pretrain [rank {rank}]: --config: ")
+        monkeypatch.setitem(VERBS, "pretrain", stop)
+        assert main(["pretrain"]) == 128 + signal.SIGTERM
+        assert ("after step 7" in capsys.readouterr().err) == is_said
