@@ -102,9 +102,7 @@ def refusals(config: PretrainConfig) -> dict[str, Failed | None]:
             config: PretrainConfig, name: str, evaluate: pretrain.Evaluate | None = None
         ) -> Failed | None:
             config = replace(config, out=str(out / name))
-            # Figures that a signal left behind belong to the run before.
-            fresh = Ranks(ranks.mesh)
-            return failure(lambda: pretrain.run(config, evaluate=evaluate, ranks=fresh))
+            return failure(lambda: pretrain.run(config, evaluate=evaluate, ranks=ranks))
 
         signals = [signal.SIGINT]
 

@@ -65,7 +65,7 @@ def whole_and_cut(whole_run: PretrainConfig, cut_run: PretrainConfig) -> None:
     """On every rank: a run, and the same stopped at an odd step and gone on with."""
     with pretrain.open_ranks(whole_run) as ranks:
         for config, stop_after in [(whole_run, None), (cut_run, 2), (cut_run, None)]:
-            run_until_with(config, Ranks(ranks.mesh), stop_after)
+            run_until_with(config, ranks, stop_after)
 
 
 def test_on_the_same_layout_a_run_goes_on_with_the_same_bits(windows: Path, tmp_path: Path) -> None:

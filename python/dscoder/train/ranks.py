@@ -155,8 +155,7 @@ class Ranks(Agreement):
         self.mesh = mesh
         self.sums_each_batch = sums_each_batch
         self.background = Agreement(None if mesh is None else mesh.background)  # for one other thread
-        self._told = [0.0] * len(Note)
-        self._heard = [0.0] * len(Note)
+        self.forget()
 
     def layout(self) -> dict[str, int]:
         """How many ranks there are along each dimension."""
@@ -182,6 +181,11 @@ class Ranks(Agreement):
             return figures_N
         told_N = torch.tensor(self._told, dtype=figures_N.dtype).to(figures_N.device, non_blocking=True)
         return self.mesh.all_sum(torch.cat([figures_N, told_N]))
+
+    def forget(self) -> None:
+        """Begin anew: what was told and heard belongs to a run before."""
+        self._told = [0.0] * len(Note)
+        self._heard = [0.0] * len(Note)
 
     def tell(self, note: Note) -> None:
         """Let every rank know with the next step; may be called in a signal handler."""

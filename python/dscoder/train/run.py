@@ -117,6 +117,7 @@ class StoppedError(RuntimeError):
 @contextmanager
 def _stop_on_signals(ranks: Ranks) -> Iterator[None]:
     """SIGINT and SIGTERM ask for a stop at the end of the step; a second one acts as it always does."""
+    ranks.forget()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
