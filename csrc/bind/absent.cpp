@@ -64,10 +64,11 @@ void register_comm_buffer(py::module_& module) {
 }
 
 void register_comm(py::module_& module) {
-    define_absent(module, "expert_routes", {"expert_routes"});
-    define_absent(module, "dispatch",
-                  {"dispatch_send", "dispatch_counts", "dispatch_receive", "dispatch_together"});
-    define_absent(module, "combine", {"combine_send", "combine_receive", "combine_together"});
+    for (const char* const name :
+         {"expert_routes", "dispatch_send", "dispatch_counts", "dispatch_receive", "dispatch_together",
+          "combine_send", "combine_receive", "combine_together"}) {
+        define_absent(module, name, {name});
+    }
 }
 
 }  // namespace dsc
