@@ -1,7 +1,7 @@
-"""The sm_90a kernel of mla_prefill beside that of sm_80, on a Hopper GPU, whichever "auto" takes.
+"""The sm_90a kernels of mla_prefill, both directions, beside those of sm_80, whichever "auto" takes.
 
-Each case first runs in another process, which is ended if it hangs: such a case, and what follows, is not
-measured, and takes no other result with it.
+On a Hopper GPU. Each case first runs in another process, which is ended if it hangs: such a case, and what
+follows, is not measured, and takes no other result with it.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,32 @@ def try_once(num_heads: int, num_sequences: int, length: int, causal: bool) -> N
     torch.cuda.synchronize()
 
 
+def try_gradients_once(num_heads: int, num_sequences: int, length: int, causal: bool) -> None:
+    _, inputs = drawn(num_heads, num_sequences, length)
+    for rows in inputs[:3]:
+        rows.requires_grad_()
+    attention("sm90", causal)(*inputs, scale=WIDTHS[0] ** -0.5).sum().backward()
+    torch.cuda.synchronize()
+
+
+def case_of(step: str, sizes: tuple[int, int, int], lengths: list[int], causal: bool) -> Case:
+    """Backward makes the scores again, and a gradient for each of five operands."""
+    (num_heads, num_sequences, _), num_tokens = sizes, sum(lengths)
+    width, value_width = WIDTHS
+    products = {"forward": width + value_width, "backward": 3 * width + 2 * value_width}[step]
+    elements = {"forward": 1, "backward": 2}[step] * num_tokens * num_heads
+    return Case(
+        op="mla_prefill",
+        step=f"{step} sm90 {'causal' if causal else 'full'}",
+        model="v2" if num_heads == 128 else "v2_lite",
+        shape=f"T={num_tokens} B={num_sequences} H={num_heads} d={WIDTHS[0]}/{WIDTHS[1]}",
+        dtype=DTYPE,
+        # Half of all pairs, where causal.
+        flops=num_heads * products * sum(n * n for n in lengths) * (1 if causal else 2),
+        num_bytes=ITEM * elements * 2 * sum(WIDTHS),
+    )
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("num_heads", "num_sequences", "length"), SHAPES)
 def test_forward(
@@ -58,17 +84,21 @@ def test_forward(
 ) -> None:
     aside.run(try_once, num_heads, num_sequences, length, causal)
     lengths, inputs = drawn(num_heads, num_sequences, length)
-    num_tokens, kind = sum(lengths), "causal" if causal else "full"
-    case = Case(
-        op="mla_prefill",
-        step=f"forward sm90 {kind}",
-        model="v2" if num_heads == 128 else "v2_lite",
-        shape=f"T={num_tokens} B={num_sequences} H={num_heads} d={WIDTHS[0]}/{WIDTHS[1]}",
-        dtype=DTYPE,
-        # Half of all pairs, where causal.
-        flops=num_heads * sum(WIDTHS) * sum(n * n for n in lengths) * (1 if causal else 2),
-        num_bytes=ITEM * num_tokens * num_heads * 2 * sum(WIDTHS),
-    )
+    case = case_of("forward", (num_heads, num_sequences, length), lengths, causal)
     problem = Problem(args=tuple(inputs), kwargs={"scale": WIDTHS[0] ** -0.5})
     peers = peers_of("mla_prefill", "forward") if causal else {}
     measure(case, problem, attention("sm90", causal), {"sm80": attention("sm80", causal), **peers})
+
+
+@pytest.mark.parametrize(("num_heads", "num_sequences", "length"), SHAPES)
+def test_backward(
+    measure: Callable[..., None], aside: Aside, num_heads: int, num_sequences: int, length: int
+) -> None:
+    aside.run(try_gradients_once, num_heads, num_sequences, length, True)
+    lengths, inputs = drawn(num_heads, num_sequences, length)
+    rng = cases.generator(f"gradient of {num_heads} {num_sequences} {length}", gpu.DEVICE)
+    grad = cases.randn(rng, sum(lengths), num_heads, WIDTHS[1], dtype=DTYPE)
+    problem = Problem(args=tuple(inputs), kwargs={"scale": WIDTHS[0] ** -0.5}, num_leaves=3, grads=(grad,))
+    case = case_of("backward", (num_heads, num_sequences, length), lengths, True)
+    others = {"sm80": attention("sm80", True), **peers_of("mla_prefill", "backward")}
+    measure(case, problem, attention("sm90", True), others)
