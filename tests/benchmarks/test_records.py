@@ -182,7 +182,9 @@ for step in ("forward", "backward"):
     found[f"mla_prefill {step}"] = cases
 for step in exchange.STEPS:
     found[f"expert_parallel {step}"] = [(case[0], exchange.shape_of(*case), "") for case in exchange.CASES]
-found["training_step training step"] = [(name, bench_model.shape_of(name), "") for name in bench_model.STEPS]
+for step in ("training step", "whole step"):
+    cases = [(name, bench_model.shape_of(name), "") for name in bench_model.STEPS]
+    found[f"training_step {step}"] = cases
 for model, num_tokens, routing, step in experts.CASES:
     width, expert_width, num_experts, num_topk = experts.SHAPES[model]
     shape = f"T={num_tokens} D={width} F={expert_width} E={num_experts} K={num_topk}"
