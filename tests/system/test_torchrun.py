@@ -56,6 +56,7 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
         checkpoint=CheckpointConfig(every=5),
         report=ReportConfig(log_every=1, eval_every=30, eval_windows=4, tensorboard="off", plot="off"),
         parallel=ParallelConfig(expert=2, timeout=60.0),
+        device="cpu",
     )
     process = torchrun(config)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -80,7 +81,7 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
 
 
 def test_a_config_that_does_not_fit_is_refused_by_every_rank(windows: Path, tmp_path: Path) -> None:
-    config = config_for(windows, tmp_path / "run")
+    config = config_for(windows, tmp_path / "run", device="cpu")
     process = torchrun(config, "--batch.micro", "4")
     told = end(process)
     assert process.returncode == 1

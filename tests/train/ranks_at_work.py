@@ -36,6 +36,7 @@ def tiny_config(
         checkpoint=CheckpointConfig(every=2),
         report=ReportConfig(log_every=1, eval_every=4, eval_windows=5, tensorboard="off", plot="off"),
         parallel=ParallelConfig(expert=expert, replicate=replicate, timeout=TIMEOUT),
+        device="cpu",
     )
     return replace(config, **fields)  # type: ignore[arg-type]
 
@@ -66,7 +67,7 @@ def run_with(config: PretrainConfig, ranks: Ranks, after_step: Deed | None = Non
 
 def run_all(configs: Sequence[PretrainConfig]) -> None:
     """On every rank: one run after the other, each in its layout."""
-    with open_mesh(expert=1, replicate=1, device="cpu", timeout=TIMEOUT) as world:
+    with open_mesh(expert=1, replicate=1, device=configs[0].device, timeout=TIMEOUT) as world:
         for config in configs:
             parallel = config.parallel
             run_with(config, Ranks(arrange(world, expert=parallel.expert, replicate=parallel.replicate)))
