@@ -159,3 +159,11 @@ def test_the_story_of_a_mistake_is_a_shortest_one() -> None:
         "rank 1 block 0 sets dispatch arrived 1 at 0 to (1, 1), dispatch arrived 1 at 1 to (1, 1)",
         "rank 0 block 0 reads dispatch slot 0 of 1 at 0 for 1, and rank 1 block 0 may not be done writing 1",
     ]
+
+
+def test_ways_that_take_turns_need_no_wait_for_free_slots() -> None:
+    """Rows that came back show that those sent were read; two dispatches in a row do need it."""
+    eager = Design(waits_for_free=False)
+    check(eager, Shape(ways="DCDC"))
+    with pytest.raises(BrokenError, match=rf"slot[^\n]*{RACE}"):
+        check(eager, Shape(ways="DCDDC", blocks=1))
