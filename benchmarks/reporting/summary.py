@@ -17,7 +17,7 @@ from benchmarks.reporting.targets import (
 MAX_FAILURES = 12
 MAX_STEPS = 24
 MAX_MISSING = 12
-MAX_NOTE = 150
+MAX_NOTE = 140
 
 
 def summarize(data: Mapping[str, Any], folder: Path) -> str:
