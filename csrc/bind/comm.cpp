@@ -44,6 +44,7 @@ CommGroup group_of(const char* op, const Buffers& buffers) {
               kCommMaxRanks, " entries, got ", buffers.size());
     uint32_t seen = 0;
     for (const CommBuffer* const buffer : buffers) {
+        DSC_CHECK_TYPE(buffer != nullptr, op, ": buffers must be CommBuffers, got None");
         check_buffer(op, *buffer);
         DSC_CHECK((seen >> buffer->rank() & 1) == 0, op, ": rank ", buffer->rank(),
                   " occurs twice in buffers");
