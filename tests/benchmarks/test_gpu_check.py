@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.check.sanitizer import TOOLS
-from benchmarks.check.steps import sanitizer_runs
-from tests.benchmarks.stand_in import CLEAN, GOOD_TEST, Machine, outcomes
+from benchmarks.check.steps import make_plan, sanitizer_runs
+from benchmarks.reporting.targets import read_targets
+from dscoder.runtime import native
+from tests.benchmarks.stand_in import CLEAN, GOOD_TEST, ROOT, Machine, outcomes
 
 FINDS = (
     """[ "$tool" = synccheck ] && { echo "========= Barrier error detected. Divergent thread(s) in warp"
@@ -185,3 +187,19 @@ def test_tests_that_do_not_end_are_stopped_and_the_rest_goes_on(make_machine: Ca
     assert not record["is_complete"]
     assert "INCOMPLETE" in done.stdout
     assert record["seconds"] < 30
+
+
+def test_what_has_kernels_is_tested_and_measured_on_a_gpu() -> None:
+    plan = make_plan(ROOT, [])
+    # Their kernels are tested and measured with those of moe_gate and moe_permute.
+    parts = {"moe_gate_with_balance", "moe_permute_maps"}
+    assert native.kernel_ops() - parts <= set(plan.tests)
+    assert native.kernel_ops() - parts <= set(plan.benchmarks)
+    for arch in ("mla_prefill_sm90", "mla_prefill_backward_sm90", "grouped_gemm_sm90", "mla_decode_sm90"):
+        assert arch in plan.tests
+
+
+def test_what_has_targets_is_measured_on_a_gpu() -> None:
+    homes = {"training_step": "model"}  # of targets that are about no op
+    measured = set(make_plan(ROOT, []).benchmarks)
+    assert {homes.get(target.op, target.op) for target in read_targets()} <= measured
