@@ -93,7 +93,7 @@ class Traffic:
         return float(row_bytes * (self.num_tokens + 3 * self.num_pairs))
 
     def figures(self, row_bytes: int, seconds: float | None) -> dict[str, Any]:
-        """Bytes of a rank and step, with those it sends to itself and without, and their rates."""
+        """Bytes that all ranks send in a step, with those to themselves and without, and their rates."""
         sent = {"logical": self.num_pairs, "remote": self.num_pairs - self.num_own_pairs}
         found: dict[str, Any] = {f"{name}_bytes": pairs * row_bytes for name, pairs in sent.items()}
         if seconds is not None:

@@ -199,7 +199,7 @@ def test_it_never_waits_for_the_gpu(how: str, apart: Apart) -> None:
 # ---- several processes ----
 
 CARD_CASES = tuple(
-    ExpertCase(tokens=(7, 3), hidden=16, dtype=dtype, exact=exact, routing=routing)
+    ExpertCase(tokens=(7, 3), hidden=64, expert_width=64, dtype=dtype, exact=exact, routing=routing)
     for dtype in DTYPES
     for exact in (True, False)
     for routing in ("any", "dropped", "none")
@@ -212,10 +212,10 @@ def test_processes_that_share_a_card_compute_what_gloo_gives() -> None:
 
 
 def test_four_processes_that_share_a_card() -> None:
-    case = ExpertCase(tokens=(2, 0, 9, 5), hidden=16, exact=False)
+    case = ExpertCase(tokens=(2, 0, 9, 5), hidden=64, expert_width=64, exact=False)
     card_ranks.check_layers((case,), device=gpu.DEVICE, transport="peer")
 
 
 def test_a_process_that_dies_is_named_by_the_other() -> None:
-    case = ExpertCase(tokens=(7, 3), hidden=16, exact=False)
+    case = ExpertCase(tokens=(7, 3), hidden=64, expert_width=64, exact=False)
     card_ranks.check_lost(case, device=gpu.DEVICE, transport="peer")
