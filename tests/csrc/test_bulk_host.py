@@ -1,6 +1,9 @@
 """The copy engine of sm_90 on the host executor: bulk copies land no sooner than they must, and whoever looks
 or ends too early shows."""
 
+import shutil
+import subprocess
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -61,3 +64,12 @@ def test_a_thread_that_ends_while_its_shared_memory_is_in_use_is_an_error(
 def test_a_wrong_copy_is_an_error_with_its_place(host_kernels: ModuleType, kind: str, wanted: str) -> None:
     with pytest.raises(RuntimeError, match=rf"thread .*{wanted} at .*bulk_kernels.cu:\d+ in .*bulk_kernel"):
         run(host_kernels, kind)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_compiles_the_same_kernel(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    command = ["nvcc", "-std=c++20", "-arch=sm_90a", f"-I{here.parents[1] / 'csrc'}", "-c"]
+    files = ["-o", str(tmp_path / "kernels.o"), str(here / "bulk_kernels.cu")]
+    done = subprocess.run([*command, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
