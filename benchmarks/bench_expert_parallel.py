@@ -1,8 +1,8 @@
 """expert_parallel: dispatch and combine between 2, 4 and 8 ranks that share one card, at models' sizes.
 
 On a GPU each rank has its own buffers, and the kernels are those that move rows between cards; all memory is
-one card's, so what bounds them is its copy rate. Nothing here says how fast a link between cards is. The host
-executor is not timed: without a GPU these are skipped.
+one card's, so what bounds them is its copy rate. Nothing here says how fast a link between cards is. On a CPU
+two processes exchange tokens over gloo; the host executor is not timed.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import gloo_pair
 from benchmarks.peers import eager_exchange
 from benchmarks.shapes import DECODE, DEVICE, DTYPE, IS_ON_GPU, ITEM, LAYERS, ExpertLayer
 from dscoder import ops
@@ -25,7 +26,8 @@ from dscoder.testing.results import Case
 from dscoder.testing.virtual_exchange import Exchange, ExchangeCase
 from dscoder.testing.virtual_ranks import Sent, VirtualRanks
 
-pytestmark = pytest.mark.skipif(not IS_ON_GPU, reason="ranks share a GPU: torch found none that has kernels")
+NEEDS_GPU = pytest.mark.skipif(not IS_ON_GPU, reason="ranks share a GPU: there is none that has kernels here")
+NEEDS_CPU = pytest.mark.skipif(IS_ON_GPU, reason="over gloo: measured where there is no GPU")
 
 TOKENS = 4096  # of each rank
 STEPS = ("dispatch", "combine")
@@ -128,6 +130,7 @@ def combine_by(exchange: Exchange, begins: list[list[int]], num_tokens: int) -> 
     return combine
 
 
+@NEEDS_GPU
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("model", "num_ranks", "num_tokens"), CASES)
 def test_step(
@@ -173,3 +176,26 @@ def test_step(
     microseconds = benchmark.extra_info.get("us")
     benchmark.extra_info.update(traffic.figures(row_bytes, microseconds and microseconds / 1e6))
     assert ranks.status() == [None] * num_ranks
+
+
+@NEEDS_CPU
+@pytest.mark.dist
+@pytest.mark.parametrize("step", STEPS)
+def test_over_gloo(measure: Callable[..., None], benchmark: BenchmarkFixture, step: str) -> None:
+    """Exact sizes, 512 tokens a rank, the second rank on one thread, told with each call what is next."""
+    with gloo_pair.first_of_two() as rank:
+        case = Case(
+            op="expert_parallel",
+            step=f"{step} over gloo",
+            model=gloo_pair.MODEL,
+            shape=shape_of(gloo_pair.MODEL, gloo_pair.NUM_RANKS, gloo_pair.NUM_TOKENS),
+            dtype=torch.float32,
+        )
+        torch_step = f"{step} by torch"
+        measure(case, Problem(args=()), lambda: rank.do(step), {"torch": lambda: rank.do(torch_step)})
+        traffic = Traffic(
+            num_tokens=gloo_pair.NUM_TOKENS, num_pairs=sum(rank.sent), num_own_pairs=rank.sent[0]
+        )
+        microseconds = benchmark.extra_info.get("us")
+        row_bytes = 4 * LAYERS[gloo_pair.MODEL].width
+        benchmark.extra_info.update(traffic.figures(row_bytes, microseconds and microseconds / 1e6))
