@@ -60,6 +60,15 @@ def test_what_changes_after_the_save_is_not_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded["weight"], torch.ones(3, 5))
 
 
+def test_the_thread_that_writes_waits_for_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*arguments: object) -> None:
+        raise AssertionError("a wait for the training's stream")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", wait)
+    saved(tmp_path)
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
     for step in (9, 10, 11):

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -128,7 +129,8 @@ def _write(
         with _plain_errors(ranks):
             save(
                 state,
-                storage_writer=FileSystemWriter(temporary, sync_files=True),
+                # Nothing copied ahead: that would wait for the current stream of a GPU, the training's.
+                storage_writer=FileSystemWriter(temporary, sync_files=True, per_thread_copy_ahead=0),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
             )
@@ -167,6 +169,16 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Where copies of `tensor` go; a GPU writes there by itself."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def _gpu_of(state: dict[str, Tensor]) -> torch.device | None:
+    """The GPU that holds the state."""
+    return next((tensor.device for tensor in state.values() if tensor.device.type == "cuda"), None)
+
+
 class CheckpointWriter:
     """Saves one checkpoint at a time in the background."""
 
@@ -193,21 +205,25 @@ class CheckpointWriter:
         """Copy `state` to the host and return; waits only while an earlier save still runs."""
         self.wait()
         for name, tensor in state.items():
-            # The copies are made once and reused: a fresh gigabyte of pages costs more than the copy.
-            if name in self._staged:
-                _local(self._staged[name]).copy_(_local(tensor))
-            else:
-                self._staged[name] = tensor.to("cpu", copy=True)
+            # Kept from save to save: a fresh gigabyte of pages, pinned or not, costs more than the copy.
+            if name not in self._staged:
+                self._staged[name] = _host_memory(tensor)
+            _local(self._staged[name]).copy_(_local(tensor), non_blocking=True)
+        gpu = _gpu_of(state)
+        if gpu is not None:
+            torch.cuda.synchronize(gpu)  # once for all copies
         self._pending = Future()
         # A daemon: at the end of a run that lost a rank nobody can wait for it.
         threading.Thread(
             target=_fulfil,
-            args=(self._pending, partial(self._write, progress)),
+            args=(self._pending, partial(self._write, progress, gpu)),
             name="checkpoint",
             daemon=True,
         ).start()
 
-    def _write(self, progress: Progress) -> None:
+    def _write(self, progress: Progress, gpu: torch.device | None) -> None:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # a thread begins with GPU 0, which may be another rank's
         _write(self.directory, progress, self._staged, self._keep, self._ranks.background)
 
     def has_failed(self) -> bool:
