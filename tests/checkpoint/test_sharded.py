@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dscoder import ops
 from dscoder.checkpoint import load_pretrained, save_pretrained, sharded
@@ -23,6 +22,7 @@ from dscoder.models.sharding import materialise_shards, parts, shard_model
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
 from tests.checkpoint.conftest import CONFIGS, EXPERTS, LATENT, LITE, build
+from tests.whole import whole_of
 
 pytestmark = pytest.mark.dist
 
@@ -66,9 +66,8 @@ def assert_holds(model: Transformer, mesh: Mesh, whole: Transformer) -> None:
     assert found.keys() == wanted.keys()
     for name, part in found.items():
         assert torch.equal(part.local, part.take(wanted[name].detach().to(part.local.dtype))), name
-        tensor = part.whole(part.local)
-        assert isinstance(tensor, DTensor)
-        assert torch.equal(tensor.full_tensor(), wanted[name].detach().to(tensor.dtype)), name
+        whole_tensor = whole_of(part.whole(part.local))
+        assert torch.equal(whole_tensor, wanted[name].detach().to(part.local.dtype)), name
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from dscoder import ops
 from dscoder.config import BalanceConfig, ModelConfig, preset
@@ -12,6 +11,7 @@ from dscoder.config.parallel import ParallelConfig
 from dscoder.models import Transformer, init_weights
 from dscoder.models.sharding import Part, materialise_shards, parts, shard_model
 from dscoder.runtime.mesh import Mesh
+from tests.whole import whole_of
 
 MAX_TOKENS = 64
 
@@ -101,11 +101,4 @@ def whole_gradients(config: ModelConfig, num_batches: int) -> dict[str, Tensor]:
 def full(part: Part, tensor: Tensor | None) -> Tensor:
     """The whole of which `tensor` is this rank's part; a collective."""
     assert tensor is not None
-    whole = part.whole(tensor)
-    assert isinstance(whole, DTensor)
-    # One dimension at a time: torch 2.11 cannot gather over expert and expert_shard, in this order, at once.
-    for dim in reversed(range(len(part.placements))):
-        whole = whole.redistribute(
-            placements=(*whole.placements[:dim], *[Replicate()] * (len(whole.placements) - dim))
-        )
-    return whole.to_local()
+    return whole_of(part.whole(tensor))

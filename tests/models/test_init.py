@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dscoder.models import Transformer, init_weights
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
-from tests.models.sharded import sharded_model, tiny
+from tests.models.sharded import full, sharded_model, tiny
 
 SEED = 11
 LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 1), (4, 1), (2, 2)]}
@@ -73,9 +72,7 @@ def check_values(mesh: Mesh, stored: torch.dtype) -> None:
     model, held = sharded_model(tiny("tiny_moe"), mesh, dtype=torch.bfloat16, stored=stored)
     init_weights(model, seed=SEED, parts=held, dtype=torch.bfloat16)
     for key, part in held.items():
-        tensor = part.whole(part.local)
-        assert isinstance(tensor, DTensor)
-        assert torch.equal(tensor.full_tensor(), wanted[key].to(stored)), (key, mesh.expert, mesh.replicate)
+        assert torch.equal(full(part, part.local), wanted[key].to(stored)), (key, mesh.expert, mesh.replicate)
 
 
 @pytest.mark.dist

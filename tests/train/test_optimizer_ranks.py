@@ -15,6 +15,7 @@ from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
 from dscoder.train.optimizer import MasterAdamW
 from tests.models.sharded import loss_of, sharded_model, tiny, tokens_of, whole_model
+from tests.whole import whole_of
 
 pytestmark = pytest.mark.dist
 
@@ -32,14 +33,8 @@ def config_of() -> ModelConfig:
     return replace(config, vocab_size=67, mlp_width=23, attention=replace(config.attention, kv_lora_rank=5))
 
 
-def gather(part: Part, tensor: Tensor) -> Tensor:
-    whole = part.whole(tensor)
-    assert isinstance(whole, DTensor)
-    return whole.full_tensor()
-
-
 def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return whole_of(tensor) if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def run_alone() -> tuple[list[float], dict[str, Tensor]]:
@@ -87,7 +82,7 @@ def step_on_layouts(num_ranks: int) -> list[tuple[list[float], dict[str, Tensor]
 
 def assert_parameters_are_the_masters(held: dict[str, Part], state: dict[str, Tensor]) -> None:
     for name, part in held.items():
-        assert torch.equal(gather(part, part.local), state[f"master.{name}"]), name
+        assert torch.equal(full(part.whole(part.local)), state[f"master.{name}"]), name
         assert part.parameter.grad is None
 
 
@@ -150,7 +145,7 @@ def round_spread(mesh: Mesh, wanted: dict[str, Tensor]) -> None:
 
 def step_by_a_backward_pass(model: Transformer, optimizer: MasterAdamW, held: dict[str, Part]) -> None:
     """What FSDP itself leaves at bfloat16 parameters moves them."""
-    before = {name: gather(part, part.local).clone() for name, part in held.items()}
+    before = {name: full(part.whole(part.local)).clone() for name, part in held.items()}
     loss_of(model, tokens_of(0, config_of()), num_batches=1).backward()
     assert {gradient.dtype for gradient in optimizer.gradients().values()} == {torch.float32}
     assert optimizer.gradients().keys() == held.keys()
@@ -158,18 +153,20 @@ def step_by_a_backward_pass(model: Transformer, optimizer: MasterAdamW, held: di
     optimizer.step(1e-2)
     assert not optimizer.gradients()
     for name, part in held.items():
-        after = gather(part, part.local)
+        after = full(part.whole(part.local))
         assert after.dtype == torch.bfloat16
         assert after.isfinite().all()
         assert not torch.equal(after, before[name]), name
 
 
 def put_gradient(part: Part, gradient: Tensor) -> None:
-    """Leave this rank's part of `gradient` at the parameter, as a backward pass does."""
+    """Leave this rank's part of `gradient` at the parameter and say so, as FSDP does."""
     sharded = torch.zeros_like(part.parameter)
     assert isinstance(sharded, DTensor)
     sharded.to_local().copy_(part.take(gradient))
     part.parameter.grad = sharded
+    for hook in (part.parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+        hook(part.parameter)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
