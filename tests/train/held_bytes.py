@@ -1,7 +1,8 @@
-"""What a rank holds between the steps of a run, counted."""
+"""What a rank holds of a step, counted."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dscoder.config import ModelConfig
 from dscoder.config.plan import Precision
@@ -17,24 +18,32 @@ def num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def gradient_bytes(model: nn.Module, optimizer: MasterAdamW) -> int:
+    """All gradients that are there, wherever they are."""
+    holders = [*model.parameters(), *optimizer.masters.values()]
+    gradients = [holder.grad for holder in holders if holder.grad is not None]
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in gradients]
+    return num_bytes([*locals_, *optimizer._rounded.gradients.values()])
+
+
 def held_bytes(
     model: ModelConfig, precision: Precision, layouts: list[tuple[int, int]]
 ) -> list[tuple[int, int, int]]:
-    """Of each layout (expert, replicate): weights, moments, and gradients before the optimizer's step."""
+    """Of each layout (expert, replicate): weights, moments, and gradients after two sums over ranks."""
     found = []
     with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as world:
         for expert, replicate in layouts:
             mesh = arrange(world, expert=expert, replicate=replicate)
             built, parts = sharded_model(model, mesh, dtype=torch.bfloat16, stored=STORED[precision])
             optimizer = MasterAdamW(built, OptimizerConfig(), mesh=mesh, rounding_seed=0)
-            loss_of(built, tokens_of(0, model), num_batches=1).backward()
+            for batch_idx in range(2):
+                loss_of(built, tokens_of(batch_idx, model), num_batches=2).backward()
             moments = [moment for name, moment in optimizer.moments.items() if not name.endswith(".step")]
-            gradients = [part.gradient() for part in parts.values()]
             found.append(
                 (
                     num_bytes([part.local for part in parts.values()]),
                     num_bytes(moments),
-                    num_bytes([gradient for gradient in gradients if gradient is not None]),
+                    gradient_bytes(built, optimizer),
                 )
             )
     return found

@@ -1,11 +1,13 @@
 """Gradients summed over ranks after each micro-batch are those of the step, and lie there in parts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dscoder.config import ModelConfig
 from dscoder.config.train import OptimizerConfig
@@ -13,10 +15,12 @@ from dscoder.data.loader import Batch
 from dscoder.models import Transformer
 from dscoder.runtime.mesh import Mesh, arrange, open_mesh
 from dscoder.testing.ranks import run_ranks
+from dscoder.train import loop
 from dscoder.train.loop import train_step
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.ranks import Ranks
-from tests.models.sharded import sharded_model, tiny, tokens_of, whole_model
+from tests.models.sharded import full, sharded_model, tiny, tokens_of, whole_model
+from tests.train.held_bytes import gradient_bytes
 
 pytestmark = pytest.mark.dist
 
@@ -24,14 +28,14 @@ NUM_BATCHES = 3  # of each rank
 CONFIG = OptimizerConfig(eps=1e-2)  # a step then follows the gradient, not its sign
 
 
-class Watched(MasterAdamW):
-    """Writes down how many parameters have a gradient whenever gradients are collected."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """What one step did on a rank."""
 
-    seen: list[int]
-
-    def collect(self) -> None:
-        self.seen.append(sum(part.parameter.grad is not None for part in self._parts.values()))
-        super().collect()
+    norm: float  # of the gradient
+    weights: dict[str, Tensor]  # whole
+    seen: list[int]  # bytes of gradients behind each micro-batch's backward pass
+    held: int  # elements of the weights that the rank holds
 
 
 def batch_of(number: int, config: ModelConfig) -> Batch:
@@ -56,26 +60,29 @@ def moved_alone(name: str, num_ranks: int) -> tuple[float, dict[str, Tensor]]:
     return norm, {key: parameter.detach() for key, parameter in model.named_parameters()}
 
 
-def moved_spread(
-    name: str, mesh: Mesh, stored: torch.dtype = torch.float32
-) -> tuple[float, dict[str, Tensor], list[int], int]:
-    """The gradient's norm, the weights, what was seen at each collection, and the number of parameters."""
+def moved_spread(name: str, mesh: Mesh, stored: torch.dtype = torch.float32) -> Moved:
     model, parts = sharded_model(tiny(name), mesh, dtype=stored, stored=stored)
-    optimizer = Watched(model, CONFIG, mesh=mesh, rounding_seed=0)
-    optimizer.seen = []
+    optimizer = MasterAdamW(model, CONFIG, mesh=mesh, rounding_seed=0)
+    seen: list[int] = []
+    backward = loop._backward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        figures = backward(*args, **kwargs)
+        seen.append(gradient_bytes(model, optimizer))
+        return figures
+
     numbers = range(mesh.rank, mesh.world_size * NUM_BATCHES, mesh.world_size)
-    norm = move(model, optimizer, numbers, Ranks(mesh, sums_each_batch=True))
-    weights = {}
-    for key, part in parts.items():
-        whole = part.whole(part.local)
-        assert isinstance(whole, DTensor)
-        weights[key] = whole.full_tensor()
-    return norm, weights, optimizer.seen, len(parts)
+    with patch.object(loop, "_backward", watched):
+        norm = move(model, optimizer, numbers, Ranks(mesh, sums_each_batch=True))
+    return Moved(
+        norm=norm,
+        weights={key: full(part, part.local) for key, part in parts.items()},
+        seen=seen,
+        held=sum(part.local.numel() for part in parts.values()),
+    )
 
 
-def moved_on_layouts(
-    name: str, layouts: list[tuple[int, int]]
-) -> list[tuple[float, dict[str, Tensor], list[int], int]]:
+def moved_on_layouts(name: str, layouts: list[tuple[int, int]]) -> list[Moved]:
     with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as world:
         return [moved_spread(name, arrange(world, expert=e, replicate=r)) for e, r in layouts]
 
@@ -87,19 +94,22 @@ def moved_on_layouts(
 def test_a_step_is_that_of_one_process(name: str, num_ranks: int, layouts: list[tuple[int, int]]) -> None:
     wanted_norm, wanted = moved_alone(name, num_ranks)
     found = run_ranks(moved_on_layouts, name, layouts, num_ranks=num_ranks)[0]
-    for (_, replicate), (norm, weights, seen, num_parameters) in zip(layouts, found, strict=True):
-        assert norm == pytest.approx(wanted_norm, rel=1e-5)
-        torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-5)
-        # Parts are there after each batch; replicas sum theirs with the last.
-        first = num_parameters if replicate == 1 else 0
-        assert seen[:NUM_BATCHES] == [first] * (NUM_BATCHES - 1) + [num_parameters]
+    for (_, replicate), moved in zip(layouts, found, strict=True):
+        assert moved.norm == pytest.approx(wanted_norm, rel=1e-5)
+        torch.testing.assert_close(moved.weights, wanted, rtol=1e-4, atol=1e-5)
+        # Parts are there once after each batch; replicas sum theirs, which FSDP keeps, with the last.
+        first = 4 * moved.held if replicate == 1 else 0
+        assert moved.seen == [first] * (NUM_BATCHES - 1) + [4 * moved.held]
 
 
-def norms_in_bfloat16() -> float:
+def moved_in_bfloat16() -> Moved:
     with open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as mesh:
-        return moved_spread("tiny_dense", mesh, torch.bfloat16)[0]
+        return moved_spread("tiny_dense", mesh, torch.bfloat16)
 
 
 def test_bfloat16_parameters_add_up_too() -> None:
     wanted_norm, _ = moved_alone("tiny_dense", 2)
-    assert run_ranks(norms_in_bfloat16, num_ranks=2) == pytest.approx([wanted_norm] * 2, rel=0.02)
+    for moved in run_ranks(moved_in_bfloat16, num_ranks=2):
+        assert moved.norm == pytest.approx(wanted_norm, rel=0.02)
+        # In float32, and nothing beside that.
+        assert moved.seen == [4 * moved.held] * NUM_BATCHES

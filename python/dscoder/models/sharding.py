@@ -141,6 +141,18 @@ class Part:
         return region_at(self.whole_shape, offset=int(held.storage_offset()), shape=tuple(held.shape))
 
 
+def move_gradient(parameter: Tensor, total: Tensor | None) -> Tensor:
+    """Take the gradient away from `parameter`, which has one, and add this rank's part of it to `total`.
+
+    Returns:
+        `total`, float32, changed in place; the gradient itself, in float32, where there is none so far.
+    """
+    assert parameter.grad is not None
+    gradient = _local(parameter.grad)
+    parameter.grad = None
+    return gradient.float() if total is None else total.add_(gradient)
+
+
 def _local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -117,7 +117,7 @@ def _backward(
 
 
 def _add_gradients(
-    model: Transformer, optimizer: MasterAdamW, batches: Sequence[Batch], ranks: Ranks
+    model: Transformer, batches: Sequence[Batch], ranks: Ranks
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of this rank's `batches`; what `_backward` returns, of all of them."""
     num_labels, num_sequences = ranks.totals(
@@ -134,8 +134,6 @@ def _add_gradients(
             model.set_requires_gradient_sync(is_last or ranks.sums_each_batch)
             model.set_requires_all_reduce(is_last)
         seen_5, seen_LE = _backward(model, batch, num_labels=num_labels, num_sequences=num_sequences)
-        if ranks.sums_each_batch:
-            optimizer.collect()  # bfloat16 parameters would add up in bfloat16
         sums_5.append(seen_5)
         if seen_LE is not None:
             loads_LE = seen_LE if loads_LE is None else loads_LE + seen_LE
@@ -159,7 +157,7 @@ def train_step(
     Of many ranks each has batches of its own, as many as the others; some may hold no sequence.
     """
     ranks = ranks or Ranks()
-    sums_5, loads_LE = _add_gradients(model, optimizer, batches, ranks)
+    sums_5, loads_LE = _add_gradients(model, batches, ranks)
     num_pairs = torch.tensor([sum(causal_pairs(batch.cu_seqlens.diff().long()) for batch in batches)])
     counts = [num_pairs.to(sums_5.device, non_blocking=True)]
     if loads_LE is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dscoder.config.train import OptimizerConfig
-from dscoder.models.sharding import Part, is_counted, parts
+from dscoder.models.sharding import Part, is_counted, move_gradient, parts
 from dscoder.runtime.mesh import Mesh
 from dscoder.train.stochastic import StochasticAdamW
 
@@ -29,12 +29,7 @@ def _add_into(master: Tensor, parameter: nn.Parameter) -> None:
     """Have every backward pass move the gradient of `parameter` to `master`, where they add up."""
 
     def move(shadowed: Tensor) -> None:
-        assert shadowed.grad is not None
-        if master.grad is None:
-            master.grad = shadowed.grad.float()
-        else:
-            master.grad += shadowed.grad
-        shadowed.grad = None
+        master.grad = move_gradient(shadowed, master.grad)
 
     parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
 
@@ -77,11 +72,10 @@ class MasterAdamW:
         self._adam = self._build()
         self._rounded = StochasticAdamW(rounded, config, seed=rounding_seed or 0)
         self.moments |= self._rounded.moments
-        if mesh is None:
-            for name, master in self.masters.items():
-                if master is not self._parts[name].parameter:
-                    _add_into(master, self._parts[name].parameter)
-            self._rounded.watch()
+        for name, master in self.masters.items():
+            if self._parts[name].parameter.dtype != torch.float32:
+                _add_into(master, self._parts[name].parameter)
+        self._rounded.watch()
 
     def _build(self) -> torch.optim.AdamW | None:
         """AdamW over the masters; None if there are none."""
@@ -104,25 +98,13 @@ class MasterAdamW:
             self.moments.update({f"{name}.{key}": value for key, value in state.items()})
         return adam
 
-    def collect(self) -> None:
-        """Add the sums over ranks, which FSDP leaves at the parameters, to those of the step, in float32."""
-        for name, part in self._parts.items():
-            gradient = part.gradient()
-            if gradient is None:
-                continue
-            part.parameter.grad = None
-            master = self.masters.get(name)
-            before = self._rounded.gradients.get(name) if master is None else master.grad
-            total = gradient if before is None else before.add_(gradient)
-            if master is None:
-                self._rounded.gradients[name] = total
-            else:
-                master.grad = total
-
     def gradients(self) -> dict[str, Tensor]:
         """Every float32 gradient of the step under way, by the parameter's name: the live ones."""
-        if self._mesh is not None:
-            self.collect()
+        for name, master in self.masters.items():
+            parameter = self._parts[name].parameter
+            if parameter is not master and parameter.grad is not None:
+                # FSDP adds float32 gradients up at the parameter; what AdamW moves is the memory below it.
+                master.grad = move_gradient(parameter, master.grad)
         found = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         return found | self._rounded.gradients
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dscoder.config.train import OptimizerConfig
 from dscoder.models.region import Run
-from dscoder.models.sharding import Part
+from dscoder.models.sharding import Part, move_gradient
 from dscoder.train.rounding import random_bits, round_stochastically, rounding_key
 
 # Elements at once, with some 40 bytes of intermediate values for each: a CPU is twice as fast where its cache
@@ -22,15 +22,10 @@ _GPU_CHUNK = 1 << 22
 
 
 def _adder(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """What adds the gradient of a parameter to `gradients[name]`, in float32, and drops it there."""
+    """What adds the gradient of a parameter to `gradients[name]`, in float32, and takes it away."""
 
     def move(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if name in gradients:
-            gradients[name] += parameter.grad
-        else:
-            gradients[name] = parameter.grad.float()
-        parameter.grad = None
+        gradients[name] = move_gradient(parameter, gradients.get(name))
 
     return move
 
@@ -61,7 +56,10 @@ class StochasticAdamW:
         return {name: part.local for name, part in self._parts.items()}
 
     def watch(self) -> None:
-        """Have every backward pass move the gradients of whole parameters to `gradients`, to add up there."""
+        """Have every backward pass move the gradients to `gradients`, to add up there.
+
+        FSDP calls the hook of a part as soon as that is summed over ranks, on the stream of the sums.
+        """
         for name, part in self._parts.items():
             part.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 _adder(self.gradients, name)
