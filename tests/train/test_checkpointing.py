@@ -78,6 +78,26 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_old_one_that_cannot_be_deleted_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EBUSY, "device or resource busy", str(path))
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(progress(1), state(1.0))
+    writer.wait()
+    with monkeypatch.context() as busy:
+        busy.setattr(checkpointing, "_remove", refuse)
+        writer.save(progress(2), state(2.0))
+        writer.wait()
+    assert "the old checkpoint step-000000001 could not be deleted: [Errno 16]" in caplog.text
+    assert [step for step, _ in completed(tmp_path)] == [1, 2]
+    writer.save(progress(3), state(3.0))
+    writer.close()
+    assert [step for step, _ in completed(tmp_path)] == [3]
+
+
 def test_half_written_checkpoints_are_never_read_and_go_away(tmp_path: Path) -> None:
     for name in ("step-000000003.tmp", "step-3", "step-000000004.old"):
         (tmp_path / name).mkdir()

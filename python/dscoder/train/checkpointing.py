@@ -150,7 +150,10 @@ def _seal(temporary: Path, final: Path, record: dict[str, Any], keep: int) -> No
     temporary.rename(final)
     fsync_directory(final.parent)
     for _, path in completed(final.parent)[:-keep]:
-        _remove(path)
+        try:
+            _remove(path)
+        except OSError as error:  # the new one is in place; a later save or start tries again
+            _LOG.warning("the old checkpoint %s could not be deleted: %s", path.name, error)
 
 
 def _error_number(error: BaseException) -> int:
