@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dscoder.runtime.log import get_logger
 
@@ -72,16 +72,22 @@ def _read_beat(value: bytes) -> _Beat:
 class Heartbeat:
     """This rank's beat and what it knows of the others."""
 
-    def __init__(self, *, host: str, port: int, host_rank: int | None, rank: int, world_size: int) -> None:
-        """Connect to the store at host:port, kept by `host_rank` if that is a rank, and begin to beat."""
+    def __init__(
+        self, *, host: str, port: int, prefix: str, host_rank: int | None, rank: int, world_size: int
+    ) -> None:
+        """Connect to the store at host:port, and begin to beat.
+
+        Args:
+            prefix: of the keys; another one for the ranks of each start that meet in the same store.
+            host_rank: the rank that keeps the store; None: none of them does.
+        """
         self._address = f"{host}:{port}"
         self._host_rank = host_rank
         # A connection of its own: a wait of the main thread must not hold up the beats.
-        self._store: Store = TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
-        )
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+        self._store: Store = PrefixStore(prefix, store)
         self._rank = rank
-        self._keys = [f"dscoder/beat/{other}" for other in range(world_size)]
+        self._keys = [f"beat/{other}" for other in range(world_size)]
         self._lock = threading.Lock()  # around this rank's key
         self._count, self._state, self._reason = 0, _ALIVE, ""
         self._stopped = threading.Event()
@@ -184,7 +190,16 @@ class Heartbeat:
                 lost_at = now
             elif now - lost_at > _NOTICE:
                 _LOG.critical("rank %d still runs although %s; ending it", self._rank, loss)
+                self._say_followed(loss)
                 os._exit(_EXIT_STATUS)
+
+    def _say_followed(self, loss: str) -> None:
+        """So that nobody takes this rank, which the watch ends, for the first to go."""
+        self._state, self._reason = _FOLLOWED, loss
+        try:
+            self._beat()
+        except RuntimeError:
+            _LOG.debug("the store is gone, so nobody reads the last beat")
 
 
 def _lives(before: _Beat | None, after: _Beat | None) -> bool:

@@ -304,7 +304,9 @@ def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> It
     host, port = launch["MASTER_ADDR"], int(launch["MASTER_PORT"])
     # torchrun's agent keeps a store that outlives the ranks; without it rank 0 does.
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
+    # What ranks left there that torchrun started before these is not for these to read.
+    prefix = f"dscoder/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    server = TCPStore(
         host,
         port,
         is_master=rank == 0 and not has_agent,
@@ -312,8 +314,14 @@ def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> It
         wait_for_workers=False,
         multi_tenant=True,
     )
+    store = PrefixStore(prefix, server)
     heartbeat = Heartbeat(
-        host=host, port=port, host_rank=None if has_agent else 0, rank=rank, world_size=world_size
+        host=host,
+        port=port,
+        prefix=prefix,
+        host_rank=None if has_agent else 0,
+        rank=rank,
+        world_size=world_size,
     )
     try:
         world = _meet(launch, store, heartbeat, device=own_device, timeout=timeout)
