@@ -169,10 +169,19 @@ def _lay_out(world: _World, *, expert: int, replicate: int) -> Mesh:
     ranks = torch.arange(world.world_size).view(replicate, -1, expert)
     by_shard = ranks.flatten(1)
 
+    limit = timedelta(seconds=world.timeout)
+    alone: ProcessGroup | None = None
+    if 1 in (replicate, expert, ranks.shape[1], by_shard.shape[1]):
+        # Every rank makes its own at once: made one by one, those of a thousand ranks take minutes.
+        alone = dist.new_group([world.rank], timeout=limit, use_local_synchronization=True)
+
     def own_group(lines: Tensor) -> ProcessGroup:
         own: ProcessGroup
+        if lines.shape[1] == 1:
+            assert alone is not None
+            return alone
         own, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-            lines.tolist(), timeout=timedelta(seconds=world.timeout)
+            lines.tolist(), timeout=limit
         )
         return own
 
