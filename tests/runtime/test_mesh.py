@@ -2,14 +2,17 @@
 
 import os
 import signal
+import threading
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from dscoder.runtime import heartbeat
-from dscoder.runtime.heartbeat import CommunicationError, LostRankError, is_communication_error
+from dscoder.runtime import heartbeat, mesh
+from dscoder.runtime.heartbeat import CommunicationError, Heartbeat, LostRankError, is_communication_error
 from dscoder.runtime.mesh import (
     arrange,
     check_world,
@@ -156,6 +159,37 @@ def test_neighbours_share_experts_and_every_rank_agrees() -> None:
         assert told["lost"] == []
 
 
+def count_groups() -> int:
+    """How many groups a rank asks for, its own and others', when a mesh of the usual layout opens."""
+    ask = distributed_c10d.new_group
+    with (
+        mock.patch.object(distributed_c10d, "new_group", side_effect=ask) as of_others,
+        mock.patch.object(torch.distributed, "new_group", side_effect=ask) as own,
+        open_mesh(expert=1, replicate=1, device="cpu", timeout=60) as opened,
+    ):
+        opened.barrier()
+        return of_others.call_count + own.call_count
+
+
+@dist
+def test_ranks_make_no_groups_for_other_ranks_alone() -> None:
+    # On the host two, of the ranks as they are sharded two, and one of this rank alone.
+    assert run_ranks(count_groups, num_ranks=2) == [5, 5]
+
+
+def work_long(seconds: float) -> str:
+    """The first rank has work of its own for longer than ranks wait for each other otherwise."""
+    with open_mesh(expert=1, replicate=1, device="cpu", timeout=seconds / 1.2) as mesh:
+        if mesh.is_first:
+            time.sleep(seconds)
+        return mesh.share("done")
+
+
+@dist
+def test_the_host_waits_longer_than_the_timeout_for_a_rank_that_lives() -> None:
+    assert run_ranks(work_long, 12.0, num_ranks=2) == ["done", "done"]
+
+
 # ---- ranks that are lost ----
 
 
@@ -219,6 +253,63 @@ def test_a_rank_that_does_not_notice_is_ended() -> None:
     ended = end_ranks(lose_a_rank_unseen, num_ranks=2)
     assert ended[0].status == heartbeat._EXIT_STATUS
     assert time.monotonic() - start < 40
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    """As torchrun's agent keeps it."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def beat_at(store: TCPStore, *, attempt: int, rank: int = 0) -> Heartbeat:
+    return Heartbeat(
+        host="127.0.0.1",
+        port=store.port,
+        prefix=f"attempt-{attempt}",
+        host_rank=None,
+        rank=rank,
+        world_size=2,
+    )
+
+
+def test_beats_of_an_earlier_start_are_not_taken_for_those_of_this_one(store: TCPStore) -> None:
+    first = [beat_at(store, attempt=0, rank=rank) for rank in (0, 1)]
+    first[0].meet(10.0)
+    first[1].leave(KeyError("no such thing"))
+    assert first[0].lost() == {1: "failed with KeyError: 'no such thing'"}
+    first[0].leave(None)
+    again = beat_at(store, attempt=1)
+    with pytest.raises(LostRankError, match=r"did not come within 0\.2 s: 1"):
+        again.meet(0.2)
+    again.leave(None)
+
+
+def test_a_rank_that_the_watch_ends_is_not_the_one_that_is_lost(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(heartbeat, "_NOTICE", 0.0)
+    monkeypatch.setattr(heartbeat, "_PERIOD", 0.02)
+    first, second = (beat_at(store, attempt=0, rank=rank) for rank in (0, 1))
+    second.leave(KeyError("no such thing"))
+    assert ended.wait(10.0)
+    beats = PrefixStore("attempt-0", store)
+    assert beats.get("beat/0").endswith(b" followed rank 1 is gone")
+    first.leave(None)
+
+
+def test_groups_that_cannot_be_ended_do_not_hide_what_ended_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr("dscoder.runtime.mesh.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("dscoder.runtime.mesh.dist.destroy_process_group", fail)
+    mesh._end_groups(torch.device("cpu"))
+    assert "could not be ended: NCCL error" in caplog.text
 
 
 # ---- which errors count ----

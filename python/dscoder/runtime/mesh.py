@@ -2,7 +2,8 @@
 
 World = replicate x expert_shard x expert ranks, the expert ranks being neighbours. Dense parameters are
 sharded over all ranks of a replica ("shard" = expert_shard x expert), an expert rank's experts over
-"expert_shard". Every group has the timeout of the mesh.
+"expert_shard". These groups have the timeout of the mesh. Those for agreement on the host wait for hours,
+while one rank alone hashes or fetches a large model; heartbeats find a rank that died meanwhile.
 """
 
 import os
@@ -21,11 +22,14 @@ from torch.distributed.distributed_c10d import _abort_process_group
 
 from dscoder.runtime.device import resolve_device
 from dscoder.runtime.heartbeat import Heartbeat, LostRankError, is_communication_error
+from dscoder.runtime.log import get_logger
 
 T = TypeVar("T")
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _STORE_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+_HOST_PATIENCE = timedelta(hours=24)  # what one rank does alone on the host may last
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +46,7 @@ class Mesh:
     expert_shard: int
     expert: int
     device: torch.device
-    timeout: float  # seconds
+    timeout: float  # seconds, of all groups but `control` and `background`
     devices: DeviceMesh  # ("replicate", "expert_shard", "expert")
     shard_devices: DeviceMesh  # ("replicate", "shard"): the same ranks, the last two dimensions as one
     expert_devices: DeviceMesh  # ("replicate", "expert", "expert_shard"): experts are cut in this order
@@ -256,8 +260,8 @@ def _meet(
         local_rank=int(launch["LOCAL_RANK"]),
         device=device,
         timeout=timeout,
-        control=dist.new_group(backend="gloo", timeout=limit),
-        background=dist.new_group(backend="gloo", timeout=limit),
+        control=dist.new_group(backend="gloo", timeout=max(limit, _HOST_PATIENCE)),
+        background=dist.new_group(backend="gloo", timeout=max(limit, _HOST_PATIENCE)),
         heartbeat=heartbeat,
     )
 
@@ -266,11 +270,14 @@ def _end_groups(device: torch.device) -> None:
     """Let go of all groups, so that whoever waits for this rank gets an error, not a timeout."""
     if not dist.is_initialized():
         return
-    if device.type == "cuda":
-        # Destroying would wait for kernels that wait for other ranks.
-        _abort_process_group()
-    else:
-        dist.destroy_process_group()
+    try:
+        if device.type == "cuda":
+            # Destroying would wait for kernels that wait for other ranks.
+            _abort_process_group()
+        else:
+            dist.destroy_process_group()
+    except Exception as error:  # what ended the run is to be told, not this
+        _LOG.warning("the groups of a run that failed could not be ended: %s", error)
 
 
 def _explained(error: BaseException, heartbeat: Heartbeat) -> BaseException:
@@ -295,7 +302,8 @@ def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> It
         expert: ranks of an expert-parallel group.
         replicate: whole copies of the sharded model.
         device: auto, cpu or cuda, where rank i of a machine takes GPU i.
-        timeout: seconds before a wait for other ranks ends with an error.
+        timeout: seconds before a wait for other ranks ends with an error; hours later where they agree on the
+            host, since one of them may have long work of its own.
 
     Raises:
         ValueError: not started by torchrun, sizes that do not fit, or too few GPUs.
