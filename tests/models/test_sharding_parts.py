@@ -30,15 +30,20 @@ def uneven() -> ModelConfig:
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts the collectives by name."""
+    """Writes down the names of the collectives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.names: list[str] = []
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How many of each."""
+        return Counter(self.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self.calls[func.__name__.split(".")[0].strip("_")] += 1
+            self.names.append(func.__name__.split(".")[0].strip("_"))
         return func(*args, **(kwargs or {}))
 
 
@@ -158,6 +163,29 @@ def test_recomputation_moves_no_more_than_it_must(expert: int, num_sums: int) ->
         assert again["allgather_base"] == once["allgather_base"]
         assert (again["alltoall_base"] > once["alltoall_base"]) is (expert == 2)
         assert (once["alltoall_base"] > 0) is (expert == 2)
+
+
+def order_of_collectives() -> tuple[list[str], list[str]]:
+    """In the forward and in the backward pass, on four ranks of which one alone has tokens."""
+    config = replace(tiny("tiny_moe"), num_layers=3)
+    with open_mesh(expert=2, replicate=1, device="cpu", timeout=60) as mesh:
+        model, _ = sharded_model(config, mesh)
+        tokens_BS = tokens_of(0, config)[: 2 if mesh.is_first else 0]
+        with CountCollectives() as forward:
+            loss = loss_of(model, tokens_BS, num_batches=1)
+        with CountCollectives() as backward:
+            loss.backward()
+    return forward.names, backward.names
+
+
+@dist
+def test_experts_are_gathered_before_tokens_travel_to_them() -> None:
+    first, *others = run_ranks(order_of_collectives, num_ranks=4)
+    assert others == [first] * 3  # else ranks would wait for each other for ever
+    weights, tokens = "allgather_base", "alltoall_base"
+    forward, _ = first
+    # The root, the layer without experts, then twice a layer, its experts, and the ways of tokens.
+    assert forward == [weights] * 4 + [tokens] * 4 + [weights] * 2 + [tokens] * 4
 
 
 def test_without_a_mesh_a_part_is_the_parameter() -> None:

@@ -1,7 +1,8 @@
 """A model spread over the ranks of a mesh by FSDP2, and what each rank holds of every parameter.
 
 Every layer is a unit that is gathered when it runs; its routed experts are one of their own, over the ranks
-that hold the same experts; embedding, norm and head are the last. Gradients are sums over ranks, in float32.
+that hold the same experts, gathered along with it; embedding, norm and head are the last. Gradients are sums
+over ranks, in float32.
 """
 
 from collections.abc import Sequence
@@ -72,6 +73,11 @@ def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: P
                 shard_placement_fn=lambda weight: Shard(expert_shard_dim(weight.shape, mesh.expert_shard)),
             )
         dense(layer, reshard_after_forward=reshards)
+        if layer.is_moe:
+            experts = layer.moe.experts
+            assert isinstance(layer, FSDPModule) and isinstance(experts, FSDPModule)
+            # With the layer's own weights: where they are first used the host may have waited for tokens.
+            layer.set_modules_to_forward_prefetch([experts])
     dense(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "run_layers")  # all that `features` computes with weights
     for module in model.modules():

@@ -3,7 +3,8 @@
 Model of overlap: tokens travel while shared experts are computed, and nothing else hides them. Weights and
 gradients travel while layers are computed, up to the smaller of both. Exchange and collectives share the
 links and the network, one after the other. Launches, the first layer's gathering, uneven routing and slow
-nodes are not in it.
+nodes are not in it. Nor is it that with exact slots the host waits for counts in each layer, and asks for the
+next layer's weights only then: they travel while this layer's experts compute.
 """
 
 from dataclasses import dataclass
