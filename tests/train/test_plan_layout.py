@@ -3,7 +3,7 @@
 import pytest
 
 from dscoder.config import preset
-from dscoder.train.plan.layout import Batch, Choices, Layout, layouts
+from dscoder.train.plan.layout import Batch, Choices, Layout, layouts, ranks_on_a_node
 
 V2, DENSE = preset("v2"), preset("coder_1_3b")
 BATCH = Batch(sequences=64, length=4096)
@@ -52,6 +52,26 @@ def test_rounds_are_those_of_the_busiest_rank() -> None:
 def test_one_round_has_no_sums_between() -> None:
     found = list(layouts(DENSE, Batch(sequences=4, length=4096), num_ranks=4, fixed=Choices()))
     assert not any(layout.sums_each_batch for layout in found)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "world", "per_node", "fewest"),
+    [
+        (4, 1, 16, 8, 4),
+        (16, 1, 16, 8, 8),
+        (4, 8, 32, 8, 1),
+        (4, 2, 16, 8, 4),  # 0 2 4 6, 1 3 5 7
+        (6, 1, 6, 8, 6),  # one node that is not full
+        (4, 1, 12, 6, 2),  # 4 5 | 6 7
+        (5, 1, 40, 8, 1),  # 5 6 7 | 8 9 and 15 | 16 17 18 19
+        (3, 2, 12, 6, 3),
+        (3, 3, 9, 3, 1),
+    ],
+)
+def test_the_fewest_ranks_of_a_group_on_a_node(
+    size: int, stride: int, world: int, per_node: int, fewest: int
+) -> None:
+    assert ranks_on_a_node(size, stride=stride, world=world, per_node=per_node) == fewest
 
 
 def test_slots_differ_between_expert_ranks_alone() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dscoder import ops
 from dscoder.config import ModelConfig, MoeConfig, preset
 from dscoder.testing.ranks import run_ranks
+from dscoder.train.plan.exchange import has_peer_transport
 from dscoder.train.plan.layout import Layout
 from dscoder.train.plan.routing import expected_ranks
 from dscoder.train.plan.traffic import Group, StepTraffic, Traffic, step_traffic
@@ -81,21 +82,21 @@ def test_without_the_best_experts_rule_it_would_be_fewer() -> None:
 
 
 def test_a_group_on_one_node_uses_its_links_alone() -> None:
-    assert Group(size=8, stride=1, per_node=8).gather(800) == Traffic(link=700, network=0)
+    assert Group(size=8, on_node=8).gather(800) == Traffic(link=700, network=0)
 
 
 def test_neighbours_on_two_nodes_share_what_comes_from_outside() -> None:
     # Each node lacks half, which its eight ranks bring in together.
-    found = Group(size=16, stride=1, per_node=8).gather(1600)
+    found = Group(size=16, on_node=8).gather(1600)
     assert found == Traffic(link=1500 - 100, network=100)
 
 
 def test_ranks_on_nodes_of_their_own_use_the_network_alone() -> None:
-    assert Group(size=4, stride=8, per_node=8).gather(400) == Traffic(link=0, network=300)
+    assert Group(size=4, on_node=1).gather(400) == Traffic(link=0, network=300)
 
 
 def test_tokens_go_to_other_ranks_as_often_as_to_ones_own() -> None:
-    assert Group(size=16, stride=1, per_node=8).scatter(16, 4) == Traffic(link=4 * 7, network=4 * 8)
+    assert Group(size=16, on_node=8).scatter(16, 4) == Traffic(link=4 * 7, network=4 * 8)
 
 
 # ---- a step ----
@@ -160,6 +161,20 @@ def test_across_nodes_slots_of_fixed_size_carry_padding() -> None:
     # Kernels on one node send what there is, whatever the slots.
     on_node = [traffic_of(TINY, Layout(expert=8, is_exact=is_exact)).exchange for is_exact in (False, True)]
     assert on_node[0] == on_node[1]
+
+
+def test_expert_groups_that_straddle_nodes_use_the_network() -> None:
+    # Twelve ranks, groups of four: on nodes of six the second group has two ranks on each.
+    layout = Layout(expert=4, expert_shard=3)
+    assert has_peer_transport(layout, 4)
+    assert has_peer_transport(layout, 12)
+    assert not has_peer_transport(layout, 6)
+    straddling = traffic_of(TINY, layout, per_node=6).exchange
+    on_node = traffic_of(TINY, layout, per_node=4).exchange
+    assert on_node.network == 0
+    # Of the three others one is near; and padding goes to each, as no kernel reaches them.
+    assert straddling.network == pytest.approx(2 * straddling.link)
+    assert straddling.link == pytest.approx(on_node.link / 3 * 4 / expected_ranks(TINY.moe, 4))
 
 
 def test_one_gpu_sends_nothing() -> None:

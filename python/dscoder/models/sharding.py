@@ -75,7 +75,8 @@ def shard_model(model: Transformer, mesh: Mesh, *, dtype: torch.dtype, config: P
         dense(layer, reshard_after_forward=reshards)
         if layer.is_moe:
             experts = layer.moe.experts
-            assert isinstance(layer, FSDPModule) and isinstance(experts, FSDPModule)
+            assert isinstance(layer, FSDPModule)
+            assert isinstance(experts, FSDPModule)
             # With the layer's own weights: where they are first used the host may have waited for tokens.
             layer.set_modules_to_forward_prefetch([experts])
     dense(model, reshard_after_forward=False)

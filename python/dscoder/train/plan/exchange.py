@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from dscoder.config import MoeConfig
-from dscoder.train.plan.layout import Layout
+from dscoder.train.plan.layout import Layout, ranks_on_a_node
 from dscoder.train.plan.routing import expected_ranks
 
 _WORD = 4  # bytes of an index or a weight
@@ -19,8 +19,9 @@ MOST_PEERS = 8  # ranks that the kernels over peer memory serve
 
 
 def has_peer_transport(layout: Layout, per_node: int) -> bool:
-    """Whether kernels move the tokens: where all ranks of an expert group are on one node."""
-    return layout.expert <= min(per_node, MOST_PEERS)
+    """Whether kernels move the tokens: where all ranks of every expert group are on one node."""
+    on_node = ranks_on_a_node(layout.expert, stride=1, world=layout.world, per_node=per_node)
+    return layout.expert == on_node <= MOST_PEERS
 
 
 def buffer_bytes(

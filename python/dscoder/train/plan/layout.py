@@ -1,7 +1,9 @@
 """How a run may be spread over GPUs: all layouts that a model, a batch and a cluster allow."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import get_args
 
@@ -61,6 +63,21 @@ class Choices:
     replicate: int | None = None
     micro: int | None = None
     recompute: Recompute | None = None
+
+
+@cache
+def ranks_on_a_node(size: int, *, stride: int, world: int, per_node: int) -> int:
+    """The fewest ranks of a group that share a node, over all groups of a world.
+
+    Groups have `size` ranks, `stride` apart, and follow each other; where they do not fit into nodes of
+    `per_node` neighbouring ranks, some have few ranks on some node.
+    """
+    fewest = size
+    for group_idx in range(world // size):
+        first = group_idx // stride * size * stride + group_idx % stride
+        on_nodes = Counter(rank // per_node for rank in range(first, first + size * stride, stride))
+        fewest = min(fewest, *on_nodes.values())
+    return fewest
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,14 +1,15 @@
 """Bytes that a step sends between GPUs, split into those inside a node and those across nodes.
 
 Collectives are counted as rings (or trees of rings) move them, which is also the least possible: a rank
-receives all that it does not have, and a node receives from outside, once, what none of its ranks has.
+receives all that it does not have, and a node receives from outside, once, what none of its ranks has. Where
+groups do not fit into nodes, the ranks with the fewest of their group on the node are told of: others wait.
 """
 
 from dataclasses import dataclass
 
 from dscoder.config import ModelConfig, MoeConfig
 from dscoder.train.plan.exchange import has_peer_transport
-from dscoder.train.plan.layout import Layout
+from dscoder.train.plan.layout import Layout, ranks_on_a_node
 from dscoder.train.plan.routing import expected_ranks
 from dscoder.train.plan.weights import Weights, dense_numel, held_numel, local_experts_numel
 
@@ -32,16 +33,10 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Ranks that communicate: `size` of them, `stride` apart, on nodes of `per_node` neighbouring ranks."""
+    """Ranks that communicate: `size` of them, `on_node` of these on one node."""
 
     size: int
-    stride: int
-    per_node: int
-
-    @property
-    def on_node(self) -> int:
-        """Its ranks on one node."""
-        return max(1, min(self.size, self.per_node // self.stride))
+    on_node: int
 
     def gather(self, num_bytes: float) -> Traffic:
         """Of putting `num_bytes` together from parts on every rank, or of summing as many into parts."""
@@ -74,7 +69,7 @@ def _exchange_traffic(
     """
     if layout.expert == 1:
         return Traffic()
-    group = Group(size=layout.expert, stride=1, per_node=per_node)
+    group = _group(layout.expert, 1, layout, per_node)
     row, weights = item * width, _F32 * moe.num_topk
     choices = 2 * weights  # an index and a weight each
     num_bytes = (row + choices) + row + row + (row + weights)
@@ -86,10 +81,15 @@ def _exchange_traffic(
     return group.scatter(num_tokens * num_bytes, num_ranks)
 
 
+def _group(size: int, stride: int, layout: Layout, per_node: int) -> Group:
+    on_node = ranks_on_a_node(size, stride=stride, world=layout.world, per_node=per_node)
+    return Group(size=size, on_node=on_node)
+
+
 def _moves(layout: Layout, weights: Weights, per_node: int, num_bytes: int) -> tuple[Traffic, Traffic]:
     """Of gathering every parameter once at `num_bytes` each: the layers, and the root."""
-    shard = Group(size=layout.shard, stride=1, per_node=per_node)
-    expert_shard = Group(size=layout.expert_shard, stride=layout.expert, per_node=per_node)
+    shard = _group(layout.shard, 1, layout, per_node)
+    expert_shard = _group(layout.expert_shard, layout.expert, layout, per_node)
     layers = Traffic()
     for kind in weights.kinds:
         size = kind.count * num_bytes
@@ -100,7 +100,7 @@ def _moves(layout: Layout, weights: Weights, per_node: int, num_bytes: int) -> t
 
 def _replica_traffic(layout: Layout, weights: Weights, per_node: int) -> Traffic:
     """Of summing a rank's part of the gradients over replicas: reduced into parts, then gathered."""
-    group = Group(size=layout.replicate, stride=layout.shard, per_node=per_node)
+    group = _group(layout.replicate, layout.shard, layout, per_node)
     held = weights.sum_over(lambda unit: held_numel(unit, layout))
     return group.gather(_F32 * held).times(2)
 
