@@ -27,16 +27,32 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_windows(tmp_path_factory.mktemp("data"))
 
 
-def torchrun(config: PretrainConfig, *words: str) -> "subprocess.Popen[str]":
-    """`torchrun --nproc-per-node 2 -m dscoder pretrain --config ...`, with all that it says in one pipe."""
-    path = Path(config.out).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(asdict(config)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "dscoder", "pretrain", "--config", str(path), *words]
+FAILS_ONCE = """
+import os, torch
+from dscoder.runtime.mesh import open_mesh
+with open_mesh(expert=2, replicate=1, device="cpu", timeout=60) as mesh:
+    mesh.barrier()
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if (attempt, mesh.rank) == ("0", 1):
+        raise KeyError("no such thing")
+    print(f"attempt {attempt} adds up to {mesh.all_sum(torch.ones(1)).item()}; lost: {mesh.lost_ranks()}")
+"""
+
+
+def torchrun(*words: str) -> "subprocess.Popen[str]":
+    """`torchrun --nproc-per-node 2 ...`, with all that it says in one pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+
+
+def pretrain(config: PretrainConfig, *words: str) -> "subprocess.Popen[str]":
+    """The command, under torchrun."""
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(asdict(config)))
+    return torchrun("-m", "dscoder", "pretrain", "--config", str(path), *words)
 
 
 def end(process: "subprocess.Popen[str]") -> str:
@@ -58,7 +74,7 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
         parallel=ParallelConfig(expert=2, timeout=60.0),
         device="cpu",
     )
-    process = torchrun(config)
+    process = pretrain(config)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT_S
     while not (metrics.is_file() and metrics.read_text().count("\n") > 12):
@@ -69,7 +85,7 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
     told = end(process)
     assert len(lines_with(told, "stopped by SIGTERM after step")) == 1, told  # all stop, one says so
 
-    process = torchrun(config)
+    process = pretrain(config)
     told = end(process)
     assert process.returncode == 0, told
     assert len(lines_with(told, "going on from")) == 1
@@ -82,9 +98,18 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
 
 def test_a_config_that_does_not_fit_is_refused_by_every_rank(windows: Path, tmp_path: Path) -> None:
     config = config_for(windows, tmp_path / "run", device="cpu")
-    process = torchrun(config, "--batch.micro", "4")
+    process = pretrain(config, "--batch.micro", "4")
     told = end(process)
     assert process.returncode == 1
     for rank in (0, 1):
         assert lines_with(told, f"dscoder pretrain [rank {rank}]: batch: micro must be <= 3"), told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ranks_that_are_started_again_meet_anew(tmp_path: Path) -> None:
+    script = tmp_path / "fails_once.py"
+    script.write_text(FAILS_ONCE)
+    process = torchrun("--max-restarts", "1", str(script))
+    told = end(process)
+    assert process.returncode == 0, told
+    assert len(lines_with(told, "attempt 1 adds up to 2.0; lost: []")) == 2, told
