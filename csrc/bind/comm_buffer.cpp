@@ -69,10 +69,12 @@ void register_comm_buffer(py::module_& module) {
         .def(py::init(&bind::make_buffer), py::kw_only(), py::arg("rank"), py::arg("num_ranks"),
              py::arg("max_tokens"), py::arg("row_bytes"), py::arg("num_topk"), py::arg("timeout"),
              py::arg("device") = 0, py::arg("copy") = "auto", py::arg("num_blocks") = 0)
-        .def("handle", [](const CommBuffer& buffer) { return py::bytes(buffer.handle()); })
+        .def("handle", [](CommBuffer& buffer) { return py::bytes(buffer.handle()); })
         .def("open", &CommBuffer::open, py::arg("peer"), py::arg("handle"))
         .def("connect", &CommBuffer::connect, py::arg("peer"))
         .def("status", bind::status_of)
+        .def("fail", &CommBuffer::fail)
+        .def("disconnect", &CommBuffer::disconnect)
         .def("close", &CommBuffer::close)
         .def_property_readonly("rank", &CommBuffer::rank)
         .def_property_readonly("num_bytes", &CommBuffer::num_bytes)

@@ -29,6 +29,10 @@ std::shared_ptr<void> allocate_status(int) {
 
 void reach(int, int) {}
 
+void set_word(uint32_t* at, uint32_t value, int) {
+    std::atomic_ref(*at).store(value, std::memory_order_release);
+}
+
 std::string export_handle(void*, int) {
     throw std::runtime_error(concat(kOp, ": handle: memory of the host executor is for this process alone"));
 }
@@ -93,11 +97,31 @@ void reach(int device, int peer_device) {
     check(status, "cudaDeviceEnablePeerAccess");
 }
 
+// Beside kernels that wait: the copy engine needs none of their multiprocessors, and the stream follows no
+// other.
+void set_word(uint32_t* at, uint32_t value, int device) {
+    const OnDevice guard(device);
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    cudaError_t status = cudaMemcpyAsync(at, &value, sizeof(value), cudaMemcpyHostToDevice, stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check(status, "cudaMemcpyAsync");
+}
+
 std::string export_handle(void* memory, int device) {
     const OnDevice guard(device);
     cudaIpcMemHandle_t handle;
     check(cudaIpcGetMemHandle(&handle, memory), "cudaIpcGetMemHandle");
     return {reinterpret_cast<const char*>(&handle), sizeof(handle)};
+}
+
+// In the context that opened it. A deleter must not throw, and at the end of the process every call fails.
+void close_handle(void* memory, int device) {
+    int previous = 0;
+    if (cudaGetDevice(&previous) != cudaSuccess or cudaSetDevice(device) != cudaSuccess) return;
+    cudaIpcCloseMemHandle(memory);
+    cudaSetDevice(previous);
 }
 
 std::shared_ptr<void> import_handle(const std::string& bytes, int device) {
@@ -108,7 +132,7 @@ std::shared_ptr<void> import_handle(const std::string& bytes, int device) {
     const OnDevice guard(device);
     void* memory = nullptr;
     check(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
-    return {memory, [](void* at) { cudaIpcCloseMemHandle(at); }};
+    return {memory, [device](void* at) { close_handle(at, device); }};
 }
 
 #endif
@@ -145,11 +169,18 @@ CommBuffer::CommBuffer(int rank, const CommShape& shape, const CommBufferOptions
     peers_[rank] = memory_;
 }
 
-CommBuffer::~CommBuffer() = default;
+// Without a close nobody has said that the peers have let go. Memory that is freed while a peer has it mapped
+// may become somebody else's under that peer's kernels, so what was exported is then left to the end of the
+// process.
+CommBuffer::~CommBuffer() {
+    if (is_exported_ and not is_closed()) new Memory(memory_);
+}
 
-std::string CommBuffer::handle() const {
+std::string CommBuffer::handle() {
     DSC_CHECK(not is_closed(), kOp, ": handle: the buffer is closed");
-    return export_handle(memory_.get(), options_.device);
+    std::string handle = export_handle(memory_.get(), options_.device);
+    is_exported_ = true;
+    return handle;
 }
 
 void CommBuffer::open(int peer, const std::string& handle) {
@@ -173,8 +204,20 @@ void CommBuffer::connect(const CommBuffer& peer) {
     peers_[peer.rank_] = peer.memory_;
 }
 
+void CommBuffer::fail() {
+    DSC_CHECK(not is_closed(), kOp, ": fail: the buffer is closed");
+    set_word(&static_cast<CommControl*>(memory_.get())->is_failed, 1, options_.device);
+}
+
+void CommBuffer::disconnect() {
+    for (int peer = 0; peer < kCommMaxRanks; ++peer) {
+        if (peer != rank_) peers_[peer].reset();
+    }
+}
+
 void CommBuffer::close() {
-    for (Memory& peer : peers_) peer.reset();
+    disconnect();
+    peers_[rank_].reset();
     memory_.reset();
 }
 

@@ -26,11 +26,17 @@ class CommBuffer {
     CommBuffer& operator=(const CommBuffer&) = delete;
 
     // For a peer in another process, on a device that can reach this one.
-    std::string handle() const;
+    std::string handle();
     void open(int peer, const std::string& handle);
     // A peer in this process; its memory lives as long as this buffer uses it.
     void connect(const CommBuffer& peer);
-    // Lets go of the peers' memory and of its own. What was recorded in the status stays readable.
+    // Ends every wait of this rank's kernels at once, those under way too, as if it had lasted too long;
+    // nothing is recorded.
+    void fail();
+    // Lets go of the peers' memory, not of its own. Peers may have that mapped still: it is to be closed when
+    // each of them has let go.
+    void disconnect();
+    // Lets go of its own memory too. What was recorded in the status stays readable.
     void close();
 
     bool is_closed() const { return memory_ == nullptr; }
@@ -52,6 +58,7 @@ class CommBuffer {
     Memory memory_;
     Memory status_;
     std::array<Memory, kCommMaxRanks> peers_;
+    bool is_exported_ = false;  // another process may have the memory mapped
 };
 
 }  // namespace dsc

@@ -93,9 +93,25 @@ def test_a_closed_buffer_is_refused(host_ops: ModuleType, ranks: VirtualRanks) -
         host_ops.dispatch_counts([ranks.buffers[0]], [int32(NUM_RANKS)])
     with pytest.raises(ValueError, match="CommBuffer: handle: the buffer is closed"):
         ranks.buffers[0].handle()
+    with pytest.raises(ValueError, match="CommBuffer: fail: the buffer is closed"):
+        ranks.buffers[0].fail()
     with pytest.raises(ValueError, match="CommBuffer: connect: a buffer is closed"):
         make(host_ops, 1).connect(ranks.buffers[0])
     send(host_ops, [ranks.buffers[1]])  # the closed one's memory lives as long as a peer may write it
+
+
+def test_a_buffer_that_lets_go_of_its_peers_keeps_its_own_memory(
+    host_ops: ModuleType, ranks: VirtualRanks
+) -> None:
+    first, second = ranks.buffers
+    address = first.address
+    first.disconnect()
+    with pytest.raises(ValueError, match="dispatch_counts: the buffer of rank 0 is not connected to rank 1"):
+        host_ops.dispatch_counts([first], [int32(NUM_RANKS)])
+    assert first.address == address
+    send(host_ops, [second])
+    first.connect(second)
+    send(host_ops, [first])
 
 
 def test_a_buffer_without_its_peers_is_refused(host_ops: ModuleType) -> None:

@@ -210,9 +210,10 @@ def test_a_failed_rank_fails_at_once_and_its_peers_after_it(
 def test_a_failed_rank_does_not_wait_again(host_ops: ModuleType, host_kernels: ModuleType) -> None:
     host_kernels.set_order(4)
     ranks, step = ranks_of(host_ops, timeout=600.0), step_of()
-    ctypes.c_uint32.from_address(ranks.buffers[0].address + control_offset("is_failed")).value = 1
+    ranks.buffers[0].fail()
     receive(host_ops, ranks, step, 0)
     assert_failed_rows(step, 0)
+    assert ranks.status()[0] is None
 
 
 def test_a_closed_buffer_keeps_its_status(host_ops: ModuleType) -> None:
@@ -234,7 +235,7 @@ def control_offset(name: str, way: str = "dispatch", peer: int = 0) -> int:
     if name in lists:
         return lists[name] + (WAYS.index(way) * max_ranks + peer) * word
     counters = 4 * max_ranks * word
-    return {"epoch": counters, "num_done": counters + 16, "is_failed": counters + 32}[name]
+    return {"epoch": counters, "num_done": counters + 16}[name]
 
 
 @pytest.mark.parametrize("stale", [0, 2, 7])
