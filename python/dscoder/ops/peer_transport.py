@@ -191,9 +191,11 @@ class PeerTransport:
             return
         if self._failure is None:
             found = "" if self._roll_call is None else f"; {self._roll_call.who_is_lost()[0]}"
+            slot = f"{status['phase']}[{status['peer']}]"
             self._failure = ExchangeError(
-                f"{OP}: rank {status['rank']} waited in vain for rank {status['peer']} in {status['phase']}:"
+                f"{OP}: rank {status['rank']} waited in vain for rank {status['peer']} at {slot}:"
                 f" expected {status['expected']}, seen {status['seen']}{found}",
+                slot=slot,
                 **{name: status[name] for name in ("rank", "peer", "expected", "seen")},
             )
         raise self._failure

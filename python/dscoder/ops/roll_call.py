@@ -23,7 +23,8 @@ _POLL = 0.05  # seconds between two looks
 class ExchangeError(CommunicationError):
     """An exchange that did not end: a rank is gone, or a wait lasted too long.
 
-    Ranks count within the expert-parallel group; what is not known is None.
+    Ranks count within the expert-parallel group; what is not known is None. `slot` is the flag that a kernel
+    waited for: its phase (csrc/comm/comm.h) and the peer that writes it, as in "dispatch_arrival[1]".
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class ExchangeError(CommunicationError):
         *,
         rank: int | None = None,
         peer: int | None = None,
-        slot: int | None = None,
+        slot: str | None = None,
         expected: int | None = None,
         seen: int | None = None,
     ) -> None:
