@@ -240,7 +240,6 @@ def test_ranks_of_a_subgroup_have_their_global_numbers_too() -> None:
 def run_example() -> None:
     text = (Path(__file__).parents[2] / "docs" / "expert_parallel.md").read_text(encoding="utf-8")
     exec(compile(text.partition("```python\n")[2].partition("```")[0], "moe.py", "exec"), {})
-    dist.destroy_process_group()
 
 
 def test_the_example_of_the_docs_runs() -> None:

@@ -121,6 +121,9 @@ def _open(
     if refusal is None:
         return PeerTransport(sizes, buffer, device=device, roll_call=roll_call)
     if buffer is not None:
+        buffer.disconnect()
+    roll_call.share("disconnections", None)  # no rank frees what another has mapped
+    if buffer is not None:
         buffer.close()
     return refusal
 

@@ -6,8 +6,9 @@ nothing; in the exact path it reads how many rows came before it makes room for 
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from dscoder.ops.roll_call import OP, ExchangeError, RollCall
 from dscoder.runtime import native
 
 ROW_GRANULE = 16  # bytes, of which a row must be a multiple
+
+_END, _WHOLE, _FAILED = "end", "whole", "failed"  # what a rank tells when it closes: subject, values
+_POLL = 0.05  # seconds between two looks
 
 
 class Arrival:
@@ -71,6 +75,12 @@ class Lane:
         """An event behind all that was launched here."""
         return None if self._stream is None else self._stream.record_event()
 
+    def has_passed(self, event: torch.cuda.Event) -> bool:
+        """Whether all before the event is done; nobody waits."""
+        if torch.cuda.is_current_stream_capturing():  # no event of a capture can be asked
+            return False
+        return bool(event.query())  # type: ignore[no-untyped-call]
+
     def hold_caller(self, event: torch.cuda.Event) -> None:
         """What the caller launches from here on waits for the event."""
         assert self._stream is not None, "events are of a GPU"
@@ -106,11 +116,7 @@ class Movement:
         """Whether nothing on the lane needs this any more."""
         if self._receive is not None:
             return False
-        if not self._kept or self._event is None:
-            return True
-        if torch.cuda.is_current_stream_capturing():  # no event of a capture can be asked
-            return False
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return not self._kept or self._event is None or self._lane.has_passed(self._event)
 
 
 class PeerTransport:
@@ -187,9 +193,7 @@ class PeerTransport:
     def check(self) -> None:
         """ExchangeError if a kernel gave up waiting; the device is not waited for."""
         status = self._buffers[0].status()
-        if status is None:
-            return
-        if self._failure is None:
+        if self._failure is None and status is not None:
             found = "" if self._roll_call is None else f"; {self._roll_call.who_is_lost()[0]}"
             slot = f"{status['phase']}[{status['peer']}]"
             self._failure = ExchangeError(
@@ -198,16 +202,50 @@ class PeerTransport:
                 slot=slot,
                 **{name: status[name] for name in ("rank", "peer", "expected", "seen")},
             )
-        raise self._failure
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
-        """Waits until no rank's kernels run (after a failure, only this one's), then lets the memory go."""
+        """Lets go of the peers' memory, meets them, and frees its own.
+
+        After a failure a rank tells the others and meets nobody. Its memory is then freed if they have let go
+        already, and else left to the end of the process, for they may have it mapped.
+        """
+        buffer = self._buffers[0]
+        self._end_kernels()
+        self._movements.clear()
+        buffer.disconnect()
+        if self._roll_call is None:
+            buffer.close()
+        elif self._failure is None and buffer.status() is None:
+            self._roll_call.share(_END, _WHOLE)
+            buffer.close()
+        else:
+            with suppress(ExchangeError):  # the store may be gone with the rank that served it
+                self._roll_call.tell(_END, _FAILED)
+                if None not in self._roll_call.heard(_END):
+                    buffer.close()
+
+    def _end_kernels(self) -> None:
+        """Waits for this rank's kernels; they end at once where a peer has closed after a failure."""
+        with self._lane.after_caller():
+            last = self._lane.record()
+        while last is not None and not self._lane.has_passed(last):
+            if self._has_failed_peer():
+                self._failure = ExchangeError(f"{OP}: rank {self._sizes.rank} was closed after a peer failed")
+                self._buffers[0].fail()
+                break
+            time.sleep(_POLL)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if self._roll_call is not None and self._buffers[0].status() is None:
-            self._roll_call.share("end", "")
-        self._movements.clear()
-        self._buffers[0].close()
+
+    def _has_failed_peer(self) -> bool:
+        if self._roll_call is None:
+            return False
+        try:
+            return _FAILED in self._roll_call.heard(_END)
+        except ExchangeError:  # the rank that served the store is gone
+            return True
 
     def _depart(
         self, receive: Callable[[], Any], sent: tuple[Tensor | None, ...], waits_for_host: bool

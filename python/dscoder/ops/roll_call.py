@@ -56,13 +56,28 @@ class RollCall:
 
     def share(self, subject: str, value: Any) -> list[Any]:
         """Every rank's `value`, by rank, sent as JSON. ExchangeError names the ranks that bring none."""
-        keys = [f"{self._key}/{subject}/{rank}" for rank in range(self.num_ranks)]
-        self._store.set(keys[self.rank], json.dumps(value))
+        self.tell(subject, value)
+        keys = self._keys(subject)
         try:
             self._store.wait(keys, timedelta(seconds=self._timeout))
+            return [json.loads(self._store.get(key)) for key in keys]
         except RuntimeError as error:
             raise self._no_show(subject, keys) from error
-        return [json.loads(self._store.get(key)) for key in keys]
+
+    def tell(self, subject: str, value: Any) -> None:
+        """Brings this rank's `value` without waiting for the others."""
+        try:
+            self._store.set(self._keys(subject)[self.rank], json.dumps(value))
+        except RuntimeError as error:
+            raise self._no_show(subject, self._keys(subject)) from error
+
+    def heard(self, subject: str) -> list[Any]:
+        """Every rank's `value`, by rank, as far as it is there: None else. It does not wait."""
+        keys = self._keys(subject)
+        try:
+            return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+        except RuntimeError as error:
+            raise self._no_show(subject, keys) from error
 
     def lost_ranks(self) -> list[int]:
         """The ranks that do not meet this one here within a few seconds; to be called after a failure.
@@ -70,7 +85,7 @@ class RollCall:
         A rank that lives but has not met the failure by then counts among them. Where the store goes while
         this looks (a rank that served it has looked long enough, and left) the last look counts.
         """
-        keys = [f"{self._key}/alive/{rank}" for rank in range(self.num_ranks)]
+        keys = self._keys("alive")
         self._store.set(keys[self.rank], "")
         absent = self._absent(keys)
         deadline = time.monotonic() + PATIENCE
@@ -88,8 +103,13 @@ class RollCall:
             absent = self._absent(keys)
         except RuntimeError:
             return ExchangeError(f"{message}all ranks, and the group's store is gone", rank=self.rank)
+        if not absent:
+            return ExchangeError(f"{message}all ranks, which the group's store did not give", rank=self.rank)
         message += f"{self.names(absent)} for {self._timeout:g} s"
-        return ExchangeError(message, rank=self.rank, peer=absent[0] if absent else None)
+        return ExchangeError(message, rank=self.rank, peer=absent[0])
+
+    def _keys(self, subject: str) -> list[str]:
+        return [f"{self._key}/{subject}/{rank}" for rank in range(self.num_ranks)]
 
     def _absent(self, keys: list[str]) -> list[int]:
         return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
