@@ -200,6 +200,14 @@ class Aside:
     def __init__(self, device: torch.device) -> None:
         self.log: list[str] = []
 
+    def caller(self) -> str:
+        return self.stream
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        self.log.append("launch alone")
+        yield
+
     @contextmanager
     def after_caller(self) -> Iterator[None]:
         self.log.append("launch")
@@ -238,8 +246,8 @@ def test_on_a_gpu_the_receiver_starts_with_the_sender_and_the_wait_holds_the_cal
         return before, log[len(before) :]
 
     started, landed = steps(lambda: transport.start_spread(routes, inputs.x_TD, choices_of(inputs)))
-    if exact:  # how many rows come is read in the wait
-        assert (started, landed) == (["launch"], ["launch", "launch", "record", "hold"])
+    if exact:  # how many rows come is read in the wait, which the caller's other work does not hold up
+        assert (started, landed) == (["launch"], ["launch alone", "launch", "record", "hold"])
     else:
         assert (started, landed) == (["launch", "launch", "record"], ["hold"])
     for start in (
@@ -247,3 +255,23 @@ def test_on_a_gpu_the_receiver_starts_with_the_sender_and_the_wait_holds_the_cal
         lambda: transport.start_gather(routes, torch.zeros(5 if exact else 9, 8), None),
     ):
         assert steps(start) == (["launch", "launch", "record"], ["hold"])
+
+
+def started_aside(
+    host_ops: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> tuple[PeerTransport, Any, Callable[[], Any]]:
+    """A rank by itself with rows on their way: its transport, their routes, their wait."""
+    monkeypatch.setattr(peer_transport, "Lane", Aside)
+    case = replace(CASE, tokens=(5,), exact=False)
+    transport: Any = exchanges(host_ops, case)[0].transport
+    inputs = expert_ranks.rank_inputs(case, 0)
+    routes = transport.route(inputs.idx_TK)
+    return transport, routes, transport.start_spread(routes, inputs.x_TD, choices_of(inputs))
+
+
+def test_the_lane_goes_ahead_of_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: made.append((args, kwargs)))
+    device = torch.device("cuda", 1)
+    peer_transport.Lane(device)
+    assert made == [((device,), {"priority": -1})]

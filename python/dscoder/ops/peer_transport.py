@@ -54,21 +54,34 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Rows should leave before the blocks of products that were launched earlier.
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @property
     def is_aside(self) -> bool:
         """Whether what runs here overlaps with the caller's work."""
         return self._stream is not None
 
+    def caller(self) -> torch.cuda.Stream | None:
+        """The caller's stream."""
+        return None if self._stream is None else torch.cuda.current_stream(self._stream.device)
+
     @contextmanager
-    def after_caller(self) -> Iterator[None]:
-        """Launches go here, behind all that the caller has launched."""
+    def alone(self) -> Iterator[None]:
+        """Launches, and tensors that are made, go here, behind what was launched here."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def after_caller(self) -> Iterator[None]:
+        """Launches go here, behind all that the caller has launched."""
+        caller = self.caller()
+        if self._stream is not None and caller is not None:
+            self._stream.wait_stream(caller)
+        with self.alone():
             yield
 
     def record(self) -> torch.cuda.Event | None:
@@ -283,8 +296,8 @@ class PeerTransport:
         return Spread(x_SD=x_SD, idx_SK=idx_SK, weight_SK=weight_SK)
 
     def _read_row_begin(self) -> list[int]:
-        counts_R = torch.empty(self._sizes.num_ranks, dtype=torch.int32, device=self._device)
-        with self._lane.after_caller():
+        with self._lane.alone():  # the send is ahead there; what the caller launched since is not waited for
+            counts_R = torch.empty(self._sizes.num_ranks, dtype=torch.int32, device=self._device)
             native._C.dispatch_counts(self._buffers, [counts_R])
             counts = counts_R.tolist()  # the host waits here
         self.check()
