@@ -269,6 +269,37 @@ def started_aside(
     return transport, routes, transport.start_spread(routes, inputs.x_TD, choices_of(inputs))
 
 
+def test_what_the_lane_writes_is_kept_until_it_has_where_nobody_waits(
+    host_ops: ModuleType, use_kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, routes, land = started_aside(host_ops, monkeypatch)
+    lane: Any = transport._lane
+    lane.is_done = False
+    written = [weakref.ref(routes.arrival.counts_R), weakref.ref(routes.slot_TR)]
+    del routes, land
+    gc.collect()
+    transport._finish_earlier()
+    assert all(ref() is not None for ref in written)
+    lane.is_done = True
+    transport._finish_earlier()
+    gc.collect()
+    assert all(ref() is None for ref in written)
+
+
+def test_a_wait_on_another_stream_than_its_start_is_refused(
+    host_ops: ModuleType, use_kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, _, land = started_aside(host_ops, monkeypatch)
+    lane: Any = transport._lane
+    lane.stream = "another"
+    with pytest.raises(
+        RuntimeError, match=r"^expert_parallel: a start and its wait must be on the same stream, got two$"
+    ):
+        land()
+    lane.stream = Aside.stream
+    assert land().x_SD.shape == (9, 8)
+
+
 def test_the_lane_goes_ahead_of_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: made.append((args, kwargs)))

@@ -89,7 +89,7 @@ class Travel(Generic[Result]):
 
     @_untraced
     def wait(self) -> Result:
-        """What arrived; to be called once. ExchangeError if it does not come."""
+        """What arrived; to be called once, on the stream of the start. ExchangeError if it does not come."""
         arrive, self._arrive = self._arrive, None
         if arrive is None:
             raise RuntimeError(f"{OP}: wait must be called once, got a second call")

@@ -103,12 +103,13 @@ class Lane:
 class Movement:
     """One spread or gather that was sent, and how it is received."""
 
-    def __init__(self, lane: Lane, receive: Callable[[], Any], sent: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, lane: Lane, receive: Callable[[], Any], kept: tuple[Any, ...]) -> None:
         self._lane = lane
+        self._caller = lane.caller()
         self._receive: Callable[[], Any] | None = receive
         self._received: Any = None
         self._event: torch.cuda.Event | None = None
-        self._kept: tuple[Any, ...] = sent  # until the lane has read it
+        self._kept = kept  # what the lane reads and writes, until it has
 
     def receive(self) -> None:
         """Launches the receiver, once."""
@@ -119,6 +120,8 @@ class Movement:
 
     def land(self) -> Any:
         """What was received, for the caller's stream; to be called once."""
+        if self._lane.caller() != self._caller:  # whose memory is given back in the order of another stream
+            raise RuntimeError(f"{OP}: a start and its wait must be on the same stream, got two")
         self.receive()
         if self._event is not None:
             self._lane.hold_caller(self._event)
@@ -174,7 +177,7 @@ class PeerTransport:
             return self._receive_spread(own.arrival, width=x_TD.shape[1], has_choices=has_choices)
 
         waits_for_host = self._sizes.exact and own.arrival.row_begin is None
-        return self._depart(receive, (x_TD, idx_TK, weight_TK, own.slot_TR, own.counts_R), waits_for_host)
+        return self._depart(receive, (x_TD, idx_TK, weight_TK, own), waits_for_host)
 
     def start_gather(
         self, routes: Routes, y_SD: Tensor | None, weight_SK: Tensor | None
@@ -201,7 +204,7 @@ class PeerTransport:
                 )
             return Gathered(out_TD=None if y_SD is None else out, weight_TK=weight_TK)
 
-        return self._depart(receive, (rows, floats, received_R, own.slot_TR, own.counts_R), False)
+        return self._depart(receive, (rows, floats, own), False)
 
     def check(self) -> None:
         """ExchangeError if a kernel gave up waiting; the device is not waited for."""
@@ -261,9 +264,9 @@ class PeerTransport:
             return True
 
     def _depart(
-        self, receive: Callable[[], Any], sent: tuple[Tensor | None, ...], waits_for_host: bool
+        self, receive: Callable[[], Any], kept: tuple[Any, ...], waits_for_host: bool
     ) -> Callable[[], Any]:
-        movement = Movement(self._lane, receive, sent)
+        movement = Movement(self._lane, receive, kept)
         self._movements.append(movement)
         if self._lane.is_aside and not waits_for_host:
             movement.receive()
