@@ -75,7 +75,7 @@ def exchanges(host_ops: ModuleType, case: ExpertCase, timeout: float = 10.0) -> 
             if peer is not buffer:
                 buffer.connect(peer)
     return [
-        Exchange(PeerTransport(sizes_of(case, rank), buffer, device=CPU), Meter(CPU))
+        Exchange(PeerTransport(sizes_of(case, rank), buffer, device=CPU), Meter(sizes_of(case, rank), CPU))
         for rank, buffer in enumerate(buffers)
     ]
 

@@ -243,11 +243,10 @@ def test_the_worst_case_reads_nothing_on_the_host(
         if kind == "peer"
         else CollectiveTransport(group, sizes, roll_call=group, timeout=1.0)
     )
-    exchange = Exchange(transport, Meter(meta))
+    exchange = Exchange(transport, Meter(sizes, meta))
     x_TD, idx_TK, weight_TK = (part.to(meta) for part in inputs().values())
     leaves = (x_TD.requires_grad_(), weight_TK.requires_grad_())
     routes = transport.route(idx_TK)
-    exchange.meter.count_tokens(routes)
     choices = Choices(idx_TK=idx_TK, weight_TK=weight_TK)
     x_SD, arrived = start_spread(exchange, routes, x_TD, choices)()
     assert x_SD.shape == (num_ranks * MAX_TOKENS, HIDDEN)

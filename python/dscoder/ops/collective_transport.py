@@ -21,7 +21,6 @@ from dscoder.ops.exchange_transport import (
     Routes,
     Spread,
     find_slots,
-    traffic_of,
 )
 from dscoder.ops.library import INT32_MAX
 from dscoder.ops.moe_permute import gather_rows
@@ -66,7 +65,6 @@ class CollectiveTransport:
         return CollectiveRoutes(
             slot_TR=slot_TR,
             counts_R=counts_R,
-            traffic=traffic_of(slot_TR, counts_R, sizes.rank),
             row_TK=_rows_of_tokens(row_TR, num_topk=sizes.num_topk),
             token_N=_tokens_of_rows(row_TR, num_rows=sum(num_sent)),
             num_sent=num_sent,

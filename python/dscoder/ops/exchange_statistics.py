@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dscoder.ops.exchange_transport import COMBINE, DISPATCH, Routes
+from dscoder.ops.exchange_transport import COMBINE, DISPATCH, ExchangeSizes, Routes
 
 _MAX_SPANS = 4096  # unread pairs of events; older ones are read or, where they still run, waited for
 
@@ -36,22 +36,25 @@ class ExchangeStatistics:
 
 
 class Meter:
-    """Counts on the device; only `read` waits for it."""
+    """Counts on the device, by destination and behind the sends; only `read` adds up, and waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, sizes: ExchangeSizes, device: torch.device) -> None:
         self._device = device
-        self._traffic = torch.zeros(3, dtype=torch.int64, device=device)
-        self._bytes = {kind: torch.zeros_like(self._traffic) for kind in (DISPATCH, COMBINE)}
+        self._rank = sizes.rank
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._pairs_R = torch.zeros(sizes.num_ranks, dtype=torch.int64, device=device)
+        self._bytes_R = {kind: torch.zeros_like(self._pairs_R) for kind in (DISPATCH, COMBINE)}
         self._seconds = {DISPATCH: 0.0, COMBINE: 0.0}
         self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def count_tokens(self, routes: Routes) -> None:
         """A dispatch of these tokens."""
-        self._traffic.add_(routes.traffic)
+        self._num_tokens.add_(routes.slot_TR.shape[0])  # on the device, where replays of a graph count too
+        self._pairs_R.add_(routes.counts_R)
 
     def count_bytes(self, kind: str, routes: Routes, row_bytes: int) -> None:
         """A movement of `row_bytes` for every pair."""
-        self._bytes[kind].add_(routes.traffic, alpha=row_bytes)
+        self._bytes_R[kind].add_(routes.counts_R, alpha=row_bytes)
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
@@ -78,11 +81,11 @@ class Meter:
         """The totals; on a GPU the host waits until it has counted all that was launched."""
         while self._spans:
             self._take_span()
-        num_tokens, num_pairs, num_remote_pairs = self._traffic.tolist()
-        _, dispatch_bytes, dispatch_remote_bytes = self._bytes[DISPATCH].tolist()
-        _, combine_bytes, combine_remote_bytes = self._bytes[COMBINE].tolist()
+        num_pairs, num_remote_pairs = self._totals(self._pairs_R)
+        dispatch_bytes, dispatch_remote_bytes = self._totals(self._bytes_R[DISPATCH])
+        combine_bytes, combine_remote_bytes = self._totals(self._bytes_R[COMBINE])
         return ExchangeStatistics(
-            num_tokens=num_tokens,
+            num_tokens=int(self._num_tokens),
             num_pairs=num_pairs,
             num_remote_pairs=num_remote_pairs,
             dispatch_bytes=dispatch_bytes,
@@ -92,6 +95,11 @@ class Meter:
             combine_remote_bytes=combine_remote_bytes,
             combine_seconds=self._seconds[COMBINE],
         )
+
+    def _totals(self, count_R: Tensor) -> tuple[int, int]:
+        """All of it, and what went to other ranks than this."""
+        counts = count_R.tolist()
+        return sum(counts), sum(counts) - counts[self._rank]
 
     def _take_span(self) -> None:
         kind, begin, end = self._spans.popleft()

@@ -40,7 +40,6 @@ class Routes:
 
     slot_TR: Tensor  # int32, token's place among those this rank sends to rank R; -1: it does not go there
     counts_R: Tensor  # int32, tokens sent to each rank
-    traffic: Tensor  # int64 [3]: tokens, token-rank pairs, pairs with another rank than this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,11 +102,3 @@ def find_slots(idx_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Ten
     is_sent_TR = is_sent.scatter_(1, rank_TK.long(), 1)[:, :num_ranks]
     slot_TR = is_sent_TR.cumsum(0, dtype=torch.int32) - 1
     return slot_TR.masked_fill_(is_sent_TR == 0, -1), is_sent_TR.sum(0, dtype=torch.int32)
-
-
-def traffic_of(slot_TR: Tensor, counts_R: Tensor, rank: int) -> Tensor:
-    """`Routes.traffic`, without reading the counts on the host."""
-    traffic = counts_R.new_full((3,), slot_TR.shape[0], dtype=torch.int64)
-    traffic[1] = counts_R.sum()
-    traffic[2] = traffic[1] - counts_R[rank]
-    return traffic

@@ -32,6 +32,8 @@ class Exchange:
         with self.meter.timed(DISPATCH):
             land = self.transport.start_spread(routes, x_TD, choices)
         carried = (None, None) if choices is None else (choices.idx_TK, choices.weight_TK)
+        if choices is not None:
+            self.meter.count_tokens(routes)
         self.meter.count_bytes(DISPATCH, routes, row_bytes(x_TD, *carried))
 
         def timed_land() -> Spread:

@@ -148,7 +148,7 @@ class ExpertParallel:
         _check_agreement(roll_call, self._sizes, options, self.device)
         self._transport = _transport_of(process_group, roll_call, self._sizes, options, self.device)
         self.transport = self._transport.name
-        self._meter = Meter(self.device)
+        self._meter = Meter(self._sizes, self.device)
         self._exchange = Exchange(self._transport, self._meter)
 
     @_untraced
@@ -250,7 +250,6 @@ class ExpertParallel:
         self._check_tokens(x_TD, idx_TK, weight_TK)
         self.check()
         routes = self._transport.route(idx_TK)
-        self._meter.count_tokens(routes)
         choices = Choices(idx_TK=idx_TK, weight_TK=weight_TK)
         arrive = start_spread(self._exchange, routes, x_TD, choices)
         return lambda: (*arrive(), routes)

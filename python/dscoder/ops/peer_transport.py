@@ -21,7 +21,6 @@ from dscoder.ops.exchange_transport import (
     Gathered,
     Routes,
     Spread,
-    traffic_of,
 )
 from dscoder.ops.library import aligned
 from dscoder.ops.roll_call import OP, ExchangeError, RollCall
@@ -156,8 +155,7 @@ class PeerTransport:
         slot_TR = idx_TK.new_empty(idx_TK.shape[0], self._sizes.num_ranks)
         counts_R = idx_TK.new_empty(self._sizes.num_ranks)
         native._C.expert_routes([idx_TK.contiguous()], [slot_TR], [counts_R], self._sizes.num_experts)
-        traffic = traffic_of(slot_TR, counts_R, self._sizes.rank)
-        return PeerRoutes(slot_TR=slot_TR, counts_R=counts_R, traffic=traffic, arrival=Arrival())
+        return PeerRoutes(slot_TR=slot_TR, counts_R=counts_R, arrival=Arrival())
 
     def start_spread(self, routes: Routes, x_TD: Tensor, choices: Choices | None) -> Callable[[], Spread]:
         """Sends; on a GPU the receiver starts at once where its room is known, else in the wait."""
