@@ -261,6 +261,21 @@ def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:
         ops.ExpertParallel(alone, **SIZES, options=ops.ExchangeOptions(transport="peer"))
 
 
+def test_spans_are_recorded_on_the_stream_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = []
+    event = SimpleNamespace(record=streams.append, synchronize=lambda: None, elapsed_time=lambda end: 1000.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    sizes = ExchangeSizes(rank=0, num_ranks=1, exact=False, **SIZES)
+    meter = Meter(sizes, torch.device("cpu"))
+    monkeypatch.setattr(meter, "_device", torch.device("cuda", 1))
+    with meter.timed("dispatch"):
+        pass
+    assert streams == ["the stream of cuda:1"] * 2
+    assert meter.read().dispatch_seconds == 1.0
+
+
 def test_ranks_of_several_hosts_do_not_reach_each_other() -> None:
     def place(host: str, boot: str, refusal: str | None = None) -> dict[str, Any]:
         return {"host": [host, boot], "gpu": "", "refusal": refusal}

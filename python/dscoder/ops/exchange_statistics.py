@@ -70,9 +70,10 @@ class Meter:
             yield
             return
         events = _new_event(), _new_event()
-        events[0].record()
+        stream = torch.cuda.current_stream(self._device)  # of the tensors; another device may be current
+        events[0].record(stream)
         yield
-        events[1].record()
+        events[1].record(stream)
         self._spans.append((kind, *events))
         if len(self._spans) > _MAX_SPANS:
             self._take_span()
