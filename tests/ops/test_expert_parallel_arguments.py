@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -259,6 +259,31 @@ def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:
     wanted = r"^expert_parallel: transport peer wants tensors on a GPU, got cpu on rank 0$"
     with pytest.raises(ValueError, match=wanted):
         ops.ExpertParallel(alone, **SIZES, options=ops.ExchangeOptions(transport="peer"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_collectives_add_up_in_the_order_of_the_ranks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to_oneself(received: Tensor, sent: Tensor, *_: Any, **__: Any) -> Any:
+        received.copy_(sent)
+        return SimpleNamespace(wait=lambda *_: True)
+
+    monkeypatch.setattr(dist, "all_to_all_single", to_oneself)
+    num_ranks, group = 8, cast(Any, None)
+    sizes = ExchangeSizes(
+        rank=0, num_ranks=num_ranks, exact=False, **{**SIZES, "num_experts": 8, "num_topk": 8, "dtype": dtype}
+    )
+    transport = CollectiveTransport(group, sizes, roll_call=group, timeout=1.0)
+    routes = transport.route(torch.arange(num_ranks, dtype=torch.int32).repeat(MAX_TOKENS, 1))
+    rng = torch.Generator().manual_seed(1)
+    rows = torch.randn(num_ranks * MAX_TOKENS, HIDDEN, generator=rng, dtype=torch.float64).to(dtype)
+    # A sum of several accumulators loses what comes between these two.
+    rows[:MAX_TOKENS], rows[4 * MAX_TOKENS : 5 * MAX_TOKENS] = 1e30, -1e30
+    wanted_TD = torch.zeros(MAX_TOKENS, HIDDEN, dtype=torch.promote_types(dtype, torch.float32))
+    for rank in range(num_ranks):
+        wanted_TD += rows[rank * MAX_TOKENS : (rank + 1) * MAX_TOKENS]
+    assert_same(transport.start_gather(routes, rows, None)().out_TD, wanted_TD.to(dtype))
 
 
 def test_spans_are_recorded_on_the_stream_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

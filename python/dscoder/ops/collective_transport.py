@@ -99,9 +99,9 @@ class CollectiveTransport:
         ]
 
         def land() -> Gathered:
-            # -1 reads zeros; sum() adds in float32 and rounds once.
             out_TD, weight_TK = (
-                None if arrive is None else gather_rows(arrive(), own.row_TK).sum(dim=1) for arrive in back
+                None if arrive is None else _sum_in_order(gather_rows(arrive(), own.row_TK))  # -1 reads zeros
+                for arrive in back
             )
             return Gathered(out_TD=out_TD, weight_TK=weight_TK)
 
@@ -174,6 +174,14 @@ def _rows_of_tokens(row_TR: Tensor, *, num_topk: int) -> Tensor:
         return row_TR
     row_TK = row_TR.masked_fill(row_TR < 0, INT32_MAX).sort(dim=1).values[:, :num_topk]
     return row_TK.masked_fill_(row_TK == INT32_MAX, -1)
+
+
+def _sum_in_order(rows_TKD: Tensor) -> Tensor:
+    """One column after the other, at least in float32, rounded once; sum() has an order of its own."""
+    total_TD = rows_TKD[:, 0].to(torch.promote_types(rows_TKD.dtype, torch.float32), copy=True)
+    for column in range(1, rows_TKD.shape[1]):
+        total_TD += rows_TKD[:, column]
+    return total_TD.to(rows_TKD.dtype)
 
 
 def _tokens_of_rows(row_TR: Tensor, *, num_rows: int) -> Tensor:
