@@ -1,5 +1,6 @@
 """What an exchange refuses, its routes, and a group of one rank, all in this process."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -259,6 +260,22 @@ def test_the_kernels_say_what_they_miss(alone: ProcessGroup) -> None:
     wanted = r"^expert_parallel: transport peer wants tensors on a GPU, got cpu on rank 0$"
     with pytest.raises(ValueError, match=wanted):
         ops.ExpertParallel(alone, **SIZES, options=ops.ExchangeOptions(transport="peer"))
+
+
+def test_who_gets_collectives_for_auto_is_told_why(
+    alone: ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("dscoder")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger="dscoder"):
+            ops.ExpertParallel(alone, **SIZES)
+            ops.ExpertParallel(alone, **SIZES, options=ops.ExchangeOptions(transport="collective"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = {record.getMessage() for record in caplog.records}
+    wanted = "transport peer wants tensors on a GPU, got cpu on rank 0"
+    assert told == {f"expert_parallel: rows travel by collectives, for {wanted}"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,6 +6,7 @@ all-to-all exchanges of expert parallelism, named as in DeepEP. A token travels 
 its experts live there; what is sent grows with the ranks it goes to, which device-limited routing bounds.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -32,8 +33,12 @@ from dscoder.ops.moe_unpermute import moe_unpermute
 from dscoder.ops.peer_memory import connect_peers
 from dscoder.ops.peer_transport import PeerTransport
 from dscoder.ops.roll_call import OP, RollCall
+from dscoder.runtime.log import get_logger
 
 TRANSPORTS = ("auto", "peer", "collective")
+MAX_TIMEOUT = 1e6  # seconds; more could not be told from no limit
+
+_log = get_logger(__name__)
 
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -335,6 +340,9 @@ def _transport_of(
             return peer
         if options.transport == "peer":
             raise ValueError(f"{OP}: transport peer wants {peer}")
+        if sizes.rank == 0:  # on GPUs kernels are what one expects
+            level = logging.WARNING if device.type == "cuda" else logging.INFO
+            _log.log(level, f"{OP}: rows travel by collectives, for transport peer wants {peer}")
     return CollectiveTransport(process_group, sizes, roll_call=roll_call, timeout=options.timeout)
 
 
