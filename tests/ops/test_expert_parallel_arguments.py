@@ -169,7 +169,10 @@ def test_experts_that_ranks_cannot_share_evenly_are_refused() -> None:
     ("fields", "message"),
     [
         ({"transport": "ring"}, "transport must be one of auto, peer, collective, got 'ring'"),
-        ({"timeout": 0.0}, "timeout must be > 0, got 0.0"),
+        *(
+            ({"timeout": timeout}, rf"timeout must be > 0 and <= 1e\+06, got {timeout}")
+            for timeout in (0.0, float("inf"), float("nan"), 1000001.0)
+        ),
     ],
 )
 def test_wrong_options_are_named(fields: dict[str, Any], message: str) -> None:

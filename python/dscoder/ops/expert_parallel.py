@@ -66,8 +66,8 @@ class ExchangeOptions:
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be > 0, got {self.timeout}")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise ValueError(f"timeout must be > 0 and <= {MAX_TIMEOUT:g}, got {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
