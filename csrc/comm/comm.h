@@ -19,8 +19,8 @@
 //
 // ---- one rank's buffer (comm_layout.h) ----
 //
-//   control words | dispatch rows [R, max_tokens] floats [R, max_tokens, K] | return rows, floats | dispatch
-//   idx
+//   control words | dispatch rows [R, max_tokens], floats [R, max_tokens, K] | return rows, floats
+//                 | dispatch idx [R, max_tokens, K]
 //
 // Peers write into it, its owner reads. Both ways have slots of their own, so that a combine may be under way
 // while the next dispatch is, in whatever order the streams run them.
@@ -34,9 +34,8 @@
 //   sender, epoch e:    wait until freed[way][r] in its own buffer shows e - 1, for every r;
 //                       write all rows into its slots at the peers;
 //                       the last block to end writes (e, count) into arrived[way][own rank] at every r.
-//   receiver, epoch e:  wait until arrived[way][s] in its own buffer shows e, for every s; the same word
-//   tells
-//                       how many rows there are;
+//   receiver, epoch e:  wait until arrived[way][s] in its own buffer shows e, for every s;
+//                       the same word tells how many rows there are;
 //                       copy them out (dispatch) or add them up (combine);
 //                       the last block to end writes e into freed[way][own rank] at every s.
 //
@@ -85,7 +84,7 @@
 
 namespace dsc {
 
-// What a rank was waiting for when it gave up.
+// What a rank was waiting for when it gave up: with the peer, the place of one flag.
 enum class CommPhase : int32_t {
     kDispatchFree,     // dispatch_send: for the peer to free its slots; epochs
     kDispatchArrival,  // dispatch_receive: for the peer's rows; epochs
