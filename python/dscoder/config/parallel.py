@@ -12,8 +12,10 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """The layout of a run under torchrun; without torchrun only `recompute` and `compile` say something.
+    """The layout of a run under torchrun.
 
+    Without torchrun `expert` and `replicate` must be 1, and of the rest `recompute` and `compile` alone
+    count.
     World = replicate x shard, and every rank has its own data. Parameters are sharded over the ranks of a
     replica; the experts are first divided among the `expert` ranks of a group.
     """

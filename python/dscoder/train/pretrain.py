@@ -14,6 +14,7 @@ import torch
 
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
 from dscoder.config import ModelConfig
+from dscoder.config.parallel import ParallelConfig, check_experts_divide
 from dscoder.config.train import PretrainConfig
 from dscoder.data.prepare import TOKENIZER, TRAIN
 from dscoder.data.shards import Windows
@@ -23,7 +24,7 @@ from dscoder.models.transformer import Layer
 from dscoder.ops import ExpertParallel
 from dscoder.runtime.artifact import hash_path, read_manifest
 from dscoder.runtime.device import resolve_device
-from dscoder.runtime.mesh import check_world, launched_ranks, open_mesh
+from dscoder.runtime.mesh import launched_ranks, open_mesh
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.long_context import stretched
 from dscoder.train.memory import require_memory
@@ -167,7 +168,9 @@ def _job(
     def check() -> ModelConfig:
         _check_export(directory / MODEL, tokenizer, data.facts)
         check_micro(config.batch, ranks.size)
-        return _model_config(config, windows, data.facts)
+        target = _model_config(config, windows, data.facts)
+        check_experts_divide(target, config.parallel)  # a model of init_from is seen here first
+        return target
 
     target = ranks.each(check)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
@@ -210,16 +213,31 @@ def open_ranks(config: PretrainConfig) -> Iterator[Ranks]:
     """
     parallel = config.parallel
     if launched_ranks() == 1:
-        check_world(world_size=1, expert=parallel.expert, replicate=parallel.replicate)
+        _check_alone(parallel)
         yield Ranks()
         return
+    stop: StoppedError | None = None
     with open_mesh(
         expert=parallel.expert,
         replicate=parallel.replicate,
         device=config.device,
         timeout=parallel.timeout,
     ) as mesh:
-        yield Ranks(mesh, sums_each_batch=parallel.sums_each_batch)
+        try:
+            yield Ranks(mesh, sums_each_batch=parallel.sums_each_batch)
+        except StoppedError as asked:
+            stop = asked  # by all ranks after the same step: to the mesh a good end, which they wait for
+    if stop is not None:
+        raise stop
+
+
+def _check_alone(parallel: ParallelConfig) -> None:
+    if (parallel.expert, parallel.replicate) != (1, 1):
+        raise ValueError(
+            "pretrain: parallel.expert and parallel.replicate must be 1 for one process, "
+            f"got {parallel.expert} and {parallel.replicate}; start the command with torchrun "
+            f"on a multiple of {parallel.expert * parallel.replicate} ranks"
+        )
 
 
 def _check_layout(config: PretrainConfig, ranks: Ranks) -> None:

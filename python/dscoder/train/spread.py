@@ -41,7 +41,7 @@ def _start_exchange(
 ) -> ExpertParallel | None:
     if mesh.expert == 1:
         return None
-    assert target.moe is not None  # the config was refused without
+    assert target.moe is not None  # check_experts_divide
     parallel = config.parallel
     return ExpertParallel(
         mesh.expert_group,
