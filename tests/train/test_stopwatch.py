@@ -144,6 +144,32 @@ def test_the_exchange_has_its_share_since_the_last_report(clock: Clock) -> None:
         assert figures["combine_share"] == pytest.approx(2 * combine / 10)
 
 
+def test_what_a_break_exchanges_has_no_share(clock: Clock) -> None:
+    sent = [replace(NOTHING_SENT, dispatch_seconds=7.0, combine_seconds=9.0)]
+    watch = Stopwatch(read_exchange=lambda: sent[-1])
+
+    def spend(dispatch: float, combine: float) -> None:
+        earlier = sent[-1]
+        sent.append(
+            replace(
+                earlier,
+                dispatch_seconds=earlier.dispatch_seconds + dispatch,
+                combine_seconds=earlier.combine_seconds + combine,
+            )
+        )
+        clock.now += dispatch + combine
+
+    spend(0.5, 0.25)
+    paused = watch.pause()
+    with watch.aside():
+        spend(30.0, 20.0)
+    watch.resume(paused)
+    clock.now += 0.25
+    watch.step_done(num_tokens=8, flops=0)
+    figures = watch.figures()
+    assert (figures["dispatch_share"], figures["combine_share"]) == (0.5, 0.25)
+
+
 def test_a_host_that_does_not_tell_its_memory_has_no_figure(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

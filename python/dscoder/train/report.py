@@ -1,6 +1,7 @@
 """What a run shows and keeps while it goes: a progress bar, metrics, TensorBoard events, a picture."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -170,6 +171,10 @@ class RunReport:
     def resume(self, paused: float) -> None:
         """Take the break since `paused` out of the measured speed."""
         self._stopwatch.resume(paused)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """For what exchanges tokens in a break: those are none of the steps'."""
+        return self._stopwatch.aside()
 
     def write(self, report: Mapping[str, float]) -> None:
         """Append one report to metrics.jsonl and the events, and hand it to whoever listens."""

@@ -226,7 +226,9 @@ def _train(run: _Run, writer: CheckpointWriter, report: RunReport, profiler: Ste
         step = run.progress.step
         is_last = step == run.job.num_steps
         if evaluate is not None and (is_last or step % config.report.eval_every == 0):
-            report.evaluated(evaluate(), step=step, total_tokens=run.progress.num_tokens)
+            with report.aside():
+                found = evaluate()
+            report.evaluated(found, step=step, total_tokens=run.progress.num_tokens)
         asked = _stop_asked(ranks)  # read once: a signal after the save below waits for the next step
         if is_last or asked is not None or step % config.checkpoint.every == 0:
             writer.save(replace(run.progress, waiting=report.waiting()), run.state())

@@ -1,7 +1,8 @@
 """What the steps between two reports took: tokens a second, MFU, memory, time in the exchange of tokens."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,15 @@ class Stopwatch:
     def resume(self, paused: float) -> None:
         """Take the break since `paused` out of the measured time."""
         self._since += time.perf_counter() - paused
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is exchanged in the block is not the steps'; the host waits for the device at both ends."""
+        before = self._totals()
+        yield
+        seconds = zip(self._exchange_seconds, before, self._totals(), strict=True)
+        dispatch, combine = (counted + end - begin for counted, begin, end in seconds)
+        self._exchange_seconds = dispatch, combine
 
     def figures(self) -> dict[str, float]:
         """Of the time since the last call; every rank calls this. A figure that nobody knows is left out."""
