@@ -2,7 +2,13 @@
 
 import torch
 
-from dscoder.runtime.seed import derive_seed, deterministic, random_state, restore_random_state
+from dscoder.runtime.seed import (
+    allow_fastest_kernels,
+    derive_seed,
+    deterministic,
+    random_state,
+    restore_random_state,
+)
 
 
 def test_seeds_are_the_same_everywhere() -> None:
@@ -31,3 +37,18 @@ def test_determinism_ends_with_its_block() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic(seed=1, num_threads=1):
         assert torch.equal(torch.rand(2), first)
+
+
+def test_the_fastest_kernels_are_allowed_on_a_gpu_until_the_block_ends() -> None:
+    with deterministic(seed=1, num_threads=1):
+        allow_fastest_kernels(torch.device("cpu"))
+        assert torch.are_deterministic_algorithms_enabled()
+        allow_fastest_kernels(torch.device("cuda", 0))
+        assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(seed=1, num_threads=1):
+            allow_fastest_kernels(torch.device("cuda", 0))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -13,10 +13,12 @@ from torch import nn
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
 from dscoder.runtime.artifact import read_manifest
 from dscoder.train.loop import LossError, apply_gradients
-from dscoder.train.metrics import MEASURED
+from dscoder.train.metrics import MEASURED, read_metrics
 from dscoder.train.optimizer import MasterAdamW
 from dscoder.train.report import RunReport
 from dscoder.train.run import Job, StepDone, StoppedError, run_stage
+from dscoder.train.stopwatch import Stopwatch
+from tests.train.test_stopwatch import NOTHING_SENT
 
 NUM_STEPS = 6
 
@@ -183,3 +185,32 @@ def test_the_config_that_a_run_leaves_is_the_one_it_had(tmp_path: Path) -> None:
     text = (run(Toy(), tmp_path) / "config.yaml").read_text()
     assert all(f"{name}:" in text for name in asdict(ToyConfig(out="")) if name != "overwrite")
     assert "overwrite" not in text
+
+
+@pytest.mark.parametrize("bitwise", [True, False])
+def test_steps_take_the_fastest_kernels_where_bits_may_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bitwise: bool
+) -> None:
+    allowed: list[torch.device] = []
+    monkeypatch.setattr("dscoder.train.run.allow_fastest_kernels", allowed.append)
+    config = ToyConfig(out=str(tmp_path), checkpoint=CheckpointConfig(bitwise=bitwise))
+    run_stage(config, Toy().build, command="toy", inputs={"data": "a"})
+    assert allowed == ([] if bitwise else [torch.device("cpu")])
+
+
+def test_what_an_evaluation_exchanges_is_none_of_the_steps(tmp_path: Path) -> None:
+    sent = [NOTHING_SENT]
+
+    def evaluate() -> Mapping[str, float]:
+        sent.append(replace(NOTHING_SENT, dispatch_seconds=sent[-1].dispatch_seconds + 1.0))
+        return {}
+
+    def build(directory: Path) -> Job:
+        watch = Stopwatch(read_exchange=lambda: sent[-1])
+        return replace(Toy().build(directory), evaluate=evaluate, stopwatch=watch)
+
+    run_stage(ToyConfig(out=str(tmp_path)), build, command="toy", inputs={"data": "a"})
+    assert len(sent) == 3
+    assert {
+        line["dispatch_share"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line
+    } == {0}

@@ -95,6 +95,7 @@ class CheckpointConfig:
 
     every: int = 200  # steps
     keep: int = 2  # older ones are deleted
+    bitwise: bool = True  # going on has the bits of not stopping; False: a GPU takes its fastest kernels
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:

@@ -48,6 +48,15 @@ def deterministic(*, seed: int, num_threads: int) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
 
 
+def allow_fastest_kernels(device: torch.device) -> None:
+    """Inside `deterministic`, until its end: ops on a GPU may take kernels whose bits differ from run to run.
+
+    On the CPU nothing changes.
+    """
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(False)
+
+
 def _gpus(device: torch.device | None) -> dict[str, int]:
     """The GPUs whose generators count, by the names of their states."""
     if device is None:

@@ -2,7 +2,7 @@
 
 A stage gives a `Job`: the model, and what one step does. A step is a function of the weights, the optimizer's
 moments, torch's generators and the step number. So a run that goes on from a checkpoint does what the run
-that was never stopped does, bit for bit, on the same number of threads.
+that was never stopped does, bit for bit, on the same number of threads; on a GPU with `checkpoint.bitwise`.
 
 Many ranks do the same run together: rank 0 holds the stage's directory and writes what is written once, all
 take each step, evaluate, save and export. They stop after the same step, whoever of them was told to.
@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ProfileConfig, ReportConfig
 from dscoder.runtime.artifact import Stage, hash_path, open_stage, write_bytes
 from dscoder.runtime.log import get_logger
-from dscoder.runtime.seed import available_threads, deterministic, random_state, restore_random_state
+from dscoder.runtime.seed import (
+    allow_fastest_kernels,
+    available_threads,
+    deterministic,
+    random_state,
+    restore_random_state,
+)
 from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state, read_progress
 from dscoder.train.metrics import METRICS, read_metrics
 from dscoder.train.optimizer import MasterAdamW
@@ -342,6 +348,8 @@ def run_stage(
 def _run_job(run: _Run, stage: Stage, on_metrics: OnMetrics | None, profile: ProfileConfig | None) -> None:
     config, job, ranks = run.config, run.job, run.ranks
     device = next(job.model.parameters()).device
+    if not config.checkpoint.bitwise:
+        allow_fastest_kernels(device)
     # Without overwrite: this file is there to go on with the run, not to begin it again.
     fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
     resolved = {key: value for key, value in fields.items() if key != "overwrite"}
