@@ -244,8 +244,8 @@ class ExpertParallel:
     def close(self) -> None:
         """Gives buffers back; every rank calls it, after the last exchange. The process group stays open.
 
-        With peer memory it meets the other ranks, but for one whose exchange failed. Without it what they have
-        mapped is kept until the process ends.
+        With peer memory it meets the other ranks, but for one whose exchange failed. Without it, what they
+        have mapped is kept until the process ends.
         """
         self._transport.close()
 
