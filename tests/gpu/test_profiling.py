@@ -42,11 +42,13 @@ def test_a_snapshot_holds_these_steps_allocations(tmp_path: Path) -> None:
     take_steps(tmp_path)
     path = tmp_path / PROFILES / "steps-000000002-000000003" / f"rank-0-of-1.{MEMORY_SNAPSHOT}"
     snapshot = pickle.loads(path.read_bytes())
-    allocated = [
-        event["size"] for trace in snapshot["device_traces"] for event in trace if event["action"] == "alloc"
-    ]
-    assert {2 * 2**21, 3 * 2**21} <= set(allocated)
-    assert not {1 * 2**21, 4 * 2**21} & set(allocated)
+    events = [event for trace in snapshot["device_traces"] for event in trace if event["action"] == "alloc"]
+    allocated = {event["size"] for event in events}
+    assert {2 * 2**21, 3 * 2**21} <= allocated
+    assert not {1 * 2**21, 4 * 2**21} & allocated
+    files = {frame["filename"] for event in events for frame in event["frames"]}
+    assert any(file.endswith("test_profiling.py") for file in files)
+    assert not any(file.endswith((".so", ".cpp")) for file in files)
     assert snapshot["segments"]
 
 

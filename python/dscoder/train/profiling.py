@@ -24,7 +24,7 @@ MEMORY_SNAPSHOT = "memory.pickle"  # of a GPU, for https://docs.pytorch.org/memo
 MEMORY_TABLE = "memory.txt"  # of a CPU, whose allocations torch keeps no history of
 _UNWATCHED = 2  # first steps of a process: they compile, tune, and fill the allocator's caches
 _WARMUP = 1  # steps that the profiler sees and forgets: its own start is slow
-_MAX_EVENTS = 1_000_000  # of the allocator: the latest are kept
+_MAX_EVENTS = 100_000  # of the allocator, the latest; while they are read no other thread goes on, nor beats
 _MAX_ROWS = 60
 _ABOUT_CPU_MEMORY = """\
 Bytes that torch's operators allocated on the CPU less what they freed, over the profiled steps. The course of
@@ -91,7 +91,8 @@ class StepProfiler:
             return
         if number in self._steps:
             if not self._seen and self._device.type == "cuda":
-                torch.cuda.memory._record_memory_history(max_entries=_MAX_EVENTS)
+                # Frames of C++ would be looked up one by one when the history is read.
+                torch.cuda.memory._record_memory_history(max_entries=_MAX_EVENTS, stacks="python")
             self._seen.append(number)
         with record_function(f"step {number}"):
             yield
