@@ -108,7 +108,12 @@ def test_micro_batches_that_add_up_hold_whole_gradients() -> None:
     assert dense_memory(layout).gradients == 4 * num_parameters / 8
     assert dense_memory(layout, num_rounds=2).gradients == 4 * num_parameters
     each = replace(layout, sums_each_batch=True)
-    assert dense_memory(each, num_rounds=2).gradients == 4 * num_parameters / 8
+    added = dense_memory(each, num_rounds=2)
+    assert added.gradients == 4 * num_parameters / 8
+    # The root's sum of the second round is there beside that of the first, until it is added.
+    root = 2 * 4096 * 256 + 256
+    assert added.moment == "backward ends"
+    assert added.working - dense_memory(layout).working == 4 * root / 8
 
 
 def test_whole_gradients_of_v2_are_more_than_a_gpu_holds() -> None:

@@ -24,7 +24,7 @@ from dscoder.train.plan.activations import (
 )
 from dscoder.train.plan.exchange import buffer_bytes
 from dscoder.train.plan.layout import Layout
-from dscoder.train.plan.weights import Weights, gathered_numel, held_numel
+from dscoder.train.plan.weights import Unit, Weights, gathered_numel, held_numel
 
 _F32 = 4
 _BF16 = 2
@@ -109,17 +109,29 @@ def _loss_working(model: ModelConfig, tokens: Tokens) -> int:
     return (chunk + model.width) * model.vocab_size * (_F32 + tokens.item)
 
 
-def _layer_working(model: ModelConfig, layout: Layout, weights: Weights, tokens: Tokens) -> int:
+def _on_the_way(unit: Unit, layout: Layout, tokens: Tokens, num_rounds: int) -> int:
+    """Gradients of a unit's weights that do not stay.
+
+    As autograd makes them, in float32 on their way to other ranks, and what has come if it is to be added.
+    """
+    made_and_sent = (tokens.item + _F32) * gathered_numel(unit, layout)
+    if layout.sums_each_batch and num_rounds > 1:
+        return made_and_sent + _F32 * held_numel(unit, layout)
+    return made_and_sent
+
+
+def _layer_working(
+    model: ModelConfig, layout: Layout, weights: Weights, tokens: Tokens, num_rounds: int
+) -> int:
     """The most that a layer's backward needs beside what the forward kept.
 
-    What is computed again; the gradients it goes through; its weights' gradients as autograd makes them, and
-    in float32 on their way to other ranks.
+    What is computed again; the gradients it goes through; those of its weights.
     """
     return max(
         layer_peak(model, kind.first_idx, tokens, layout)
         - layer_saved(model, kind.first_idx, tokens, layout)
         + layer_workspace(model, kind.first_idx, tokens, layout)
-        + (tokens.item + _F32) * gathered_numel(kind.unit, layout)
+        + _on_the_way(kind.unit, layout, tokens, num_rounds)
         for kind in weights.kinds
     )
 
@@ -132,8 +144,8 @@ def _moments(
     kept = sum(kind.count * size for kind, size in zip(weights.kinds, saved, strict=True))
     around = around_saved(model, tokens)
     head_gradient = tokens.item * model.vocab_size * model.width
-    working = _layer_working(model, layout, weights, tokens)
-    root_gradients = (tokens.item + _F32) * gathered_numel(weights.root, layout)
+    working = _layer_working(model, layout, weights, tokens, num_rounds)
+    root_gradients = _on_the_way(weights.root, layout, tokens, num_rounds)
     yield _Moment(
         name="loss",
         gradients=before,
