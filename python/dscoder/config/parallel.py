@@ -28,7 +28,7 @@ class ParallelConfig:
     sums_each_batch: bool = False  # sum gradients over ranks after each micro-batch: keeps parts, not wholes
     transport: Literal["auto", "peer", "collective"] = "auto"  # of tokens between expert ranks
     exact: bool | None = None  # receive buffers of the size that comes in; None: on the CPU alone
-    timeout: float = 600.0  # seconds before a wait for other ranks ends with an error
+    timeout: float = 600.0  # seconds before a device's wait for other ranks ends with an error
 
     def __post_init__(self) -> None:
         for name, value in (("expert", self.expert), ("replicate", self.replicate)):
