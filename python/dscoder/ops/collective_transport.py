@@ -144,7 +144,7 @@ class CollectiveTransport:
                 async_op=True,
             )
         except RuntimeError as error:
-            raise self._fail("starting an exchange", error) from error
+            raise self._fail("start an exchange", error) from error
 
         def land() -> Tensor:
             try:
@@ -153,7 +153,7 @@ class CollectiveTransport:
                 else:
                     work.wait(timedelta(seconds=self._timeout))
             except RuntimeError as error:
-                raise self._fail(f"an exchange of at most {self._timeout:g} s", error) from error
+                raise self._fail(f"end an exchange within {self._timeout:g} s", error) from error
             return received
 
         return land

@@ -118,7 +118,7 @@ class RollCall:
         """What to raise for a collective that failed with `error`: it names the ranks that are gone."""
         found, peer = self.who_is_lost()
         return ExchangeError(
-            f"{OP}: rank {self.rank} failed in {doing}; {found}: {_first_line(error)}",
+            f"{OP}: {found}; rank {self.rank} failed to {doing}: {_first_line(error)}",
             rank=self.rank,
             peer=peer,
         )
@@ -147,5 +147,6 @@ class RollCall:
 
 
 def _first_line(error: BaseException) -> str:
-    """Without the frames of C++ that torch appends."""
-    return str(error).partition("\n")[0]
+    """Without the frames of C++ that torch appends, and without the good wishes of gloo."""
+    line = str(error).partition("\n")[0].partition("GLHF")[0]
+    return line.encode("ascii", "ignore").decode().rstrip()
