@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dscoder import __version__, ops
 from dscoder.runtime import native
+from dscoder.runtime.seed import available_threads
 
 # Optional parts and what they are for: Python packages, then programs.
 PACKAGES = {
@@ -58,21 +59,24 @@ def _devices() -> dict[str, str]:
 
 def _op_runs_on(op: str, archs: Sequence[str | None]) -> str:
     """What a call of `op` ends up in on this machine's GPUs (given by the kernels each can run)."""
+    is_exchange = op == "expert_parallel"
+    without = "torch.distributed collectives" if is_exchange else "torch reference"
     if not archs:
-        return "torch reference on cpu (no GPU found)"
+        return f"{without} on cpu (no GPU found)"
     if not native.has_kernels():
-        return "torch reference on cpu; an error on cuda (built without kernels)"
-    if op not in native.kernel_ops():
-        return "torch reference on cuda"
-    found = sorted({f"kernel sm_{arch}" if arch else "an error (no kernel for this GPU)" for arch in archs})
+        return f"{without} on cpu; an error on cuda (built without kernels)"
+    where = f" between peers, else {without}" if is_exchange else ""
+    missing = "an error (no kernel for this GPU)"
+    found = sorted({f"kernel sm_{arch}{where}" if arch else missing for arch in archs})
     return ", ".join(found)
 
 
 def _ops() -> dict[str, str]:
     devices = range(torch.cuda.device_count())
     archs = [native.arch_for(torch.cuda.get_device_capability(idx)) for idx in devices]
-    names = [module.name for module in pkgutil.iter_modules(ops.__path__) if module.name != "library"]
-    return {op: _op_runs_on(op, archs) for op in sorted(names)}
+    # The other modules of the package help these; the other names of kernel_ops are parts of an op.
+    modules = {module.name for module in pkgutil.iter_modules(ops.__path__)}
+    return {op: _op_runs_on(op, archs) for op in sorted(modules & native.kernel_ops())}
 
 
 def _parts() -> dict[str, dict[str, str]]:
@@ -91,7 +95,7 @@ def describe() -> dict[str, Any]:
     """Everything `dscoder info` shows, as plain data."""
     return {
         "build": _build(),
-        "devices": _devices() or {"cpu": f"no GPU found, {torch.get_num_threads()} threads"},
+        "devices": _devices() or {"cpu": f"no GPU found, {available_threads()} threads"},
         "ops": _ops(),
         "parts": _parts(),
     }
