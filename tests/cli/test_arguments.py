@@ -1,5 +1,6 @@
 """Configs from words and YAML files, presets and recipes to start from."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -161,19 +162,25 @@ def test_what_the_config_refuses_is_its_own_error() -> None:
     ("words", "message"),
     [
         ([*PLACES, "--model.preset", "tiny_moe", "--model.moe.nope", "3"], "--model.moe.nope"),
-        ([*PLACES, "--batch.micro", "x"], "batch.micro"),
-        (["--out", "o"], "--data"),
-        ([*PLACES, "--schedule.kind", "linear"], "schedule.kind"),
+        ([*PLACES, "--batch.micro", "x"], "batch.micro must be int, got 'x'"),
+        (["--out", "o"], "are required: data;"),
+        (
+            [*PLACES, "--schedule.kind", "linear"],
+            "schedule.kind must be multi_step, cosine or constant, got 'linear'",
+        ),
+        ([*PLACES, "--model.num_layers", "x"], "model.num_layers must be int or null, got 'x'"),
         (["--config", "/nowhere.yaml"], "nowhere"),
     ],
 )
-def test_wrong_words_end_with_a_usage_message(
+def test_wrong_words_end_with_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         parse_config(words)
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("dscoder pretrain: ")
+    assert message in line
 
 
 def test_options_may_be_spelled_with_dashes_and_values_stay_as_they_are() -> None:
@@ -187,6 +194,8 @@ def test_the_help_tells_what_the_comments_say(capsys: pytest.CaptureFixture[str]
         parse_config(["--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert "older ones are deleted (type: int, default: 2)" in told
+    assert "--num_steps NUM_STEPS type: int, default: 1000 --batch" in told
+    assert re.search(r"type: \S+'none', 'selective', 'full'\], default: none", told)
     assert isinstance(PretrainConfig.__doc__, str)
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 import types
 import typing
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -138,22 +139,56 @@ def parse(
         start: values of fields that are not given, instead of the record's defaults.
         shortcuts: help of keys that `shortcut` read before; they are accepted and change nothing here.
 
-    A wrong word ends the process with a usage message, as argparse does; what the record itself refuses is
-    its own ValueError.
+    A wrong word ends the process with status 2, as in argparse, and one line; what the record itself refuses
+    is its own ValueError.
     """
-    parser = ArgumentParser(prog=f"dscoder {verb}", description=description, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"dscoder {verb}", description=description, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file; later words override it")
     for key, text in (shortcuts or {}).items():
         parser.add_argument(f"--{key}", type=str | None, default=None, help=text)
     # Two kinds of one field may share a name: the last one's leaf stands for both.
-    for leaf in {leaf.key: leaf for leaf in _leaves(record, start)}.values():
+    leaves = {leaf.key: leaf for leaf in _leaves(record, start)}
+    for leaf in leaves.values():
         is_required = leaf.default is dataclasses.MISSING
         default = None if is_required else leaf.default
         # One item may stand for a list of one.
         hint = leaf.hint if _item(leaf.hint) is None else leaf.hint | _item(leaf.hint)
-        parser.add_argument(f"--{leaf.key}", type=hint, required=is_required, default=default, help=leaf.help)
-    built: Record = _build(record, start, parser.parse_args(list(argv)).as_dict(), is_new=False)
+        # The parser adds type and default to a text, but not to an empty one.
+        text = leaf.help or "type: %(type)s" + ("" if is_required else ", default: %(default)s")
+        parser.add_argument(f"--{leaf.key}", type=hint, required=is_required, default=default, help=text)
+    try:
+        given = parser.parse_args(list(argv)).as_dict()
+    except ArgumentError as error:
+        said = _one_line(str(error), {key: leaf.hint for key, leaf in leaves.items()})
+        parser.exit(2, f"dscoder {verb}: {said}; `dscoder {verb} --help` tells more\n")
+    built: Record = _build(record, start, given, is_new=False)
     return built
+
+
+def _told(hint: Any) -> str:
+    """A type hint in words: "int or null", "none, selective or full"."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    words = []
+    for option in typing.get_args(hint) if is_union else (hint,):
+        if typing.get_origin(option) is typing.Literal:
+            words += [str(choice) for choice in typing.get_args(option)]
+        elif option is types.NoneType:
+            words.append("null")
+        else:
+            words.append(option.__name__ if isinstance(option, type) and not _item(option) else str(option))
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _one_line(message: str, hints: Mapping[str, Any]) -> str:
+    """What the parser says of a wrong word, shortened where it names an option and its value."""
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Given|Got) value: (.*)$", message)
+    if key and value and key[1] in hints:
+        return f"{key[1]} must be {_told(hints[key[1]])}, got {value[1]!r}"
+    return " ".join(message.split())
 
 
 def spelled(argv: Sequence[str]) -> list[str]:
