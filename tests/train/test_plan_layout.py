@@ -84,7 +84,11 @@ def test_slots_differ_between_expert_ranks_alone() -> None:
     [
         (Choices(expert=3), "expert must divide the model's num_experts = 160, got 3"),
         (Choices(expert=5), "expert must divide the model's num_groups = 8 or be a multiple of it, got 5"),
-        (Choices(expert=8, replicate=3), "gpus must be a multiple of expert \\* replicate, got 16, 8 and 3"),
+        (
+            Choices(expert=8, replicate=3),
+            "gpus must be a multiple of expert \\* replicate, got 16 and 8 \\* 3",
+        ),
+        (Choices(expert=32), "gpus must be a multiple of expert, got 16 and 32$"),
         (Choices(micro=8), "batch must have a micro-batch for each of 16 GPUs, got 64 windows in .* of 8"),
     ],
 )

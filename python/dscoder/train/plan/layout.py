@@ -119,9 +119,11 @@ def layouts(model: ModelConfig, batch: Batch, *, num_ranks: int, fixed: Choices)
         if num_ranks % (expert * replicate) == 0
     ]
     if not pairs:
+        sizes = {"expert": fixed.expert, "replicate": fixed.replicate}
+        given = {name: size for name, size in sizes.items() if size is not None}
         raise ValueError(
-            f"plan: gpus must be a multiple of expert * replicate, "
-            f"got {num_ranks}, {fixed.expert} and {fixed.replicate}"
+            f"plan: gpus must be a multiple of {' * '.join(given)}, "
+            f"got {num_ranks} and {' * '.join(str(size) for size in given.values())}"
         )
     recomputes = RECOMPUTES if fixed.recompute is None else (fixed.recompute,)
     micros = _micros(batch, num_ranks, fixed.micro)
