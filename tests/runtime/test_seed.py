@@ -1,9 +1,13 @@
 """Seeds and generators."""
 
+import os
+
+import pytest
 import torch
 
 from dscoder.runtime.seed import (
     allow_fastest_kernels,
+    available_threads,
     derive_seed,
     deterministic,
     random_state,
@@ -18,6 +22,18 @@ def test_seeds_are_the_same_everywhere() -> None:
 def test_parts_are_not_run_together() -> None:
     seeds = {derive_seed("ab", "c"), derive_seed("a", "bc"), derive_seed("1"), derive_seed(1)}
     assert len(seeds) == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_processes", "wanted"),
+    [("", 1, 8), ("", 4, 2), ("1", 1, 1), ("3", 1, 3), ("3", 4, 2), ("99", 1, 8), ("4,2", 1, 8), ("0", 9, 1)],
+)
+def test_threads_are_the_share_of_the_cores_and_no_more_than_openmp_may_have(
+    limit: str, num_processes: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert available_threads(num_processes) == wanted
 
 
 def test_restored_generators_repeat_themselves() -> None:

@@ -63,6 +63,24 @@ def lines_with(text: str, words: str) -> Sequence[str]:
     return [line for line in text.splitlines() if words in line]
 
 
+def await_lines(process: "subprocess.Popen[str]", path: Path, num_lines: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (path.is_file() and path.read_text().count("\n") >= num_lines):
+        assert process.poll() is None, end(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def rank_process(agent: int, *, rank: int) -> int:
+    """The process of `rank` among the children of torchrun's agent."""
+    threads = Path(f"/proc/{agent}/task").iterdir()
+    children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    [found] = [
+        pid for pid in children if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+    ]
+    return int(found)
+
+
 def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None:
     config = config_for(
         windows,
@@ -76,11 +94,7 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
     )
     process = pretrain(config)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 12):
-        assert process.poll() is None, end(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_lines(process, metrics, 13)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
     told = end(process)
     assert len(lines_with(told, "stopped by SIGTERM after step")) == 1, told  # all stop, one says so
@@ -89,6 +103,9 @@ def test_a_run_is_killed_goes_on_and_ends(windows: Path, tmp_path: Path) -> None
     told = end(process)
     assert process.returncode == 0, told
     assert len(lines_with(told, "going on from")) == 1
+    layout = "2 ranks on cpu, replicate 1 x expert_shard 1 x expert 2, backend gloo, transport collective, "
+    [line] = lines_with(told, layout)
+    assert line.endswith("micro-batches a step 2, a rank 1, precision fp32, threads a rank 1")
     manifest = read_manifest(tmp_path / "run", command="pretrain")
     assert manifest["counts"]["steps"] == 60
     assert manifest["facts"]["layout"] == {"replicate": 1, "expert_shard": 1, "expert": 2}
@@ -103,7 +120,26 @@ def test_a_config_that_does_not_fit_is_refused_by_every_rank(windows: Path, tmp_
     assert process.returncode == 1
     for rank in (0, 1):
         assert lines_with(told, f"dscoder pretrain [rank {rank}]: batch: micro must be <= 3"), told
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_is_named_although_torchrun_ends_the_others(windows: Path, tmp_path: Path) -> None:
+    config = config_for(
+        windows,
+        tmp_path / "run",
+        num_steps=100_000,
+        batch=BatchConfig(sequences=4, micro=2),
+        checkpoint=CheckpointConfig(every=5),
+        report=ReportConfig(log_every=1, eval_every=100_000, tensorboard="off", plot="off"),
+        parallel=ParallelConfig(expert=2, timeout=60.0),
+        device="cpu",
+    )
+    process = pretrain(config)
+    await_lines(process, tmp_path / "run" / "metrics.jsonl", 7)
+    os.kill(rank_process(process.pid, rank=1), signal.SIGKILL)
+    told = end(process)
+    assert process.returncode == 1
+    assert lines_with(told, "dscoder pretrain [rank 0]: rank 1 is gone: its heartbeat stopped"), told
 
 
 def test_ranks_that_are_started_again_meet_anew(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ while one rank alone hashes or fetches a large model; heartbeats find a rank tha
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -294,6 +297,43 @@ def _explained(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     return LostRankError(list(lost), "; ".join(f"rank {rank} {loss}" for rank, loss in lost.items()))
 
 
+def _open_store(host: str, port: int, *, is_master: bool, timeout: float) -> TCPStore:
+    return TCPStore(
+        host,
+        port,
+        is_master=is_master,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def hold_termination() -> None:
+    """Let the next SIGTERM inside `open_mesh` wait until the error that is under way there is explained.
+
+    torchrun sends it to all ranks as soon as one has died, and SIGKILL 30 s later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may handle signals
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        _LOG.warning("SIGTERM: ending as soon as the error under way is explained")
+
+    signal.signal(signal.SIGTERM, note)
+
+
+@contextmanager
+def _termination_back() -> Iterator[None]:
+    """SIGTERM does after the block what it did before."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
 @contextmanager
 def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> Iterator[Mesh]:
     """Meet the other ranks that torchrun started; the groups end with the block.
@@ -323,14 +363,7 @@ def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> It
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # What ranks left there that torchrun started before these is not for these to read.
     prefix = f"dscoder/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    server = TCPStore(
-        host,
-        port,
-        is_master=rank == 0 and not has_agent,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    server = _open_store(host, port, is_master=rank == 0 and not has_agent, timeout=timeout)
     store = PrefixStore(prefix, server)
     heartbeat = Heartbeat(
         host=host,
@@ -340,18 +373,20 @@ def open_mesh(*, expert: int, replicate: int, device: str, timeout: float) -> It
         rank=rank,
         world_size=world_size,
     )
-    try:
-        world = _meet(launch, store, heartbeat, device=own_device, timeout=timeout)
-        mesh = _lay_out(world, expert=expert, replicate=replicate)
-        yield mesh
-        mesh.barrier()
-    except BaseException as error:
-        explained = _explained(error, heartbeat)
-        heartbeat.leave(explained)
-        _end_groups(own_device)
-        if explained is error:
-            raise
-        raise explained from error
+    with _termination_back():
+        try:
+            world = _meet(launch, store, heartbeat, device=own_device, timeout=timeout)
+            mesh = _lay_out(world, expert=expert, replicate=replicate)
+            yield mesh
+            mesh.barrier()
+        except BaseException as error:
+            hold_termination()
+            explained = _explained(error, heartbeat)
+            heartbeat.leave(explained)
+            _end_groups(own_device)
+            if explained is error:
+                raise
+            raise explained from error
     heartbeat.leave(None)
     mesh.barrier()  # nobody asks the store any more
     dist.destroy_process_group()

@@ -19,9 +19,14 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def available_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def available_threads(num_processes: int = 1) -> int:
+    """Threads for each of `num_processes` that share the cores that this one may use.
+
+    No more than OMP_NUM_THREADS, where that is a number: it is of one process.
+    """
+    share = len(os.sched_getaffinity(0)) // num_processes
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(limit)) if limit.isdecimal() and int(limit) > 0 else share)
 
 
 @contextmanager

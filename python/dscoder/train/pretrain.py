@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dscoder.checkpoint import check_replaceable, load_config, load_pretrained, save_pretrained
 from dscoder.config import ModelConfig
@@ -24,6 +25,7 @@ from dscoder.models.transformer import Layer
 from dscoder.ops import ExpertParallel
 from dscoder.runtime.artifact import hash_path, read_manifest
 from dscoder.runtime.device import resolve_device
+from dscoder.runtime.log import get_logger
 from dscoder.runtime.mesh import launched_ranks, open_mesh
 from dscoder.text.tokenizer import Tokenizer
 from dscoder.train.long_context import stretched
@@ -38,6 +40,7 @@ from dscoder.train.windows import WindowSteps, check_micro
 # Besides those of every run: the inputs are compared by what they hold, and with the data its window.
 # How the run is spread over ranks may change with every start, and what is profiled.
 _FREE = ("data", "init_from", "window", "parallel", "profile")
+_LOG = get_logger(__name__)
 
 Evaluate = Callable[[Transformer], Mapping[str, float]]
 
@@ -152,6 +155,22 @@ def _build(
     return built
 
 
+def _layout_line(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, exchange: ExpertParallel | None
+) -> str:
+    """How the run is laid out, as its log says once."""
+    words = [f"{ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on {device.type}"]
+    if ranks.mesh is not None:
+        words.append(" x ".join(f"{name} {size}" for name, size in ranks.layout().items()))
+        words.append(f"backend {dist.get_backend()}")
+    if exchange is not None:
+        words.append(f"transport {exchange.transport}")
+    num_micro = -(-config.batch.sequences // config.batch.micro)
+    words.append(f"micro-batches a step {num_micro}, a rank {-(-num_micro // ranks.size)}")
+    words += [f"precision {config.precision}", f"threads a rank {torch.get_num_threads()}"]
+    return ", ".join(words)
+
+
 def _job(
     config: PretrainConfig,
     directory: Path,
@@ -167,7 +186,6 @@ def _job(
 
     def check() -> ModelConfig:
         _check_export(directory / MODEL, tokenizer, data.facts)
-        check_micro(config.batch, ranks.size)
         target = _model_config(config, windows, data.facts)
         check_experts_divide(target, config.parallel)  # a model of init_from is seen here first
         return target
@@ -178,6 +196,8 @@ def _job(
     model, exchange = built.model, built.exchange
     if exchange is not None:
         held.callback(exchange.close)
+    if ranks.is_first:
+        _LOG.info("%s", _layout_line(config, ranks, model.embed.weight.device, exchange))
     steps = WindowSteps(
         model,
         windows,
@@ -268,7 +288,12 @@ def run(
     """
     ranks = ranks or Ranks()
     _check_layout(config, ranks)
-    data = ranks.each(lambda: _open_data(config))
+
+    def open_data() -> _Data:
+        check_micro(config.batch, ranks.size)
+        return _open_data(config)
+
+    data = ranks.each(open_data)
     held = ExitStack()
     try:
         out = run_stage(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ProfileConfig, ReportConfig
 from dscoder.runtime.artifact import Stage, hash_path, open_stage, write_bytes
 from dscoder.runtime.log import get_logger
+from dscoder.runtime.mesh import hold_termination
 from dscoder.runtime.seed import (
     allow_fastest_kernels,
     available_threads,
@@ -122,7 +123,10 @@ class StoppedError(RuntimeError):
 
 @contextmanager
 def _stop_on_signals(ranks: Ranks) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a stop at the end of the step; a second one acts as it always does."""
+    """SIGINT and SIGTERM ask for a stop at the end of the step; a second one acts as it always does.
+
+    After an error of many ranks SIGTERM waits until the mesh has explained it.
+    """
     ranks.forget()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
@@ -134,11 +138,18 @@ def _stop_on_signals(ranks: Ranks) -> Iterator[None]:
         _LOG.warning("%s: stopping after this step and a checkpoint", signal.Signals(number).name)
 
     previous: dict[int, Any] = {number: signal.signal(number, ask) for number in STOPS}
+    is_explained_later = False
     try:
         yield
+    except Exception as error:
+        is_explained_later = ranks.mesh is not None and not isinstance(error, StoppedError)
+        raise
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        if is_explained_later:
+            hold_termination()
+        else:
+            signal.signal(signal.SIGTERM, previous[signal.SIGTERM])
 
 
 def _stop_asked(ranks: Ranks) -> int | None:
@@ -253,7 +264,7 @@ def _latest(directory: Path) -> tuple[Path, Progress] | None:
 def _num_threads(config: RunConfig, saved: Progress | None, ranks: Ranks, *, command: str) -> int:
     """What the run had when it was `saved` by the same layout, else what the config says, else all cores."""
     if saved is None or saved.layout != ranks.layout():
-        return config.num_threads or min(ranks.gather(max(1, available_threads() // ranks.num_neighbours())))
+        return config.num_threads or min(ranks.gather(available_threads(ranks.num_neighbours())))
     if config.num_threads not in (None, saved.num_threads):
         raise ValueError(
             f"{command}: num_threads must be {saved.num_threads}, what the run in {config.out} began with, "
