@@ -76,8 +76,8 @@ def test_a_line_is_short() -> None:
         **{"dropped_share": 0.021, "dispatch_share": 0.031, "combine_share": 0.025},
     }
     assert short_line(report) == (
-        "loss 2.346  lr 4.20e-04  12,346 tokens/s  MFU 41.2%  61.2 GiB  load x1.24  exchange 5.6%  "
-        "dropped 2.1%"
+        "loss 2.346  lr 4.20e-04  12,346 tokens/s  MFU 41.2%  61.2 GiB  load x1.73  rank load x1.24  "
+        "exchange 5.6%  dropped 2.1%"
     )
 
 

@@ -25,7 +25,8 @@ _SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
     "peak_memory_gib": "{:.1f} GiB",
-    "load": "load x{:.2f}",
+    "expert_load_max": "load x{:.2f}",
+    "rank_load_max": "rank load x{:.2f}",
     "exchange": "exchange {:.1%}",
     "dropped_share": "dropped {:.1%}",
 }
@@ -48,13 +49,10 @@ def wants(choice: str, *, is_there: bool, what: str) -> bool:
 def short_line(report: Mapping[str, float]) -> str:
     """The figures of a report that a reader follows, on one line.
 
-    "load" is the busiest rank's load over the mean, the busiest expert's where one rank has all experts, of
-    the worst layer; "exchange" the share of the time in dispatch and combine.
+    "load" is the busiest expert's load over the mean, "rank load" the busiest rank's where several share the
+    experts out, of the worst layer; "exchange" the share of the time in dispatch and combine.
     """
     figures = dict(report)
-    load = report.get("rank_load_max", report.get("expert_load_max"))
-    if load is not None:
-        figures["load"] = load
     if "dispatch_share" in report:
         figures["exchange"] = report["dispatch_share"] + report["combine_share"]
     if not report.get("dropped_share"):
