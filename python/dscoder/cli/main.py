@@ -92,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         VERBS[name](rest)
     except StoppedError as stop:
         if launched_rank() == 0:
-            print(f"dscoder {name}: {stop}", file=sys.stderr)
+            sys.stderr.write(f"dscoder {name}: {stop}\n")
         return 128 + stop.signal_number
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"{_speaker(name)}: {error}", file=sys.stderr)
+        # In one piece: print writes the end of the line by itself, and other ranks may come between.
+        sys.stderr.write(f"{_speaker(name)}: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
