@@ -1,7 +1,7 @@
 """The verb `dscoder plan`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -9,11 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from dscoder.cli.arguments import parse
+from dscoder.config import PRESETS
 from dscoder.config.plan import PlanConfig
 from dscoder.train.plan.search import Candidate, Plan, advice, plan
 
 _GB = 1e9
 _JSON = "--json"
+_UNBOUNDED = 1000  # columns where no terminal cuts lines; more than any table has
+
+# Units, largest first; a number is told in the first one that it reaches.
+_COUNTS = {"B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_BYTES = {"GB": _GB, "MB": 1e6, "KB": 1e3}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,75 +96,116 @@ def _candidate_json(candidate: Candidate, basis: str) -> dict[str, Any]:
 
 def _show(config: PlanConfig, found: Plan) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_UNBOUNDED)
     batch = found.batch
     nodes = -(-config.gpus // config.gpus_per_node)
     console.print(
-        f"[bold]{config.model}[/]: {found.num_parameters / 1e9:.4g}B parameters, "
-        f"{found.num_active / 1e9:.4g}B active a token; {config.gpus} {config.gpu} on {nodes} "
+        f"[bold]{config.model}[/]: {_count(found.num_parameters)} parameters, "
+        f"{_count(found.num_active)} active a token; {config.gpus} {config.gpu} on {nodes} "
         f"node{'s' if nodes > 1 else ''}, {found.gpu_memory / _GB:.4g} GB each; "
         f"steps of {batch.sequences} windows of {batch.length} tokens, {config.precision}",
         highlight=False,
     )
-    console.print(_fitting_table(found), "", _memory_table(found.fitting[0]), "")
+    console.print(_fitting_table(console, found), "", _memory_table(found.fitting[0]), "")
     console.print(_time_table(found), "", _traffic_table(found.fitting[0]), "", _rates_table(found))
     if found.missing:
-        console.print("", _missing_table(found))
+        console.print("", _missing_table(console, found))
     _show_run(console, config, found)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _unit(value: float, units: Mapping[str, float]) -> str:
+    return next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+
+
+def _count(number: int) -> str:
+    unit = _unit(number, _COUNTS)
+    return f"{number / _COUNTS[unit]:.4g}{unit}"
+
+
+def _table(title: str, *columns: str, text: str | None = None) -> Table:
+    """A table of numbers, which stay on one line; those of the column `text` are words, which may not."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for idx, column in enumerate(columns):
-        table.add_column(column, justify="left" if idx == 0 else "right")
+        is_left = idx == 0 or column == text
+        table.add_column(column, justify="left" if is_left else "right", no_wrap=column != text)
     return table
 
 
-def _names(candidate: Candidate) -> list[str]:
+def _fitted(
+    console: Console, title: str, rows: Sequence[Mapping[str, str]], texts: Mapping[str, str]
+) -> Table:
+    """The table of `rows`, by column; a terminal too narrow for all columns gets fewer, and is told so.
+
+    `texts` says what is in a column.
+    """
+    dropped: list[str] = []
+    for spare in ("", *(name for name in _SPARE if name in rows[0])):
+        dropped += filter(None, [spare])
+        kept = [name for name in rows[0] if name not in dropped]
+        table = _table(title, *kept)
+        for row in rows:
+            table.add_row(*(row[name] for name in kept))
+        if console.measure(table, options=console.options.update(width=_UNBOUNDED)).maximum <= console.width:
+            break
+    said = [f"{name}: {text}." for name, text in texts.items() if name in kept]
+    said += [f"Left out, for the terminal is narrow: {', '.join(dropped)}."] if dropped else []
+    table.caption, table.caption_justify = " ".join(said) or None, "left"
+    return table
+
+
+def _names(candidate: Candidate) -> dict[str, str]:
     layout = candidate.layout
-    return [
-        f"{layout.replicate} x {layout.expert_shard} x {layout.expert}",
-        f"{layout.micro} x {candidate.num_rounds}",
-        layout.recompute,
-        "freed" if layout.reshard else "kept",
-        "each batch" if layout.sums_each_batch else "once",
-        "-" if layout.expert == 1 else "exact" if layout.is_exact else "worst case",
-    ]
+    return {
+        "layout": f"{layout.replicate} x {layout.expert_shard} x {layout.expert}",
+        "micro-batches": f"{layout.micro} x {candidate.num_rounds}",
+        "recompute": layout.recompute,
+        "weights": "freed" if layout.reshard else "kept",
+        "sums": "each batch" if layout.sums_each_batch else "once",
+        "slots": "-" if layout.expert == 1 else "exact" if layout.is_exact else "worst case",
+    }
 
 
-_NAMES = ("layout", "micro-batches", "recompute", "weights", "sums", "slots")
-_CAPTION = (
-    "layout: replicate x expert_shard x expert ranks. micro-batches: windows x rounds in a step. weights: "
-    "gathered ones, behind the forward. sums: of gradients over ranks. slots: for tokens of other ranks."
-)
+_SPARE = ("weights", "sums", "slots", "tokens/s", "recompute", "MFU")  # columns, the first to go first
+_TEXTS = {
+    "layout": "replicate x expert_shard x expert ranks",
+    "micro-batches": "windows x rounds in a step",
+    "weights": "gathered ones, behind the forward",
+    "sums": "of gradients over ranks",
+    "slots": "for tokens of other ranks",
+}
 
 
-def _fitting_table(found: Plan) -> Table:
+def _fitting_table(console: Console, found: Plan) -> Table:
     basis = found.rates.basis
     title = (
         f"{found.num_fitting} of {found.num_layouts} layouts fit; the quickest of each grid, times {basis}"
     )
-    table = _table(title, *_NAMES, "GB", "step s", "tokens/s", "MFU")
-    table.caption, table.caption_justify = _CAPTION, "left"
     num_tokens = found.batch.sequences * found.batch.length
-    for candidate in found.fitting:
-        seconds = candidate.time.total
-        table.add_row(
-            *_names(candidate),
-            f"{candidate.memory.total / _GB:.1f}",
-            f"{seconds:.2f}",
-            f"{num_tokens / seconds:,.0f}",
-            f"{candidate.mfu:.1%}",
-        )
-    return table
+    unit = _unit(min(candidate.time.total for candidate in found.fitting), _SECONDS)
+    rows = [
+        {
+            **_names(candidate),
+            "GB": f"{candidate.memory.total / _GB:.1f}",
+            f"step {unit}": f"{candidate.time.total / _SECONDS[unit]:.2f}",
+            "tokens/s": f"{num_tokens / candidate.time.total:,.0f}",
+            "MFU": f"{candidate.mfu:.1%}",
+        }
+        for candidate in found.fitting
+    ]
+    return _fitted(console, title, rows, _TEXTS)
 
 
-def _missing_table(found: Plan) -> Table:
-    table = _table("What does not fit, by how much", *_NAMES, "GB", "lacks GB")
-    for candidate in found.missing:
-        table.add_row(
-            *_names(candidate), f"{candidate.memory.total / _GB:.1f}", f"{candidate.missing / _GB:.1f}"
-        )
-    return table
+def _missing_table(console: Console, found: Plan) -> Table:
+    rows = [
+        {
+            **_names(candidate),
+            "GB": f"{candidate.memory.total / _GB:.1f}",
+            "lacks GB": f"{candidate.missing / _GB:.1f}",
+        }
+        for candidate in found.missing
+    ]
+    return _fitted(console, "What does not fit, by how much", rows, {})
 
 
 _MEMORY_TEXTS = {
@@ -174,10 +222,8 @@ _MEMORY_TEXTS = {
 
 
 def _memory_table(best: Candidate) -> Table:
-    table = _table(
-        f"Memory of the quickest, at its fullest moment: {best.memory.moment}", "part", "GB", "what"
-    )
-    table.columns[2].justify = "left"
+    title = f"Memory of the quickest, at its fullest moment: {best.memory.moment}"
+    table = _table(title, "part", "GB", "what", text="what")
     for name, text in _MEMORY_TEXTS.items():
         table.add_row(name, f"{getattr(best.memory, name) / _GB:.2f}", text)
     table.add_row("total", f"{best.memory.total / _GB:.2f}", "", style="bold")
@@ -186,26 +232,28 @@ def _memory_table(best: Candidate) -> Table:
 
 def _time_table(found: Plan) -> Table:
     best = found.fitting[0].time
-    table = _table(f"Its step, seconds ({found.rates.basis})", "part", "s", "share")
+    unit = _unit(best.total, _SECONDS)
+    table = _table(f"Its step ({found.rates.basis})", "part", unit, "share")
     for name, seconds in asdict(best).items():
         is_exposed = name in ("exchange", "collectives")
-        table.add_row(
-            f"{name}, not hidden" if is_exposed else name, f"{seconds:.2f}", f"{seconds / best.total:.1%}"
-        )
-    table.add_row("total", f"{best.total:.2f}", "", style="bold")
+        part = f"{name}, not hidden" if is_exposed else name
+        table.add_row(part, f"{seconds / _SECONDS[unit]:.2f}", f"{seconds / best.total:.1%}")
+    table.add_row("total", f"{best.total / _SECONDS[unit]:.2f}", "", style="bold")
     return table
 
 
 def _traffic_table(best: Candidate) -> Table:
-    table = _table("What a GPU receives in a step, GB", "what", "inside a node", "across nodes")
-    for name, traffic in asdict(best.traffic).items():
-        table.add_row(name, f"{traffic['link'] / _GB:,.1f}", f"{traffic['network'] / _GB:,.1f}")
+    rows = asdict(best.traffic)
+    unit = _unit(max(max(traffic["link"], traffic["network"]) for traffic in rows.values()), _BYTES)
+    table = _table(f"What a GPU receives in a step, {unit}", "what", "inside a node", "across nodes")
+    for name, traffic in rows.items():
+        sizes = (traffic[kind] / _BYTES[unit] for kind in ("link", "network"))
+        table.add_row(name, *(f"{size:,.1f}" for size in sizes))
     return table
 
 
 def _rates_table(found: Plan) -> Table:
-    table = _table("Rates", "of", "per second", "basis", "from")
-    table.columns[3].justify = "left"
+    table = _table("Rates", "of", "per second", "basis", "from", text="from")
     for name, rate in found.rates.by_name():
         table.add_row(name, f"{rate.value:.3g}", rate.basis, rate.source)
     return table
@@ -232,6 +280,20 @@ def _show_run(console: Console, config: PlanConfig, found: Plan) -> None:
         "parallel.exact": str(layout.is_exact).lower(),
     }
     words = " ".join(f"--{name} {value}" for name, value in options.items())
+    model = "model.preset" if config.model in PRESETS else "init_from"
     console.print(
-        f"\nThe quickest, as options of `dscoder pretrain`:\n{words}", highlight=False, soft_wrap=True
+        f"\nThe quickest, with windows of {config.seq} tokens in DATA:\n{_launch(config)} pretrain "
+        f"--{model} {config.model} --data DATA --out OUT {words}",
+        highlight=False,
+        soft_wrap=True,
     )
+
+
+def _launch(config: PlanConfig) -> str:
+    """What starts a verb on all GPUs; on many nodes it is given on each."""
+    if config.gpus == 1:
+        return "dscoder"
+    per_node = min(config.gpus, config.gpus_per_node)
+    num_nodes = config.gpus // per_node
+    nodes = f"--nnodes {num_nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if num_nodes > 1 else ""
+    return f"torchrun {nodes}--nproc-per-node {per_node} -m dscoder"
