@@ -20,7 +20,7 @@ from dscoder.runtime.mesh import (
     open_mesh,
     set_launch,
 )
-from dscoder.testing.ranks import Ended, end_ranks, run_ranks
+from dscoder.testing.ranks import Ended, end_ranks, free_port, run_ranks
 
 dist = pytest.mark.dist
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -298,6 +298,28 @@ def test_a_rank_that_the_watch_ends_is_not_the_one_that_is_lost(
     beats = PrefixStore("attempt-0", store)
     assert beats.get("beat/0").endswith(b" followed rank 1 is gone")
     first.leave(None)
+
+
+def test_sigterm_waits_until_a_loss_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_self: Heartbeat) -> dict[int, str]:
+        signal.raise_signal(signal.SIGTERM)  # as torchrun does at once
+        return {3: "is gone"}
+
+    ended: list[int] = []
+    set_launch(rank=0, world_size=1, host="127.0.0.1", port=free_port())
+    monkeypatch.setattr(Heartbeat, "lost", lost)
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with (
+            pytest.raises(LostRankError, match="rank 3 is gone"),
+            open_mesh(expert=1, replicate=1, device="cpu", timeout=60),
+        ):
+            raise CommunicationError("no answer")
+        assert ended == []
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_groups_that_cannot_be_ended_do_not_hide_what_ended_the_run(

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 
 from dscoder.config.train import CheckpointConfig, OptimizerConfig, ReportConfig
 from dscoder.runtime.artifact import read_manifest
+from dscoder.runtime.heartbeat import CommunicationError
+from dscoder.runtime.mesh import Mesh
 from dscoder.train.loop import LossError, apply_gradients
 from dscoder.train.metrics import MEASURED, read_metrics
 from dscoder.train.optimizer import MasterAdamW
+from dscoder.train.ranks import Ranks
 from dscoder.train.report import RunReport
-from dscoder.train.run import Job, StepDone, StoppedError, run_stage
+from dscoder.train.run import Job, StepDone, StoppedError, _stop_on_signals, run_stage
 from dscoder.train.stopwatch import Stopwatch
 from tests.train.test_stopwatch import NOTHING_SENT
 
@@ -136,6 +140,22 @@ def test_a_stop_asked_for_after_the_save_waits_for_the_next_one(
     with pytest.raises(StoppedError, match="stopped by SIGTERM after step 2"):
         run(Toy(), tmp_path)
     assert (tmp_path / "checkpoints" / "step-000000002").is_dir()
+
+
+@pytest.mark.parametrize("has_mesh", [False, True])
+def test_sigterm_after_an_error_of_many_ranks_waits_for_the_mesh(has_mesh: bool) -> None:
+    ended: list[int] = []
+    ranks = Ranks()
+    if has_mesh:
+        ranks.mesh = mock.Mock(spec=Mesh)
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with pytest.raises(CommunicationError), _stop_on_signals(ranks):
+            raise CommunicationError("no answer")
+        signal.raise_signal(signal.SIGTERM)
+        assert bool(ended) != has_mesh
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_finished_run_builds_nothing(tmp_path: Path) -> None:
