@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from dscoder.runtime.agreement import RankError
 from dscoder.runtime.mesh import Mesh, open_mesh
 from dscoder.testing.compare import assert_same
 from dscoder.testing.ranks import run_ranks
 from dscoder.train.checkpoint_files import _shares
 from dscoder.train.checkpointing import CheckpointWriter, Progress, completed, load_state
-from dscoder.train.ranks import Note, RankError, Ranks
+from dscoder.train.ranks import Note, Ranks
 from tests.train.ranks_at_work import TIMEOUT, Failed, failure
 
 pytestmark = pytest.mark.dist

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dscoder.ops import ExchangeStatistics
+from dscoder.runtime.agreement import Agreement
 from dscoder.train import stopwatch
-from dscoder.train.ranks import Agreement
 from dscoder.train.stopwatch import Stopwatch
 
 H200 = torch.device("cuda")

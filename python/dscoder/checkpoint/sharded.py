@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscoder.checkpoint.agree import on_every_rank
 from dscoder.checkpoint.config_hf import config_to_hf
 from dscoder.checkpoint.names import Piece, pieces
 from dscoder.checkpoint.outline import Outline, outline, write_box
@@ -36,6 +35,7 @@ from dscoder.config import ModelConfig
 from dscoder.models import Transformer
 from dscoder.models.region import Region, whole_region
 from dscoder.models.sharding import Part, is_counted, parts
+from dscoder.runtime.agreement import Agreement
 from dscoder.runtime.mesh import Mesh
 
 
@@ -49,16 +49,17 @@ def load_sharded(
         dtype: of the run: what every value is rounded to before it goes into the parameters, whatever their
             type is. None: values go as they are.
 
-    ValueError, on all ranks, for what `load_pretrained` refuses, wherever it was found.
+    ValueError for what `load_pretrained` refuses; RankError on ranks that found no fault of their own.
     """
 
     def find() -> Source:
         return open_source(path_or_repo_id, config=model.config, dtype=dtype)
 
-    fetched = on_every_rank(mesh, lambda: find() if mesh.local_rank == 0 else None)
-    source = on_every_rank(mesh, lambda: fetched or find())
+    ranks = Agreement(mesh.control)
+    fetched = ranks.each(lambda: find() if mesh.local_rank == 0 else None)
+    source = ranks.each(lambda: fetched or find())
     held = parts(model, mesh)
-    on_every_rank(mesh, lambda: _fill(held, source, dtype))
+    ranks.each(lambda: _fill(held, source, dtype))
 
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ def save_sharded(
     Args:
         dtype: of the files; the parameters are rounded to it. None: their own.
 
-    The others are those of `save_pretrained`. An error on one rank is an error on all.
+    The others are those of `save_pretrained`. An error on one rank is a RankError on the others.
     """
     held = parts(model, mesh)
 
@@ -192,24 +193,26 @@ def save_sharded(
             dtype=written,
         )
 
-    plan = on_every_rank(mesh, prepare)
-    with _shared_directory(None if plan.target is None else plan.target.directory, mesh) as partial:
-        on_every_rank(mesh, lambda: plan.create(partial) if mesh.is_first else None)
-        on_every_rank(mesh, lambda: _write_held(partial, plan, held))
+    ranks = Agreement(mesh.control)
+    plan = ranks.each(prepare)
+    with _shared_directory(None if plan.target is None else plan.target.directory, ranks) as partial:
+        ranks.each(lambda: plan.create(partial) if ranks.is_first else None)
+        ranks.each(lambda: _write_held(partial, plan, held))
 
 
 @contextmanager
-def _shared_directory(target: Path | None, mesh: Mesh) -> Iterator[Path]:
+def _shared_directory(target: Path | None, ranks: Agreement) -> Iterator[Path]:
     """`new_directory` of rank 0's `target`, for all ranks."""
     with ExitStack() as stack:
-        own = on_every_rank(
-            mesh, lambda: None if target is None else stack.enter_context(new_directory(target))
-        )
-        partial = mesh.share(own)
+
+        def enter() -> Path | None:
+            return None if target is None else stack.enter_context(new_directory(target))
+
+        partial = ranks.share(ranks.each(enter))
         assert partial is not None
         yield partial
         # Rank 0 moves it into place; the others learn whether it could.
-        on_every_rank(mesh, stack.close)
+        ranks.each(stack.close)
 
 
 @torch.no_grad()

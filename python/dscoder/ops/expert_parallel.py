@@ -54,14 +54,12 @@ def _untraced(function: Function) -> Function:
 class ExchangeOptions:
     """How an `ExpertParallel` moves rows; the same on every rank but for `device`."""
 
-    transport: str = (
-        "auto"  # peer: kernels over peer memory; collective: all_to_all_single; auto: peer if it can
-    )
+    # peer: kernels over peer memory; collective: all_to_all_single; auto: peer where it can be had.
+    transport: str = "auto"
     exact: bool | None = None  # receive buffers of just the rows that come; default: on a CPU, not on a GPU
     timeout: float = 600.0  # seconds a rank waits for the others
-    device: torch.device | None = (
-        None  # of the tensors; default: the current GPU if the group has NCCL, the CPU
-    )
+    # Of the tensors; default: the current GPU if the group has NCCL, else the CPU.
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dscoder.runtime.agreement import Agreement
 from dscoder.runtime.artifact import read_json
-from dscoder.train.ranks import ALONE, Agreement
+from dscoder.train.ranks import ALONE
 
 PROGRESS = "progress.json"
 _COMPLETE = re.compile(r"step-(\d{9})")

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from dscoder.runtime.agreement import Agreement, RankError, error_number_of
 from dscoder.runtime.artifact import fsync_directory, write_json
 from dscoder.runtime.heartbeat import is_communication_error
 from dscoder.runtime.log import get_logger
@@ -44,7 +45,7 @@ from dscoder.train.checkpoint_files import (
     sealed_record,
     verify,
 )
-from dscoder.train.ranks import Agreement, RankError, Ranks, error_number_of
+from dscoder.train.ranks import Ranks
 
 __all__ = ["CheckpointWriter", "Progress", "completed", "load_state", "read_progress"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dscoder.ops import ExchangeStatistics
+from dscoder.runtime.agreement import Agreement
 from dscoder.runtime.device import device_peak_flops, peak_memory
-from dscoder.train.ranks import Agreement
 
 _GIB = 2**30
 
